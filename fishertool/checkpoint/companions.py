@@ -1,0 +1,116 @@
+"""The files beside the weights that a loader needs: copied by an allow-list, never code or pickles."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+
+from fishertool.checkpoint.reader import check_link, load_json
+from fishertool.errors import InputError
+
+LOADED = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*_preprocessor_config.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+LOADED_IN_FOLDERS = ("config.json", "*.safetensors", "*.jinja")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+FORBIDDEN = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Names relative to the folder."""
+
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def find_companions(folder: Path) -> Companions:
+    """Sort the files beside the weights into those that go along and those that stay.
+
+    Raises InputError for one that links out of the folder.
+    """
+    folders = {"additional_chat_templates", *_module_folders(folder)}
+    copied, left_out = [], []
+    for path in _files(folder):
+        name = path.relative_to(folder)
+        if name == PurePath("config.json") or _matches(name, WEIGHTS) and len(name.parts) == 1:
+            continue
+        allowed = LOADED if len(name.parts) == 1 else LOADED_IN_FOLDERS
+        inside = len(name.parts) == 1 or name.parent.as_posix() in folders
+        if inside and _matches(name, allowed) and name.suffix not in FORBIDDEN:
+            check_link(path)
+            copied.append(name.as_posix())
+        else:
+            left_out.append(name.as_posix())
+    return Companions(tuple(copied), tuple(left_out))
+
+
+def copy_companions(folder: Path, companions: Companions, out: Path) -> None:
+    """Copy contents only, so that the new files get the umask's mode."""
+    for name in companions.copied:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+
+
+def write_config(folder: Path, out: Path, dtype: str) -> None:
+    """Copy config.json byte for byte, unless the dtype it states would be untrue of `out`."""
+    source = folder / "config.json"
+    config = load_json(source)
+    stated = config.get("dtype", config.get("torch_dtype"))
+    if stated in (None, dtype):
+        shutil.copyfile(source, out / "config.json")
+        return
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    write_json(out / "config.json", config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _module_folders(folder: Path) -> Iterator[str]:
+    """Folders that a sentence-transformers modules.json names, such as 1_Pooling."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return
+    check_link(path)
+    try:
+        for module in json.loads(path.read_text(encoding="utf-8")):
+            yield PurePath(str(module["path"])).as_posix()
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a list of modules: {error}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder in sorted order, hidden ones and linked folders apart."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _matches(name: PurePath, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.name, pattern) for pattern in patterns)

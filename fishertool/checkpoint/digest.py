@@ -1,0 +1,66 @@
+"""SHA-256 of files while their bytes pass by."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+BUFFER_BYTES = 4 << 20
+PENDING_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    file: str
+    bytes: int
+    sha256: str
+
+
+class RunningDigest:
+    """The SHA-256 of a file whose bytes are read or written in pieces, mostly in file order.
+
+    A piece that comes early waits (at most `PENDING_BYTES` of them do); what never came in turn
+    is read from the file in `finish`. So any order gives the right digest, and file order gives
+    it without reading anything twice. Thread-safe.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._pending: dict[int, memoryview] = {}
+        self._pending_bytes = 0
+        self._lock = Lock()
+
+    def feed(self, offset: int, data: memoryview) -> None:
+        """Take the bytes at `offset`; the caller does not change them afterwards."""
+        with self._lock:
+            if offset > self._position and self._pending_bytes + len(data) <= PENDING_BYTES:
+                if offset not in self._pending:
+                    self._pending[offset] = data
+                    self._pending_bytes += len(data)
+                return
+            if offset != self._position:
+                return
+            self._update(data)
+            while self._position in self._pending:
+                data = self._pending.pop(self._position)
+                self._pending_bytes -= len(data)
+                self._update(data)
+
+    def finish(self) -> FileDigest:
+        with self._lock, self.path.open("rb") as file:
+            self._pending.clear()
+            file.seek(self._position)
+            while data := file.read(BUFFER_BYTES):
+                self._update(memoryview(data))
+        return FileDigest(self.path.name, self._position, self._hash.hexdigest())
+
+    def _update(self, data: memoryview) -> None:
+        self._hash.update(data)
+        self._position += len(data)
+
+
+def digest(path: Path) -> FileDigest:
+    """The SHA-256 of a whole file."""
+    return RunningDigest(path).finish()

@@ -1,0 +1,252 @@
+"""Open a checkpoint: a folder of safetensors files as one lazy mapping of tensor names."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fishertool.checkpoint.digest import FileDigest, RunningDigest
+from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from fishertool.errors import InputError, some
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SAMPLE_BYTES = 512
+
+
+class Shard:
+    """One open safetensors file; reads are positioned, so threads share it."""
+
+    def __init__(self, path: Path, max_header_bytes: int):
+        self.path = path
+        self.header: Header = read_header(path, max_header_bytes)
+        self.digest = RunningDigest(path)
+        self._file = path.open("rb")
+        self.digest.feed(0, memoryview(self._file.read(self.header.nbytes)))
+
+    def read(self, start: int, size: int) -> Tensor:
+        """Bytes `[start, start + size)` of the file as a uint8 tensor of its own."""
+        tensor = torch.empty(size, dtype=torch.uint8)
+        buffer = memoryview(tensor.numpy())
+        done = 0
+        while done < size:
+            count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            if count == 0:
+                raise InputError(f"{self.path}: truncated while it was read")
+            done += count
+        return tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Tensors of a folder by name, read when asked for.
+
+    `checkpoint[name]` is the whole tensor, in its stored dtype; `read` gives some of its rows.
+    Names iterate in file order, so that a loop over them reads each shard front to back.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard]):
+        self.folder = folder
+        self.shards = shards
+        self._shard_of = {
+            name: shard
+            for shard in shards
+            for name in sorted(
+                shard.header.tensors, key=lambda name: shard.header.tensors[name].start
+            )
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name).reshape(self.info(name).shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the first file's header carries besides tensors."""
+        return self.shards[0].header.metadata
+
+    def info(self, name: str) -> TensorInfo:
+        return self._shard_of[name].header.tensors[name]
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: self.info(name) for name in self}
+
+    def where(self, name: str) -> str:
+        """File and tensor, as messages name them."""
+        return f"{self._shard_of[name].path}: tensor {name}"
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `[start, stop)` of a tensor: `[row, width]`, or `[row]` if it is a vector or scalar."""
+        info = self.info(name)
+        if info.dtype not in TORCH:
+            raise InputError(f"{self.where(name)}: {info.dtype} cannot be computed with")
+        stop = info.rows if stop is None else stop
+        shard, row_bytes = self._shard_of[name], info.nbytes // max(info.rows, 1)
+        offset = info.start + start * row_bytes
+        data = shard.read(offset, (stop - start) * row_bytes)
+        shard.digest.feed(offset, memoryview(data.numpy()))
+        tensor = data.view(TORCH[info.dtype])
+        return tensor.reshape(stop - start, info.width) if len(info.shape) > 1 else tensor
+
+    def digests(self) -> list[FileDigest]:
+        """SHA-256 of each file, from the bytes already read where they were read in order."""
+        return [shard.digest.finish() for shard in self.shards]
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of names, dtypes, shapes and a sample of every tensor's bytes.
+
+        Independent of how tensors are sharded, and read in milliseconds: it tells two fine-tunes
+        of one architecture apart without reading them whole.
+        """
+        total = hashlib.sha256()
+        for name in sorted(self):
+            info, shard = self.info(name), self._shard_of[name]
+            size = min(SAMPLE_BYTES, info.nbytes)
+            middle = info.start + (info.nbytes - size) // 2
+            total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
+            total.update(memoryview(shard.read(middle, size).numpy()))
+        return total.hexdigest()
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the folder."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise InputError(f"{path}: missing; a checkpoint is a folder with a config.json")
+        return load_json(path)
+
+
+def open_checkpoint(
+    folder: Path, stem: str = "model", max_header_bytes: int = MAX_HEADER_BYTES
+) -> Checkpoint:
+    """Open `<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` names.
+
+    Reads headers only. Raises InputError for what read_header refuses, and for an index that
+    names files outside the folder, names tensors its shards lack (or the reverse), or lies beside
+    a file it would be ambiguous with.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise InputError(
+            f"{folder}: both {single.name} and {index.name}; remove the one that is stale"
+        )
+    if not single.exists() and not index.exists():
+        raise _nothing_to_open(folder, single.name)
+    weight_map = _weight_map(index) if index.exists() else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else [single.name]
+    with ExitStack() as opened:
+        shards: list[Shard] = []
+        for name in names:
+            path = folder / name
+            if not path.is_file():
+                raise InputError(f"{index}: names {name}, which is missing; fetch it again")
+            check_link(path)
+            shards.append(Shard(path, max_header_bytes))
+            opened.callback(shards[-1].close)
+        _check_tensors(index, weight_map, shards)
+        opened.pop_all()
+    return Checkpoint(folder, shards)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or InputError naming the file."""
+    check_link(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def check_link(path: Path) -> None:
+    """Refuse a link out of its folder, unless it is the Hub cache's snapshot -> blob link."""
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    if target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs)):
+        return
+    raise InputError(f"{path}: links out of its folder; copy the file into it")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and (
+            PurePosixPath(file).name == PureWindowsPath(file).name == file
+        )
+        if not plain or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: tensor {name} is said to be in {file!r}; "
+                "only plain .safetensors file names in the same folder are read"
+            )
+    return weight_map
+
+
+def _check_tensors(index: Path, weight_map: dict[str, str] | None, shards: list[Shard]) -> None:
+    found: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.header.tensors:
+            if name in found:
+                raise InputError(f"{shard.path}: tensor {name} is also in {found[name]}")
+            found[name] = shard.path.name
+    if not found:
+        raise InputError(f"{shards[0].path}: holds no tensors")
+    if weight_map is None:
+        return
+    for name, file in weight_map.items():
+        if found.get(name) != file:
+            raise InputError(f"{index}: tensor {name} is not in {file}")
+    if unnamed := sorted(found.keys() - weight_map.keys()):
+        raise InputError(f"{index}: does not name {some(unnamed)} in {found[unnamed[0]]}")
+
+
+def _nothing_to_open(folder: Path, wanted: str) -> InputError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return InputError(
+            f"{folder / pickles[0]}: pickled weights can run code and are not read; convert them: "
+            'python -c "import torch; from safetensors.torch import save_file; '
+            f"save_file({{k: v.clone() for k, v in torch.load('{pickles[0]}', weights_only=True)"
+            f".items()}}, '{wanted}', {{'format': 'pt'}})\""
+        )
+    return InputError(f"{folder}: no {wanted} in it")

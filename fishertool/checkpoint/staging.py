@@ -1,0 +1,138 @@
+"""An output folder that is, at every instant, absent, the old one whole, or the new one whole."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fishertool.checkpoint.layout import show_size
+from fishertool.errors import OutputExistsError, StorageError, UsageError
+
+REPORT_FILE = "fishertool_report.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: int) -> None:
+    """Refuse, before any work, an output that exists, overlaps an input, or would not fit."""
+    place = out.resolve()
+    for path in (folder.resolve() for folder in inputs):
+        if place == path or place.is_relative_to(path) or path.is_relative_to(place):
+            raise UsageError(f"--out {out}: overlaps the input {path}; choose another folder")
+    if place.is_file() or out.is_symlink():
+        raise OutputExistsError(f"{out}: exists and is not a folder; choose another name")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise OutputExistsError(f"{out}: exists; --overwrite replaces it")
+        if not (place / REPORT_FILE).is_file():
+            raise OutputExistsError(
+                f"{out}: has no {REPORT_FILE}, so it was not written here and is not replaced; "
+                "remove it yourself or choose another folder"
+            )
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise StorageError(f"--out {out}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise StorageError(f"--out {out}: no permission to write in {parent}")
+    if (free := free_bytes(out)) < needed_bytes:
+        raise StorageError(
+            f"--out {out}: needs {show_size(needed_bytes)}, {show_size(free)} are free; "
+            "free some space or choose another disk"
+        )
+
+
+def free_bytes(out: Path) -> int:
+    """Free bytes on the disk an output would lie on."""
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; it takes the place of `out` when the block ends well.
+
+    Everything in it is fsynced first. If the block raises (Ctrl-C and SIGTERM do), it is removed.
+    What a killed run left is removed by the next run for the same output. Folders get the mode
+    the umask asks for.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.staged-"
+    _sweep(out.parent, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        for path in folder.rglob("*"):
+            _fsync(path)
+        _fsync(folder)
+        _take_place(folder, out)
+        _fsync(out.parent)
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an old `out` ends up under the staged name, to be removed."""
+    if not out.exists() or not any(out.iterdir()):
+        folder.rename(out)
+        return
+    if _exchange(folder, out):
+        return
+    # Without an atomic exchange the old one is still whole at every instant, under a second name
+    # that no later run sweeps away.
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(aside)
+    folder.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically (Linux); False where the system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove staged folders whose owner is gone: a live owner holds a lock on its folder."""
+    for left in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,72 @@
+"""Run a function over the row pieces of many tensors from a few threads, with bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from fishertool.checkpoint.header import TensorInfo
+
+PIECE_ELEMENTS = 2 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `[start, stop)` of a tensor."""
+
+    name: str
+    start: int
+    stop: int
+    elements: int
+
+
+def pieces(tensors: Iterable[TensorInfo], piece_elements: int = PIECE_ELEMENTS) -> Iterator[Piece]:
+    """Cut tensors into runs of rows of about `piece_elements`, in the order given."""
+    for tensor in tensors:
+        step = max(1, piece_elements // max(tensor.width, 1))
+        for start in range(0, tensor.rows, step):
+            stop = min(start + step, tensor.rows)
+            yield Piece(tensor.name, start, stop, (stop - start) * tensor.width)
+
+
+def stream(
+    work: Iterable[Piece],
+    function: Callable[[Piece], None],
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Call `function` for every piece; at most `threads + 1` pieces are in memory.
+
+    The function must touch nothing but its own piece: then results do not depend on `threads`.
+    The first error stops the work and is raised.
+    """
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)  # one piece per thread is the parallelism
+    try:
+        if threads == 1:
+            for piece in work:
+                function(piece)
+                advance(piece.elements)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="piece") as pool:
+            waiting: deque[tuple[Future[None], int]] = deque()
+            try:
+                for piece in work:
+                    if len(waiting) > threads:
+                        _finish(waiting, advance)
+                    waiting.append((pool.submit(function, piece), piece.elements))
+                while waiting:
+                    _finish(waiting, advance)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(intra_op)
+
+
+def _finish(waiting: deque[tuple[Future[None], int]], advance: Callable[[int], None]) -> None:
+    future, elements = waiting.popleft()
+    future.result()
+    advance(elements)

@@ -1,0 +1,110 @@
+"""Write safetensors shards whose every byte has its place before the first is written."""
+
+import os
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fishertool.checkpoint.digest import FileDigest, RunningDigest, digest
+from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.layout import Layout, ShardLayout, encode_index
+
+
+class CheckpointWriter:
+    """Fills the files of a layout by positioned writes, in any order and from any thread.
+
+    Opening it reserves the disk space. `finish` checks that every byte was written and that the
+    safetensors library reads the headers as meant.
+    """
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder = folder
+        self.layout = layout
+        self._files: dict[str, int] = {}
+        self._digests: dict[str, RunningDigest] = {}
+        self._place: dict[str, tuple[str, TensorInfo]] = {}
+        self._missing = {
+            tensor.name: tensor.nbytes for shard in layout.shards for tensor in shard.tensors
+        }
+        self._lock = Lock()
+
+    def __enter__(self) -> Self:
+        try:
+            for shard in self.layout.shards:
+                self._reserve(shard)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Write rows of a tensor from row `start` on; `values` has the dtype laid out for it."""
+        file, info = self._place[name]
+        if values.dtype != TORCH[info.dtype]:
+            raise TypeError(f"{name} is laid out as {info.dtype}, got {values.dtype}")
+        data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        offset = info.start + start * (info.nbytes // max(info.rows, 1))
+        self._write(file, offset, data)
+        with self._lock:
+            self._missing[name] -= len(data)
+
+    def finish(self) -> list[FileDigest]:
+        """Close the files, verify them, write the index; the SHA-256 of each file."""
+        if unwritten := [name for name, missing in self._missing.items() if missing]:
+            raise RuntimeError(f"not every byte was written of {unwritten[0]}")
+        self.close()
+        digests = [self._digests[shard.file].finish() for shard in self.layout.shards]
+        for shard in self.layout.shards:
+            self._verify(shard)
+        if self.layout.index is not None:
+            path = self.folder / self.layout.index_file
+            path.write_bytes(encode_index(self.layout.index))
+            digests.append(digest(path))
+        return digests
+
+    def _reserve(self, shard: ShardLayout) -> None:
+        path = self.folder / shard.file
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._files[shard.file] = descriptor = os.open(path, flags, 0o666)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, shard.nbytes)
+        self._digests[shard.file] = RunningDigest(path)
+        self._write(shard.file, 0, memoryview(shard.header))
+        self._place.update({tensor.name: (shard.file, tensor) for tensor in shard.tensors})
+
+    def _write(self, file: str, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._files[file], data[done:], offset + done)
+        self._digests[file].feed(offset, data)
+
+    def _verify(self, shard: ShardLayout) -> None:
+        """Read the header back with the library that users' loaders are built on."""
+        path = self.folder / shard.file
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            for tensor in shard.tensors:
+                view = found[tensor.name]
+                if (view.get_dtype(), tuple(view.get_shape())) != (tensor.dtype, tensor.shape):
+                    raise RuntimeError(f"{path}: tensor {tensor.name} does not read back")
+        if path.stat().st_size != shard.nbytes or len(found) != len(shard.tensors):
+            raise RuntimeError(f"{path}: does not read back as it was laid out")

@@ -1,0 +1,1 @@
+"""Fisher statistics from per-example gradients. Pure: models and tensors in, tensors out."""

@@ -1,0 +1,248 @@
+"""Per-example gradients of a model from one batched backward pass, layer by layer.
+
+The weights require no gradient, so autograd computes activation gradients only; hooks keep each
+layer's input and receive its output's gradient, and the layer's rule turns the two into
+per-example gradients. They are handed on as soon as they are complete and then forgotten.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fishertool.errors import FishertoolError
+from fishertool.fisher.gradients import Gradient, Whole, rows_of
+from fishertool.fisher.layers import Rule, rule_for
+
+Forward = Callable[[int], Tensor]
+"""Run the model on one and the same example, repeated so many times; return its logits."""
+Consume = Callable[[str, Sequence[Gradient]], None]
+
+AGREEMENT = 0.05
+
+
+class _Call:
+    """One forward call of one module: what its rule needs once the gradient comes."""
+
+    def __init__(self, module: nn.Module, x: Tensor):
+        self.module = module
+        self.x = x.detach()
+        self.version = x._version
+
+
+class PerExampleGradients:
+    """Hooks on a model, active inside `with`, that turn `backward` into per-example gradients.
+
+    parameters   the wanted ones by name, as `model.named_parameters()` gives them
+    one_by_one   True where some parameter can only be served with one example in a batch: its
+                 layer has no rule, or takes inputs in which examples cannot be told apart
+    by_autograd  the parameters no rule serves
+
+    Raises FishertoolError if a layer's input is changed in place, after `check` saw it was not.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+        self.model = model
+        self.parameters = dict(parameters)
+        self.by_autograd: set[str] = set()
+        self.one_by_one = False
+        self.examples = 1
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._rules: dict[nn.Module, Rule] = {}
+        self._calls: dict[str, int] = defaultdict(int)
+        self._received: dict[str, list[tuple[int, Gradient]]] = defaultdict(list)
+        self._consume: Consume = lambda name, parts: None
+        self._handles: list[Any] = []
+        self._observed: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+        self._inside_rule = False
+        self._checking = False
+
+    def __enter__(self) -> Self:
+        self._required = {p: p.requires_grad for p in self.model.parameters()}
+        served = set()
+        for module in self.model.modules():
+            own = self._own(module)
+            if own and (rule := rule_for(module)) is not None:
+                self._rules[module] = rule
+                served.update(own.values())
+                self._handles += [
+                    module.register_forward_pre_hook(self._before, with_kwargs=True),
+                    module.register_forward_hook(self._after, with_kwargs=True),
+                ]
+        self.model.requires_grad_(False)
+        self._leave_to_autograd(set(self.parameters) - served)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+    def check(self, forward: Forward) -> None:
+        """Find out which layers keep examples apart, and hold every rule against plain autograd.
+
+        A rule whose layer's tensors do not have the batch in front, for a batch of 2 and of 3,
+        serves one example at a time. A parameter whose gradient differs from autograd's (its
+        layer is bypassed, or has its input changed in place) is left to autograd.
+        """
+        if not self.one_by_one:
+            self.one_by_one = not all(self._keeps_examples_apart(forward, n) for n in (2, 3))
+        logits = self._forward(forward, 1)
+        generator = torch.Generator().manual_seed(0)
+        cotangent = torch.randn(logits.shape, generator=generator).to(logits)
+        ours: dict[str, Tensor] = {}
+
+        def form(name: str, parts: Sequence[Gradient]) -> None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            total = torch.zeros(rows_of(self.parameters[name]), dtype=logits.dtype)
+            total = total.to(logits.device)
+            for part in parts:
+                if isinstance(part, Whole):
+                    total = total.to(dtype)
+                part.add_rows(total, 0, 0)
+            ours[name] = total
+
+        self._checking = True
+        self.backward(logits, cotangent, form)
+        self._checking = False
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        theirs = torch.autograd.grad(
+            self._forward(forward, 1), list(self.parameters.values()), cotangent, allow_unused=True
+        )
+        self.model.requires_grad_(False)
+        rms = _rms([gradient for gradient in theirs if gradient is not None])
+        differ = set()
+        for (name, parameter), gradient in zip(self.parameters.items(), theirs, strict=True):
+            expected = torch.zeros_like(parameter) if gradient is None else gradient
+            found = ours.get(name, torch.zeros_like(parameter)).reshape(parameter.shape)
+            slack = AGREEMENT * (_rms([expected]) + 1e-3 * rms)
+            if not _rms([found.double() - expected.double()]) <= slack:
+                differ.add(name)
+        self._leave_to_autograd(self.by_autograd | differ)
+
+    def backward(
+        self, logits: Tensor, cotangent: Tensor, consume: Consume, retain_graph: bool = False
+    ) -> None:
+        """Run autograd from the logits; `consume` gets each parameter's name and gradient parts.
+
+        A parameter used several times (a module called twice, tied weights) comes once, with all
+        its parts, which are to be summed before squaring. One with no gradient does not come.
+        """
+        self._consume = consume
+        self._received.clear()
+        logits.backward(cotangent.to(logits.dtype), retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        for name in list(self._received):
+            self._hand_on(name)
+        for name in self.by_autograd:
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                consume(name, [Whole(parameter.grad.reshape(1, *rows_of(parameter)))])
+                parameter.grad = None
+
+    def begin(self, examples: int) -> None:
+        """Before each forward pass: how many examples the batch has."""
+        if self.one_by_one and examples != 1:
+            raise ValueError("this model's examples can only be told apart one at a time")
+        self.examples = examples
+        self._calls.clear()
+
+    def _forward(self, forward: Forward, examples: int) -> Tensor:
+        self.examples = examples
+        self._calls.clear()
+        return forward(examples)
+
+    def _leave_to_autograd(self, names: set[str]) -> None:
+        self.by_autograd = names
+        self.one_by_one = self.one_by_one or bool(names)
+        for name in names:
+            self.parameters[name].requires_grad_(True)
+
+    def _own(self, module: nn.Module) -> dict[str, str]:
+        """The wanted parameters that are a module's own: their names there -> in the model."""
+        return {
+            own: self._names[id(parameter)]
+            for own, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in self._names
+        }
+
+    def _keeps_examples_apart(self, forward: Forward, examples: int) -> bool:
+        leading: set[int] = set()
+        self._observed = lambda module, x, y: leading.update((x.shape[0], y.shape[0]))
+        try:
+            with torch.no_grad():
+                self._forward(forward, examples)
+        finally:
+            self._observed = None
+        return leading <= {examples}
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Ids that all examples share, as position ids, are repeated so that rows stay apart."""
+        if isinstance(module, nn.Embedding) and args and self.examples > 1:
+            ids = args[0]
+            if ids.dim() > 1 and ids.shape[0] == 1:
+                return (ids.expand(self.examples, *ids.shape[1:]), *args[1:]), kwargs
+        return None
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self._inside_rule:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self._observed is not None:
+            self._observed(module, x, output)
+        if not torch.is_grad_enabled():
+            return None
+        first = not output.requires_grad
+        if first:  # the graph begins here; the sum keeps later in-place changes legal
+            output = output + output.new_zeros(()).requires_grad_()
+        served = [name for name in self._own(module).values() if name not in self.by_autograd]
+        call, number = _Call(module, x), self._calls[served[0]] if served else 0
+        for name in served:
+            self._calls[name] += 1
+        if served:
+            output.register_hook(lambda delta: self._receive(call, number, delta))
+        return output if first else None
+
+    def _receive(self, call: _Call, number: int, delta: Tensor) -> None:
+        if call.x._version != call.version:
+            if self._checking:
+                return  # the missing gradient sends its parameters to autograd
+            raise FishertoolError(
+                f"{type(call.module).__name__} had its input changed in place after reading it; "
+                "its Fisher cannot be computed from the layer's input"
+            )
+        self._inside_rule = True
+        try:
+            gradients = self._rules[call.module](call.module, call.x, delta.detach(), self.examples)
+        finally:
+            self._inside_rule = False
+        for own, name in self._own(call.module).items():
+            if name not in self.by_autograd:
+                self._received[name].append((number, gradients[own]))
+                if len(self._received[name]) == self._calls[name]:
+                    self._hand_on(name)
+
+    def _hand_on(self, name: str) -> None:
+        """In call order, so that rounding does not depend on the order autograd takes."""
+        parts = sorted(self._received.pop(name), key=lambda part: part[0])
+        self._consume(name, [part for _, part in parts])
+
+
+def _rms(tensors: Sequence[Tensor]) -> float:
+    count = sum(tensor.numel() for tensor in tensors)
+    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    return (squares / max(count, 1)) ** 0.5

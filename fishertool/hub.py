@@ -1,0 +1,37 @@
+"""A model id or a folder -> a folder."""
+
+import re
+from pathlib import Path
+
+from fishertool.errors import HubError, InputError
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+
+
+def resolve(source: str) -> Path:
+    """The folder itself, or the local snapshot of the Hub id `org/name[@revision]`.
+
+    Raises InputError if it is neither, HubError if it cannot be had.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{source}: is a file; give the folder that holds it")
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if match is None or source.startswith((".", "~")):
+        raise InputError(f"{source}: no such folder, and not a Hub id such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(match[1], revision=match[2], allow_patterns=list(MODEL_FILES))
+        )
+    except HFValidationError as error:
+        raise InputError(f"{source}: no such folder, and not a Hub id: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise HubError(
+            f"{source}: no such folder here, and not fetched from the Hub: {reason}"
+        ) from error

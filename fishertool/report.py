@@ -1,0 +1,108 @@
+"""The report every command returns, prints with --json and leaves in its output. Strict JSON."""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from fishertool import __version__
+
+SCHEMA = "fishertool.report/1"
+LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
+
+
+@dataclass
+class Files:
+    """A checkpoint, sidecar or data file. `id` is a Hub id or a bare name, never a path."""
+
+    id: str
+    role: str
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """Each with file, bytes and sha256."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files)
+
+
+@dataclass
+class Output:
+    files: list[dict[str, Any]]
+    bytes: int
+    parameters: int
+    dtype: str
+    companions: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """One run. Everything but `environment` and `phases` is a function of inputs, options and seed."""
+
+    command: str
+    options: dict[str, Any]
+    status: str = "ok"
+    inputs: list[Files] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    output: Output | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.environment = {**_environment(), **self.environment}
+
+    def to_json(self) -> str:
+        document = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run and note the peak memory by its end."""
+        start = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - start, 3)
+        self.phases.append({"name": name, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def public_name(source: str | Path) -> str:
+    """A Hub id as it is, a path as its last part: reports name no folders of this machine.
+
+    >>> public_name("org/model"), public_name("/data/models/a"), public_name("./a/")
+    ('org/model', 'a', 'a')
+    """
+    path = Path(source)
+    is_path = isinstance(source, Path) or path.exists() or path.is_absolute()
+    return path.resolve().name if is_path or source.startswith(".") else str(source)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a report, as published in the package."""
+    text = resources.files("fishertool").joinpath("report.schema.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    versions = {"fishertool": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        versions[library] = metadata.version(library)
+    return {"versions": versions, "system": f"{platform.system()} {platform.machine()}"}
