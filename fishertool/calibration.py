@@ -75,6 +75,17 @@ class CalibrationData:
             total.update(struct.pack(f"<qq{len(ids)}i", len(ids), label, *ids))
         return total.hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """For reports: what exactly was read."""
+        return {
+            "examples": len(self.examples),
+            "tokens": self.tokens,
+            "max_length": self.max_length,
+            "truncated": self.truncated,
+            "empty": self.empty,
+            "token_ids_sha256": self.fingerprint(),
+        }
+
     def warnings(self) -> list[str]:
         found = []
         if self.truncated:
@@ -161,7 +172,9 @@ def _tokenize(
         )
         ids, encoded = short["input_ids"], {**encoded, **short}
     first_end = encoded["offset_mapping"][0][1] if tokenizer.is_fast and ids else 0
-    inputs = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+    inputs = {
+        name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded
+    }
     return Example(inputs, label, len(text[first_end:].encode())), too_long and cut
 
 

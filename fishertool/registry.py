@@ -39,7 +39,9 @@ class Method:
         parsed = dict(self.settings)
         for name, value in given.items():
             if name not in self.settings:
-                raise UsageError(f"method {self.name} has no setting {suggest(name, self.settings)}")
+                raise UsageError(
+                    f"method {self.name} has no setting {suggest(name, self.settings)}"
+                )
             parsed[name] = _convert(f"{self.name} {name}", value, types[name])
         return parsed
 

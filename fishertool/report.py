@@ -1,6 +1,8 @@
 """The report every command returns, prints with --json and leaves in its output. Strict JSON."""
 
+import hashlib
 import json
+import math
 import platform
 import resource
 import sys
@@ -64,7 +66,7 @@ class Report:
         self.environment = {**_environment(), **self.environment}
 
     def to_json(self) -> str:
-        document = {"schema": SCHEMA, **asdict(self)}
+        document = _finite({"schema": SCHEMA, **asdict(self)})
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @contextmanager
@@ -91,6 +93,26 @@ def public_name(source: str | Path) -> str:
     path = Path(source)
     is_path = isinstance(source, Path) or path.exists() or path.is_absolute()
     return path.resolve().name if is_path or source.startswith(".") else str(source)
+
+
+def data_files(source: str) -> list[Files]:
+    """A local data file with its SHA-256; nothing for a Hub dataset."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    found = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+    return [Files(path.name, "data", [found])]
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, which is all that strict JSON has for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def schema() -> dict[str, Any]:

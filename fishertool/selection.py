@@ -21,7 +21,9 @@ def select(
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 example = names[0] if names else "none"
-                raise UsageError(f"{flag} {glob!r} matches none of {len(names)} tensors ({example}, ...)")
+                raise UsageError(
+                    f"{flag} {glob!r} matches none of {len(names)} tensors ({example}, ...)"
+                )
     selected = [
         name
         for name in names

@@ -51,7 +51,9 @@ def check_not_quantized(model: Checkpoint) -> None:
     """Refuse weights that are codes and scales: arithmetic on them is meaningless."""
     quantization = model.config().get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
         raise InputError(
             f"{model.folder}: quantized ({method}); dequantize it first and save it in bfloat16"
         )

@@ -16,7 +16,9 @@ Labels = Literal["empirical", "sampled", "expected"]
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax over the last dimension, in float32 or wider."""
-    return torch.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    return torch.log_softmax(
+        logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), -1
+    )
 
 
 def empirical(log_p: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
@@ -25,7 +27,9 @@ def empirical(log_p: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
     Shapes: `log_p` [..., class], `targets` and `scored` [...]; the result as `log_p`.
     """
     cotangent = log_p.exp().neg_()
-    cotangent.scatter_add_(-1, targets.unsqueeze(-1), cotangent.new_ones(()).expand(*targets.shape, 1))
+    cotangent.scatter_add_(
+        -1, targets.unsqueeze(-1), cotangent.new_ones(()).expand(*targets.shape, 1)
+    )
     return cotangent.mul_(scored.unsqueeze(-1))
 
 

@@ -46,9 +46,7 @@ def fisher(
         raise ValueError("an anchor needs a base")
     if floor is None:
         floor = RELATIVE_FLOOR if base is None else 0.0
-    scales = [
-        {"mean": one.mean, "l2": one.l2, "none": 1.0}[normalization] for one in fishers
-    ]
+    scales = [{"mean": one.mean, "l2": one.l2, "none": 1.0}[normalization] for one in fishers]
     numerator = torch.zeros_like(models[0])
     denominator = torch.zeros_like(models[0])
     for i, (model, weight, one, scale) in enumerate(

@@ -71,7 +71,11 @@ def load_model(
     pad_id = next(
         (
             token
-            for token in (tokenizer.pad_token_id, module.config.pad_token_id, tokenizer.eos_token_id)
+            for token in (
+                tokenizer.pad_token_id,
+                module.config.pad_token_id,
+                tokenizer.eos_token_id,
+            )
             if token is not None
         ),
         0,

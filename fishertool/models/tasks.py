@@ -25,9 +25,7 @@ class Task:
     """(examples, ids, mask) -> targets and scored, as Batch describes them."""
 
 
-def _class_targets(
-    examples: Sequence[Example], ids: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _class_targets(examples: Sequence[Example], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     labels = [0 if example.label is None else example.label for example in examples]
     return torch.tensor(labels), torch.ones(len(examples), dtype=torch.bool)
 

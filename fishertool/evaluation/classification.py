@@ -1,0 +1,21 @@
+"""Loss, accuracy and macro-F1 of a classifier."""
+
+import torch
+from torch import Tensor
+
+
+def classification_metrics(log_p: Tensor, targets: Tensor) -> dict[str, float]:
+    """Means over examples. Shapes: `log_p` [example, class], `targets` [example].
+
+    macro_f1 is the plain mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in the
+    targets or the predictions, as scikit-learn's `f1_score(average="macro")`.
+    """
+    predicted = log_p.argmax(-1)
+    classes = torch.cat([targets, predicted]).unique()
+    hits = torch.stack([((predicted == c) & (targets == c)).sum() for c in classes]).double()
+    sizes = torch.stack([(predicted == c).sum() + (targets == c).sum() for c in classes]).double()
+    return {
+        "loss": float(-log_p.gather(-1, targets.unsqueeze(-1)).double().mean()),
+        "accuracy": float((predicted == targets).double().mean()),
+        "macro_f1": float((2 * hits / sizes).mean()),
+    }

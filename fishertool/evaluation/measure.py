@@ -1,0 +1,88 @@
+"""Run a model over data and measure it, alone or against another."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fishertool.calibration import CalibrationData
+from fishertool.errors import InputError
+from fishertool.evaluation.agreement import divergence, same_top
+from fishertool.evaluation.classification import classification_metrics
+from fishertool.evaluation.perplexity import blocks, perplexity_metrics
+from fishertool.fisher.estimate import logits_of
+from fishertool.fisher.labels import log_probabilities
+from fishertool.models.loading import LoadedModel
+from fishertool.models.tasks import Task, collate
+
+HIGHER_IS_BETTER = {
+    "accuracy": True,
+    "macro_f1": True,
+    "top1_agreement": True,
+    "loss": False,
+    "perplexity": False,
+    "bits_per_byte": False,
+    "kl": False,
+}
+
+
+def prepare(task: Task, data: CalibrationData) -> CalibrationData:
+    """Data as `measure` takes it: texts of a language model cut into blocks."""
+    if task.has_labels:
+        return data
+    examples = [block for text in data.examples for block in blocks(text, data.max_length)]
+    if not examples:
+        raise InputError(f"{data.name}: no text has two tokens, so nothing can be predicted")
+    return replace(data, examples=examples)
+
+
+@torch.no_grad()
+def measure(
+    model: LoadedModel,
+    task: Task,
+    data: CalibrationData,
+    *,
+    against: LoadedModel | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    advance: Callable[[int], None] = lambda examples: None,
+) -> dict[str, float]:
+    """Metrics of the task (see HIGHER_IS_BETTER), over data from `prepare`.
+
+    With `against`, also kl, the mean KL(against || model) over predictions, and top1_agreement.
+    Every mean is over predictions: texts of a classifier, tokens of a language model.
+    """
+    order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
+    log_ps: list[Tensor] = []
+    targets: list[Tensor] = []
+    nll, scored, kl, agreed = 0.0, 0, 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = collate(
+            task, data.examples, order[start : start + batch_size], model.pad_id, device
+        )
+        log_p = log_probabilities(logits_of(model.module, batch))[batch.scored]
+        target = batch.targets[batch.scored]
+        scored += len(target)
+        if task.has_labels:
+            log_ps.append(log_p)
+            targets.append(target)
+        nll -= float(log_p.gather(-1, target.unsqueeze(-1)).double().sum())
+        if against is not None:
+            original = log_probabilities(logits_of(against.module, batch))[batch.scored]
+            if original.shape != log_p.shape:
+                raise InputError(
+                    f"the two models predict {log_p.shape[-1]} and {original.shape[-1]} classes "
+                    "or tokens; they cannot be compared"
+                )
+            kl += float(divergence(original, log_p).double().sum())
+            agreed += int(same_top(original, log_p).sum())
+        advance(len(batch.examples))
+    if task.has_labels:
+        metrics = classification_metrics(torch.cat(log_ps), torch.cat(targets))
+    else:
+        text_bytes = sum(example.text_bytes for example in data.examples)
+        metrics = perplexity_metrics(nll, scored, text_bytes)
+    if against is not None:
+        metrics |= {"kl": kl / scored, "top1_agreement": agreed / scored}
+    return metrics

@@ -1,0 +1,1 @@
+"""Which merge is best: candidates and how to choose among them."""

@@ -1,0 +1,84 @@
+"""The coefficient search: merge by every candidate's weights, measure each, keep the best."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fishertool import calibration
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import UsageError
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, measure, prepare
+from fishertool.models.loading import load_model
+from fishertool.models.tasks import task_of
+from fishertool.progress import Advance
+from fishertool.registry import suggest
+from fishertool.surgery.merge_plan import MergePlan
+from fishertool.surgery.merge_write import write_merge
+
+
+class Judge:
+    """Measures merged folders on the validation data and knows which metric decides."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        options: DataOptions,
+        metric: str | None,
+        batch_size: int,
+        device: str,
+        trust_remote_code: bool,
+    ):
+        first = plan.models[0]
+        self.task = task_of(first.config(), first.folder)
+        self.batch_size, self.device = batch_size, device
+        self.trust_remote_code = trust_remote_code
+        loaded = load_model(first, self.task, device, trust_remote_code)
+        self.data = calibration.load(
+            options,
+            loaded.tokenizer,
+            loaded.max_length,
+            loaded.labels,
+            need_labels=self.task.has_labels,
+            long_texts="cut" if self.task.has_labels else "keep",
+        )
+        self._prepared = prepare(self.task, self.data)
+        self.metric = metric or ("accuracy" if self.task.has_labels else "loss")
+        offered = ("loss", "accuracy", "macro_f1") if self.task.has_labels else (
+            "loss", "perplexity", "bits_per_byte",
+        )  # fmt: skip
+        if self.metric not in offered:
+            raise UsageError(f"--metric {suggest(self.metric, offered)}")
+
+    def measure(self, folder: Path) -> dict[str, float]:
+        with open_checkpoint(folder) as checkpoint:
+            model = load_model(checkpoint, self.task, self.device, self.trust_remote_code)
+        return measure(
+            model, self.task, self._prepared, batch_size=self.batch_size, device=self.device
+        )
+
+    def key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Sorts best first: by the metric, then by the loss."""
+        sign = -1 if HIGHER_IS_BETTER[self.metric] else 1
+        return sign * metrics[self.metric], metrics["loss"]
+
+
+def search_weights(
+    plan: MergePlan,
+    candidates: Sequence[list[float]],
+    judge: Judge,
+    scratch: Path,
+    threads: int,
+    advance: Advance,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Merge and measure every candidate; the first of the best wins."""
+    rows = []
+    for weights in candidates:
+        scratch.mkdir()
+        write_merge(plan, weights, scratch, threads, lambda count: None)
+        rows.append({"weights": weights, **judge.measure(scratch)})
+        shutil.rmtree(scratch)
+        advance(1)
+    best = min(rows, key=judge.key)
+    return best["weights"], rows

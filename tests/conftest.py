@@ -1,0 +1,130 @@
+"""Tiny models with tokenizers, and data for them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+WORDS = "the a red green blue cat dog bird runs sleeps eats fast slow and or not very big small".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+VOCABULARY = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+
+ModelMaker = Callable[..., Path]
+
+
+def make_tokenizer(template: bool) -> Any:
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+    )
+
+
+def make_bert(labels: int = 3, **more: Any) -> Any:
+    names = [f"class{number}" for number in range(labels)]
+    config = transformers.BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        **more,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def make_gpt2(**more: Any) -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        **more,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def make_llama(tied: bool = False, **more: Any) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        bos_token_id=2,
+        eos_token_id=3,
+        **more,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MAKERS = {"bert": make_bert, "gpt2": make_gpt2, "llama": make_llama}
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> ModelMaker:
+    """Save a tiny model of a kind with its tokenizer; the weights follow from the seed."""
+
+    def make(
+        name: str,
+        kind: str = "bert",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        shards: str = "5GB",
+        **more: Any,
+    ) -> Path:
+        torch.manual_seed(seed)
+        folder = tmp_path / name
+        MAKERS[kind](**more).to(dtype).save_pretrained(folder, max_shard_size=shards)
+        make_tokenizer(template=kind == "bert").save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def make_text(seed: int, words: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (words,), generator=generator)
+    return " ".join(WORDS[pick] for pick in picks)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve labelled texts of 3 to 14 words."""
+    path = tmp_path / "data.jsonl"
+    rows = [{"text": make_text(n, 3 + n), "label": n % 3} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
