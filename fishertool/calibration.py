@@ -229,14 +229,13 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
 
 def _hub_rows(options: DataOptions) -> Any:
     import datasets
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return datasets.load_dataset(options.data, split=options.split)
     except ValueError as error:
         raise InputError(f"{options.data}: {str(error).splitlines()[0]}") from error
-    except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, HfHubHTTPError) as error:
         reason = str(error).split("\n", 1)[0]
         raise HubError(
             f"{options.data}: no such file here, and not fetched from the Hub: {reason}"

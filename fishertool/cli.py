@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -14,7 +14,7 @@ import typer
 
 from fishertool import __version__
 from fishertool.errors import FishertoolError, GateError, UsageError
-from fishertool.registry import method, method_names, suggest
+from fishertool.registry import find_method, method_names, suggest
 
 MERGE_METHODS = "fishertool.merging"
 INTERRUPTED, TERMINATED, BUG, IO_FAILURE = 130, 143, 1, 5
@@ -218,7 +218,7 @@ def _list_methods(show: bool) -> None:
     if not show:
         return
     for name in method_names(MERGE_METHODS):
-        found = method(MERGE_METHODS, name)
+        found = find_method(MERGE_METHODS, name)
         print(f"{name}  {found.summary}")
         for setting, default in found.settings.items():
             print(f"    --set {setting}={default}")
@@ -470,7 +470,7 @@ def merge(
     report = command(
         models,
         out,
-        method_name=method,
+        method=method,
         weights=None if weights is None else [
             _number("--weights", item) for item in weights.split(",")
         ],

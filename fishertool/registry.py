@@ -54,7 +54,7 @@ def method_names(package: str) -> list[str]:
     return sorted(name.replace("_", "-") for name in found if name not in NOT_A_METHOD)
 
 
-def method(package: str, name: str) -> Method:
+def find_method(package: str, name: str) -> Method:
     """Import one method. Raises UsageError, with the nearest name, if there is none."""
     names = method_names(package)
     if name not in names:

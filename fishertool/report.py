@@ -7,10 +7,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from fishertool import __version__
 
 SCHEMA = "fishertool.report/1"
+NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "data", "out")
+DECIDES_NOTHING = ("track", "threads", "device", "overwrite")
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
 
 
@@ -62,9 +63,6 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     phases: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.environment = {**_environment(), **self.environment}
-
     def to_json(self) -> str:
         document = _finite({"schema": SCHEMA, **asdict(self)})
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -92,7 +90,26 @@ def public_name(source: str | Path) -> str:
     """
     path = Path(source)
     is_path = isinstance(source, Path) or path.exists() or path.is_absolute()
-    return path.resolve().name if is_path or source.startswith(".") else str(source)
+    return path.resolve().name if is_path or str(source).startswith(".") else str(source)
+
+
+def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's arguments (its `locals()` on entry) as the report records them.
+
+    What does not decide the result is left out; paths and model ids are made public.
+    """
+
+    def public(name: str, value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return {key: public(key, item) for key, item in asdict(value).items()}
+        if isinstance(value, Path) or (name in NAMES_A_PLACE and isinstance(value, str)):
+            return public_name(value)
+        if isinstance(value, list | tuple):
+            return [public(name, item) for item in value]
+        return dict(value) if isinstance(value, Mapping) else value
+
+    kept = {name: item for name, item in arguments.items() if name not in DECIDES_NOTHING}
+    return {name: public(name, item) for name, item in kept.items()}
 
 
 def data_files(source: str) -> list[Files]:
@@ -122,9 +139,15 @@ def schema() -> dict[str, Any]:
     return document
 
 
-@cache
-def _environment() -> dict[str, Any]:
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """What a run ran on: the part of a report that may differ between runs of the same thing."""
     versions = {"fishertool": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
         versions[library] = metadata.version(library)
-    return {"versions": versions, "system": f"{platform.system()} {platform.machine()}"}
+    return {
+        "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads,
+        "device": device,
+        "world_size": 1,
+    }

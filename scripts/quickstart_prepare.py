@@ -61,10 +61,9 @@ def source_files(source: str) -> list[Path]:
     root = Path(spec.origin)
     if not spec.submodule_search_locations:
         return [root]
+    found = sorted((root.parent / inner).rglob("*.py"))
     skipped = {"test", "tests", "_vendor"}
-    return sorted(
-        path for path in (root.parent / inner).rglob("*.py") if not skipped & {*path.parts}
-    )
+    return [path for path in found if not skipped & {*path.relative_to(root.parent).parts}]
 
 
 def docstrings(path: Path) -> Iterator[str]:

@@ -54,10 +54,11 @@ def find_companions(folder: Path) -> Companions:
     copied, left_out = [], []
     for path in _files(folder):
         name = path.relative_to(folder)
-        if name == PurePath("config.json") or _matches(name, WEIGHTS) and len(name.parts) == 1:
+        top = len(name.parts) == 1
+        if top and (name.name == "config.json" or _matches(name, WEIGHTS)):
             continue
-        allowed = LOADED if len(name.parts) == 1 else LOADED_IN_FOLDERS
-        inside = len(name.parts) == 1 or name.parent.as_posix() in folders
+        allowed = LOADED if top else LOADED_IN_FOLDERS
+        inside = top or name.parent.as_posix() in folders
         if inside and _matches(name, allowed) and name.suffix not in FORBIDDEN:
             check_link(path)
             copied.append(name.as_posix())

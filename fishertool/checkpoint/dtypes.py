@@ -1,6 +1,7 @@
 """The dtypes of a safetensors file, by the names its header gives them."""
 
 import torch
+from torch import Tensor
 
 BITS = {
     "BOOL": 8,
@@ -64,3 +65,9 @@ def torch_name(dtype: str) -> str:
 def compute_dtype(dtype: str) -> torch.dtype:
     """What arithmetic on a stored dtype runs in: float32, and float64 for what is stored so."""
     return torch.float64 if dtype == "F64" else torch.float32
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

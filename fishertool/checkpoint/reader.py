@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest, RunningDigest
-from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.dtypes import TORCH, as_bytes
 from fishertool.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from fishertool.errors import InputError, some
 
@@ -34,7 +34,7 @@ class Shard:
     def read(self, start: int, size: int) -> Tensor:
         """Bytes `[start, start + size)` of the file as a uint8 tensor of its own."""
         tensor = torch.empty(size, dtype=torch.uint8)
-        buffer = memoryview(tensor.numpy())
+        buffer = as_bytes(tensor)
         done = 0
         while done < size:
             count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
@@ -120,7 +120,7 @@ class Checkpoint(Mapping[str, Tensor]):
         shard, row_bytes = self._shard_of[name], info.nbytes // max(info.rows, 1)
         offset = info.start + start * row_bytes
         data = shard.read(offset, (stop - start) * row_bytes)
-        shard.digest.feed(offset, memoryview(data.numpy()))
+        shard.digest.feed(offset, as_bytes(data))
         tensor = data.view(TORCH[info.dtype])
         return tensor.reshape(stop - start, info.width) if len(info.shape) > 1 else tensor
 
@@ -140,7 +140,7 @@ class Checkpoint(Mapping[str, Tensor]):
             size = min(SAMPLE_BYTES, info.nbytes)
             middle = info.start + (info.nbytes - size) // 2
             total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
-            total.update(memoryview(shard.read(middle, size).numpy()))
+            total.update(as_bytes(shard.read(middle, size)))
         return total.hexdigest()
 
     def config(self) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest, RunningDigest, digest
-from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.dtypes import TORCH, as_bytes
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, ShardLayout, encode_index
 
@@ -61,7 +60,7 @@ class CheckpointWriter:
         file, info = self._place[name]
         if values.dtype != TORCH[info.dtype]:
             raise TypeError(f"{name} is laid out as {info.dtype}, got {values.dtype}")
-        data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = as_bytes(values.contiguous())
         offset = info.start + start * (info.nbytes // max(info.rows, 1))
         self._write(file, offset, data)
         with self._lock:

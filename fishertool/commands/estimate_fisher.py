@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,15 @@ from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.tasks import Task, collate, task_of
 from fishertool.progress import Track, silent
 from fishertool.registry import suggest
-from fishertool.report import Files, Output, Report, data_files, public_name
+from fishertool.report import (
+    Files,
+    Output,
+    Report,
+    data_files,
+    environment,
+    options_of,
+    public_name,
+)
 from fishertool.selection import select
 from fishertool.sidecar import KINDS
 
@@ -39,7 +47,7 @@ def estimate_fisher(
     out: Path,
     *,
     kind: str = "diagonal",
-    labels: Literal["auto", "empirical", "sampled", "expected"] = "auto",
+    labels: str = "auto",
     draws: int = 1,
     task: str = "auto",
     batch_size: int = 8,
@@ -55,32 +63,15 @@ def estimate_fisher(
     track: Track = silent,
 ) -> Report:
     """Estimate the Fisher of every selected weight and write it as a sidecar in `out`."""
+    report = Report(
+        "estimate-fisher", options_of(locals()), environment=environment(threads, device)
+    )
     if kind not in KINDS:
         raise UsageError(f"--kind {suggest(kind, KINDS)}")
     if labels not in ("auto", *get_args(Labels)):
         raise UsageError(f"--labels {suggest(labels, ('auto', *get_args(Labels)))}")
     device = check_device(device)
     torch.set_num_threads(threads)
-    report = Report(
-        "estimate-fisher",
-        {
-            "model": public_name(model),
-            **asdict(data),
-            "data": public_name(data.data),
-            "out": public_name(out),
-            "kind": kind,
-            "labels": labels,
-            "draws": draws,
-            "task": task,
-            "batch_size": batch_size,
-            "include": list(include),
-            "exclude": list(exclude),
-            "max_shard_size": max_shard_size,
-            "allow_nonfinite": allow_nonfinite,
-            "trust_remote_code": trust_remote_code,
-        },
-        environment={"threads": threads, "device": device},
-    )
     with open_checkpoint(hub.resolve(model)) as checkpoint:
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
         wanted = select(checkpoint, include, exclude)
@@ -96,13 +87,13 @@ def estimate_fisher(
             parameters = {name: parameters[name] for name in wanted if name in parameters}
             if not parameters:
                 raise UsageError("--include and --exclude leave no parameter")
-            labels = _resolve_labels(labels, chosen, loaded)
+            resolved = _resolve_labels(labels, chosen, loaded)
             texts = calibration.load(
                 data,
                 loaded.tokenizer,
                 loaded.max_length,
                 loaded.labels,
-                need_labels=chosen.has_labels and labels == "empirical",
+                need_labels=chosen.has_labels and resolved == "empirical",
             )
             report.warnings += texts.warnings()
         with (
@@ -116,7 +107,7 @@ def estimate_fisher(
                 lambda indices: collate(chosen, texts.examples, indices, loaded.pad_id, device),
                 order,
                 batch_size,
-                labels=labels,
+                labels=resolved,
                 draws=draws,
                 seed=data.seed,
                 advance=advance,
@@ -127,7 +118,7 @@ def estimate_fisher(
             with report.phase("write"):
                 header = FisherHeader(
                     kind=kind,
-                    labels=labels,
+                    labels=resolved,
                     task=chosen.name,
                     model=public_name(model),
                     fingerprint=checkpoint.fingerprint(),
@@ -135,7 +126,7 @@ def estimate_fisher(
                     tokens=texts.tokens,
                     token_ids_sha256=texts.fingerprint(),
                     seed=data.seed,
-                    draws=draws if labels == "sampled" else 1,
+                    draws=draws if resolved == "sampled" else 1,
                     statistics={
                         name: statistics_of(value) for name, value in estimate.diagonal.items()
                     },
@@ -144,7 +135,7 @@ def estimate_fisher(
                 _write(folder, estimate.diagonal, header, parse_size(max_shard_size), report)
                 files = list(map(asdict, checkpoint.digests()))
                 report.inputs += [Files(public_name(model), "model", files), *data_files(data.data)]
-            report.calibration = texts.describe() | {"labels": labels, "seed": data.seed}
+            report.calibration = texts.describe() | {"labels": resolved, "seed": data.seed}
             report.summary = _summary(estimate, header, chosen, texts)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -166,16 +157,16 @@ def _plan(
 
 
 def _resolve_labels(labels: str, task: Task, model: LoadedModel) -> Labels:
-    classes = len(model.labels or ())
     if labels == "expected" and not task.has_labels:
         raise UsageError(
             f"--labels expected: a mean over every label of a {task.name} is out of reach; "
             "use sampled, its unbiased estimate"
         )
-    if labels == "auto" and task.has_labels:
-        return "expected" if classes <= EXPECTED_UP_TO_CLASSES else "sampled"
-    resolved: Labels = "empirical" if labels == "auto" else labels  # type: ignore[assignment]
-    return resolved
+    if labels != "auto":
+        return cast(Labels, labels)
+    if not task.has_labels:
+        return "empirical"
+    return "expected" if len(model.labels or ()) <= EXPECTED_UP_TO_CLASSES else "sampled"
 
 
 def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from fishertool.models.loading import check_device, load_model
 from fishertool.models.tasks import task_of
 from fishertool.progress import Track, silent
 from fishertool.registry import suggest
-from fishertool.report import Files, Report, data_files, public_name
+from fishertool.report import Files, Report, data_files, environment, options_of, public_name
 
 
 def evaluate(
@@ -40,25 +40,12 @@ def evaluate(
     `against` it may be (lower accuracy, higher loss); `max_kl` bounds the mean KL to it. The
     report's `evaluation.gates` says which are met, its `status` whether all are.
     """
+    report = Report("evaluate", options_of(locals()), environment=environment(threads, device))
     maximum = dict(maximum or {}) | ({} if max_kl is None else {"kl": max_kl})
     gates = {"min": dict(minimum or {}), "max": maximum, "max_drop": dict(max_drop or {})}
     _check_gates(gates, against is not None)
     device = check_device(device)
     torch.set_num_threads(threads)
-    report = Report(
-        "evaluate",
-        {
-            "model": public_name(model),
-            "against": None if against is None else public_name(against),
-            **asdict(data),
-            "data": public_name(data.data),
-            "task": task,
-            "batch_size": batch_size,
-            **{name: limits for name, limits in gates.items() if limits},
-            "trust_remote_code": trust_remote_code,
-        },
-        environment={"threads": threads, "device": device},
-    )
     with report.phase("open"), open_checkpoint(hub.resolve(model)) as checkpoint:
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
         report.inputs.append(

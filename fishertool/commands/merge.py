@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.dtypes import torch_name
@@ -16,8 +16,16 @@ from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.errors import UsageError
 from fishertool.models.loading import check_device
 from fishertool.progress import Track, silent
-from fishertool.registry import Method, method, suggest
-from fishertool.report import Files, Output, Report, data_files, public_name
+from fishertool.registry import Method, find_method, suggest
+from fishertool.report import (
+    Files,
+    Output,
+    Report,
+    data_files,
+    environment,
+    options_of,
+    public_name,
+)
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
 from fishertool.searching.weights import Judge
 from fishertool.searching.weights import search_weights as search_weights_by
@@ -43,14 +51,14 @@ def merge(
     models: Sequence[str],
     out: Path,
     *,
-    method_name: str = "linear",
+    method: str = "linear",
     weights: Sequence[float] | None = None,
     fisher: Sequence[str] = (),
     base: str | None = None,
-    head: Literal["error", "merge", "keep-first"] | None = None,
+    head: str | None = None,
     preset: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    search_weights: Literal["grid", "dirichlet"] | None = None,
+    search_weights: str | None = None,
     search_points: int = GRID_POINTS,
     metric: str | None = None,
     evaluate_on: DataOptions | None = None,
@@ -73,39 +81,15 @@ def merge(
     """
     if len(models) < 2:
         raise UsageError("merge needs two models or more")
-    chosen, resolved, head = _resolve(method_name, settings or {}, preset, head)
+    report = Report("merge", options_of(locals()), environment=environment(threads, device))
+    chosen, settings, head = _resolve(method, settings or {}, preset, head)
     candidates = _candidates(len(models), weights, search_weights, search_points, evaluate_on)
     device = check_device(device)
-    report = Report(
-        "merge",
-        {
-            "models": [public_name(model) for model in models],
-            "out": public_name(out),
-            "method": method_name,
-            "weights": None if search_weights else candidates[0],
-            "fisher": [public_name(sidecar) for sidecar in fisher],
-            "base": None if base is None else public_name(base),
-            "head": head,
-            "preset": preset,
-            "set": resolved,
-            "search_weights": search_weights,
-            "search_points": search_points if search_weights else None,
-            "metric": metric,
-            "evaluate_on": None
-            if evaluate_on is None
-            else {**asdict(evaluate_on), "data": public_name(evaluate_on.data)},
-            "include": list(include),
-            "exclude": list(exclude),
-            "max_shard_size": max_shard_size,
-            "allow_nonfinite": allow_nonfinite,
-            "trust_remote_code": trust_remote_code,
-        },
-        environment={"threads": threads, "device": device},
-    )
+    report.options |= {"set": settings, "head": head}
     with ExitStack() as opened:
         with report.phase("check"):
             plan = plan_merge(
-                opened, models, fisher, base, chosen, resolved, head, include, exclude,
+                opened, models, fisher, base, chosen, settings, head, include, exclude,
                 parse_size(max_shard_size), allow_nonfinite,
             )  # fmt: skip
             inputs = [*plan.models, *([plan.base] if plan.base else [])]
@@ -123,7 +107,8 @@ def merge(
         if evaluate_on is not None:
             judge = Judge(plan, evaluate_on, metric, batch_size, device, trust_remote_code)
         with staged(out) as folder:
-            best, rows = candidates[0], []
+            best = candidates[0]
+            rows: list[dict[str, Any]] = []
             if search_weights and judge is not None:
                 with report.phase("search"), track("Searching", len(candidates), "merges") as step:
                     best, rows = search_weights_by(
@@ -152,7 +137,7 @@ def merge(
             )
             report.tensors = _rows(plan)
             report.summary = {
-                "method": method_name,
+                "method": method,
                 "weights": best,
                 "parameters": plan.layout.parameters,
                 "bytes": plan.layout.nbytes,
@@ -166,7 +151,7 @@ def _resolve(
     name: str, given: Mapping[str, Any], preset: str | None, head: str | None
 ) -> tuple[Method, dict[str, Any], str]:
     """The method, all its settings, and the head policy, with a preset under what is given."""
-    chosen = method(METHODS, name)
+    chosen = find_method(METHODS, name)
     settings = dict(given)
     if preset is not None:
         if preset not in PRESETS:

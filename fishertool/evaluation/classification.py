@@ -11,7 +11,7 @@ def classification_metrics(log_p: Tensor, targets: Tensor) -> dict[str, float]:
     targets or the predictions, as scikit-learn's `f1_score(average="macro")`.
     """
     predicted = log_p.argmax(-1)
-    classes = torch.cat([targets, predicted]).unique()
+    classes: Tensor = torch.cat([targets, predicted]).unique()  # type: ignore[no-untyped-call]
     hits = torch.stack([((predicted == c) & (targets == c)).sum() for c in classes]).double()
     sizes = torch.stack([(predicted == c).sum() + (targets == c).sum() for c in classes]).double()
     return {

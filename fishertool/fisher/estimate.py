@@ -80,6 +80,7 @@ def estimate_diagonal(
             log_p = label_rules.log_probabilities(logits)
             loss += _loss(log_p, batch)
             scored += int(batch.scored.sum())
+            cotangents: Iterable[Tensor]
             if labels == "empirical":
                 cotangents = [label_rules.empirical(log_p, batch.targets, batch.scored)]
             elif labels == "sampled":

@@ -62,7 +62,7 @@ class PerExampleGradients:
 
     def __enter__(self) -> Self:
         self._required = {p: p.requires_grad for p in self.model.parameters()}
-        served = set()
+        served: set[str] = set()
         for module in self.model.modules():
             own = self._own(module)
             if own and (rule := rule_for(module)) is not None:
@@ -214,7 +214,9 @@ class PerExampleGradients:
         for name in served:
             self._calls[name] += 1
         if served:
-            output.register_hook(lambda delta: self._receive(call, number, delta))
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda delta: self._receive(call, number, delta)
+            )
         return output if first else None
 
     def _receive(self, call: _Call, number: int, delta: Tensor) -> None:
@@ -245,4 +247,4 @@ class PerExampleGradients:
 def _rms(tensors: Sequence[Tensor]) -> float:
     count = sum(tensor.numel() for tensor in tensors)
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
-    return (squares / max(count, 1)) ** 0.5
+    return float((squares / max(count, 1)) ** 0.5)

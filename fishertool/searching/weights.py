@@ -73,7 +73,7 @@ def search_weights(
     advance: Advance,
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """Merge and measure every candidate; the first of the best wins."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for weights in candidates:
         scratch.mkdir()
         write_merge(plan, weights, scratch, threads, lambda count: None)
