@@ -94,6 +94,8 @@ def build_half(half: int, seen: set[str], seed: int) -> dict[str, list[Row]]:
         rng.shuffle(texts)
         for split, size in SIZES.items():
             splits[split] += [{"text": texts.pop(), "label": label} for _ in range(size)]
+    for rows in splits.values():
+        rng.shuffle(rows)  # so that the first few hundred rows hold every label
     return splits
 
 

@@ -14,7 +14,7 @@ from fishertool.fisher.gradients import (
     rows_of,
 )
 
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 20
 
 
 class Diagonal:
@@ -61,7 +61,7 @@ def add_squares(total: Tensor, parts: Sequence[Gradient]) -> None:
 
 
 def _add_tiles(total: Tensor, parts: Sequence[Gradient]) -> None:
-    """One example's gradient at a time, in tiles of rows small enough to stay in cache."""
+    """One example's gradient at a time, in tiles of rows that stay in cache."""
     rows, width = total.shape
     step = min(rows, max(1, TILE_ELEMENTS // max(width, 1)))
     dtype = next((part.left.dtype for part in parts if isinstance(part, OuterProducts)), None)
@@ -69,13 +69,15 @@ def _add_tiles(total: Tensor, parts: Sequence[Gradient]) -> None:
     squares = total.new_empty(step, width, dtype=torch.promote_types(gradient.dtype, torch.float32))
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        tile, sums = gradient[:count], squares[:count].zero_()
+        tile, sums = gradient[:count], squares[:count]
         for n in range(examples_in(parts[0])):
-            tile.zero_()
-            for part in parts:
-                part.add_rows(tile, n, start)
+            for number, part in enumerate(parts):
+                part.add_rows(tile, n, start, fresh=number == 0)
             wide = _wide(tile)
-            sums.addcmul_(wide, wide)
+            if n == 0:
+                torch.mul(wide, wide, out=sums)
+            else:
+                sums.addcmul_(wide, wide)
         total[start : start + count] += sums
 
 

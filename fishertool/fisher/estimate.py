@@ -91,6 +91,7 @@ def estimate_diagonal(
             del log_p
             for cotangent, last in _mark_last(cotangents):
                 gradients.backward(logits, cotangent, total.add, retain_graph=not last)
+            del logits, cotangent, cotangents  # or this graph would outlive the next forward pass
             done += len(batch.examples)
             advance(len(batch.examples))
     return Estimate(

@@ -23,10 +23,11 @@ class OuterProducts:
     right: Tensor
     """[example, time, width]"""
 
-    def add_rows(self, buffer: Tensor, example: int, start: int) -> None:
-        """Add rows [start, start + len(buffer)) of one example's gradient to the buffer."""
+    def add_rows(self, buffer: Tensor, example: int, start: int, fresh: bool = False) -> None:
+        """Add rows [start, start + len(buffer)) of one example's gradient to the buffer, or
+        overwrite the buffer with them if it is `fresh`."""
         left = self.left[example, :, start : start + len(buffer)]
-        buffer.addmm_(left.T, self.right[example])
+        buffer.addmm_(left.T, self.right[example], beta=0 if fresh else 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class ScatteredRows:
     values: Tensor
     """[example, time, width]"""
 
-    def add_rows(self, buffer: Tensor, example: int, start: int) -> None:
+    def add_rows(self, buffer: Tensor, example: int, start: int, fresh: bool = False) -> None:
+        if fresh:
+            buffer.zero_()
         ids = self.ids[example] - start
         here = (ids >= 0) & (ids < len(buffer))
         buffer.index_add_(0, ids[here], self.values[example][here])
@@ -51,7 +54,9 @@ class Whole:
     values: Tensor
     """[example, row, width]"""
 
-    def add_rows(self, buffer: Tensor, example: int, start: int) -> None:
+    def add_rows(self, buffer: Tensor, example: int, start: int, fresh: bool = False) -> None:
+        if fresh:
+            buffer.zero_()
         buffer += self.values[example, start : start + len(buffer)]
 
 

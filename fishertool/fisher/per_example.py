@@ -56,9 +56,10 @@ class PerExampleGradients:
         self._received: dict[str, list[tuple[int, Gradient]]] = defaultdict(list)
         self._consume: Consume = lambda name, parts: None
         self._handles: list[Any] = []
-        self._observed: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+        self._observe: Callable[[Tensor, Tensor], None] | None = None
         self._inside_rule = False
         self._checking = False
+        self._retain = False
 
     def __enter__(self) -> Self:
         self._required = {p: p.requires_grad for p in self.model.parameters()}
@@ -91,13 +92,17 @@ class PerExampleGradients:
     def check(self, forward: Forward) -> None:
         """Find out which layers keep examples apart, and hold every rule against plain autograd.
 
-        A rule whose layer's tensors do not have the batch in front, for a batch of 2 and of 3,
+        A rule whose layer's tensors do not have the batch in front, for a batch of 1 and of 2,
         serves one example at a time. A parameter whose gradient differs from autograd's (its
         layer is bypassed, or has its input changed in place) is left to autograd.
         """
-        if not self.one_by_one:
-            self.one_by_one = not all(self._keeps_examples_apart(forward, n) for n in (2, 3))
+        leading: dict[int, set[int]] = {1: set(), 2: set()}
+        self._observe = lambda x, y: leading[self.examples].update((x.shape[0], y.shape[0]))
+        with torch.no_grad():
+            self._forward(forward, 2)
         logits = self._forward(forward, 1)
+        self._observe = None
+        self.one_by_one |= any(sizes - {examples} for examples, sizes in leading.items())
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(logits.shape, generator=generator).to(logits)
         ours: dict[str, Tensor] = {}
@@ -127,7 +132,7 @@ class PerExampleGradients:
             expected = torch.zeros_like(parameter) if gradient is None else gradient
             found = ours.get(name, torch.zeros_like(parameter)).reshape(parameter.shape)
             slack = AGREEMENT * (_rms([expected]) + 1e-3 * rms)
-            if not _rms([found.double() - expected.double()]) <= slack:
+            if not _rms([found - expected]) <= slack:
                 differ.add(name)
         self._leave_to_autograd(self.by_autograd | differ)
 
@@ -140,6 +145,7 @@ class PerExampleGradients:
         its parts, which are to be summed before squaring. One with no gradient does not come.
         """
         self._consume = consume
+        self._retain = retain_graph
         self._received.clear()
         logits.backward(cotangent.to(logits.dtype), retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         for name in list(self._received):
@@ -176,16 +182,6 @@ class PerExampleGradients:
             if id(parameter) in self._names
         }
 
-    def _keeps_examples_apart(self, forward: Forward, examples: int) -> bool:
-        leading: set[int] = set()
-        self._observed = lambda module, x, y: leading.update((x.shape[0], y.shape[0]))
-        try:
-            with torch.no_grad():
-                self._forward(forward, examples)
-        finally:
-            self._observed = None
-        return leading <= {examples}
-
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -202,8 +198,8 @@ class PerExampleGradients:
         if self._inside_rule:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if self._observed is not None:
-            self._observed(module, x, output)
+        if self._observe is not None:
+            self._observe(x, output)
         if not torch.is_grad_enabled():
             return None
         first = not output.requires_grad
@@ -232,6 +228,8 @@ class PerExampleGradients:
             gradients = self._rules[call.module](call.module, call.x, delta.detach(), self.examples)
         finally:
             self._inside_rule = False
+        if not self._retain:
+            call.x = call.x.new_empty(0)  # as autograd frees what it saved, layer by layer
         for own, name in self._own(call.module).items():
             if name not in self.by_autograd:
                 self._received[name].append((number, gradients[own]))
@@ -246,5 +244,5 @@ class PerExampleGradients:
 
 def _rms(tensors: Sequence[Tensor]) -> float:
     count = sum(tensor.numel() for tensor in tensors)
-    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
-    return float((squares / max(count, 1)) ** 0.5)
+    norms = (torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors)
+    return float(sum(float(norm) ** 2 for norm in norms) / max(count, 1)) ** 0.5

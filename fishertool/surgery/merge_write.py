@@ -47,7 +47,7 @@ def _merge_piece(
     if action == "keep-first":
         values = first.read(name, piece.start, piece.stop)
         if stored in FLOATING:
-            _finite(plan, first, piece, values.to(compute_dtype(stored)))
+            _check_finite(plan, first, piece, values)
         return values
     if action == "equal":
         values = first.read(name, piece.start, piece.stop)
@@ -73,7 +73,7 @@ def _merge_piece(
             arguments["base"] = _read(plan, plan.base, piece, dtype)
         result = plan.method.function(tensors, weights, **arguments, **plan.settings)
     rounded: Tensor = result.to(TORCH[stored])
-    if not plan.allow_nonfinite and not _all_finite(rounded.to(dtype)):
+    if not plan.allow_nonfinite and not _all_finite(rounded):
         raise InputError(
             f"{first.where(name)}: the merged values do not fit {stored}; "
             "lower the weights, or go on with --allow-nonfinite"
@@ -82,12 +82,12 @@ def _merge_piece(
 
 
 def _read(plan: MergePlan, source: Checkpoint, piece: Piece, dtype: torch.dtype) -> Tensor:
-    values = source.read(piece.name, piece.start, piece.stop).to(dtype)
-    _finite(plan, source, piece, values)
-    return values
+    values = source.read(piece.name, piece.start, piece.stop)
+    _check_finite(plan, source, piece, values)
+    return values.to(dtype)
 
 
-def _finite(plan: MergePlan, source: Checkpoint, piece: Piece, values: Tensor) -> None:
+def _check_finite(plan: MergePlan, source: Checkpoint, piece: Piece, values: Tensor) -> None:
     if not plan.allow_nonfinite and not _all_finite(values):
         raise InputError(
             f"{source.where(piece.name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
@@ -96,6 +96,8 @@ def _finite(plan: MergePlan, source: Checkpoint, piece: Piece, values: Tensor) -
 
 def _all_finite(values: Tensor) -> bool:
     # A sum is one pass without a temporary; only where it is not finite is each value looked at.
+    if values.dtype not in (torch.bfloat16, torch.float64):
+        values = values.float()  # the others have no room for a sum, or no sum
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
