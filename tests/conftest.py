@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WORDS = "the a red green blue cat dog bird runs sleeps eats fast slow and or not very big small".split()
+WORDS = (
+    "the a red green blue cat dog bird runs sleeps eats fast slow and or not very big small".split()
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCABULARY = {word: number for number, word in enumerate(SPECIAL + WORDS)}
 

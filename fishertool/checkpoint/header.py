@@ -152,4 +152,6 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**63 for item in value
+    )

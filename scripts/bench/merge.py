@@ -151,7 +151,8 @@ def main() -> None:
                     "peak_rss_mb": round(max(peak for _, peak in rows) / 1e6),
                     "ratio_to_fishertool": round(
                         statistics.median(
-                            row[0] / own[0] for row, own in zip(rows, figures["fishertool"], strict=True)
+                            row[0] / own[0]
+                            for row, own in zip(rows, figures["fishertool"], strict=True)
                         ),
                         2,
                     ),
