@@ -157,6 +157,8 @@ def _tokenize(
         add_special_tokens=options.chat_column is None,  # a chat template writes its own
         return_offsets_mapping=tokenizer.is_fast,
         return_attention_mask=False,
+        padding=False,  # a stored tokenizer may carry both from its training
+        truncation=False,
         verbose=False,
     )
     ids = encoded["input_ids"]
@@ -165,6 +167,7 @@ def _tokenize(
         short = tokenizer(
             text,
             pair,
+            padding=False,
             truncation=True,
             max_length=limit,
             add_special_tokens=options.chat_column is None,

@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="fishertool", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", INTERRUPTED)
@@ -48,8 +50,6 @@ def main(arguments: list[str]) -> int:
         return _fail("terminated; nothing was written", TERMINATED)
     except FishertoolError as error:
         return _fail(str(error), error.exit_code)
-    except typer.Abort:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
     except MemoryError:
         return _fail("out of memory; lower --batch-size or --threads", IO_FAILURE)
     except OSError as error:

@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jsonschema
 import pytest
 import torch
 
@@ -14,16 +15,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from fishertool.cli import main
+from fishertool.report import schema
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WORDS = (
-    "the a red green blue cat dog bird runs sleeps eats fast slow and or not very big small".split()
-)
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "eats",
+    "fast",
+    "slow",
+    "and",
+    "or",
+    "not",
+    "very",
+    "big",
+    "small",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCABULARY = {word: number for number, word in enumerate(SPECIAL + WORDS)}
 
 ModelMaker = Callable[..., Path]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+    report: dict[str, Any]
+
+
+Cli = Callable[..., Result]
 
 
 def make_tokenizer(template: bool) -> Any:
@@ -130,3 +162,20 @@ def data(tmp_path: Path) -> Path:
     rows = [{"text": make_text(n, 3 + n), "label": n % 3} for n in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """Run a command line in the test's folder; a report it prints is held against the schema."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        report = json.loads(out) if "--json" in arguments and out else {}
+        if report:
+            jsonschema.validate(report, schema())
+        return Result(code, out, err, report)
+
+    return run

@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import parse_size_to_int
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -127,9 +128,11 @@ def test_size_in_other_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "0", "0GB", "0.0MB", "0.5", "-5GB", "+5GB", "5 TB", "1e3MB", "five", "1.2.3GB"]
-    + ["5GB5", "5,5GB", "inf", "nan", "0x10"],
-)
+    [
+        "", "GB", "0", "0GB", "0.0MB", "0.5", "-5GB", "+5GB", "5 TB", "1e3MB", "five", "1.2.3GB",
+        "5GB5", "5,5GB", "inf", "nan", "0x10",
+    ],
+)  # fmt: skip
 def test_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="write a size such as 5GB, 500MB or 2GiB") as caught:
         parse_size(text)
@@ -245,7 +248,7 @@ def test_file_that_does_not_read_back_is_an_error(
     with CheckpointWriter(tmp_path, lay_out([TensorInfo("w", "F32", (2, 3))], 10**9)) as writer:
         writer.write("w", torch.ones(2, 3))
         harm(tmp_path / "model.safetensors")
-        with pytest.raises(Exception, match=r"read back|[Ee]rror.*header|w"):
+        with pytest.raises((RuntimeError, KeyError, SafetensorError)):
             writer.finish()
 
 
@@ -306,27 +309,28 @@ def test_stream_calls_for_every_piece_once(threads: int) -> None:
     assert advanced == [piece.elements for piece in work]
 
 
+def double(source: Path, out: Path, layout: Layout, threads: int) -> list[FileDigest]:
+    """Stream twice the source's tensors into `out`; digests of the files written and read."""
+    out.mkdir()
+    with open_checkpoint(source) as models, CheckpointWriter(out, layout) as writer:
+
+        def function(piece: Piece) -> None:
+            values = models.read(piece.name, piece.start, piece.stop)
+            writer.write(piece.name, values * 2, piece.start)
+
+        stream(pieces(models.infos().values(), 10), function, threads, lambda _: None)
+        return writer.finish() + models.digests()
+
+
 def test_stream_makes_the_same_files_at_any_thread_count(tmp_path: Path) -> None:
-    source = {f"w{n}": torch.randn(n + 3, 5) for n in range(9)}
-    layout = lay_out(infos(source), 200)
-    write_whole(tmp_path, layout, source)
-    results = []
-    for threads in (1, 4):
-        folder = tmp_path / str(threads)
-        folder.mkdir()
-        with open_checkpoint(tmp_path) as models, CheckpointWriter(folder, layout) as writer:
-
-            def double(
-                piece: Piece, models: object = models, writer: CheckpointWriter = writer
-            ) -> None:
-                values = models.read(piece.name, piece.start, piece.stop)  # type: ignore[attr-defined]
-                writer.write(piece.name, values * 2, piece.start)
-
-            stream(pieces(models.infos().values(), 10), double, threads, lambda _: None)
-            results.append((writer.finish(), models.digests()))
-    assert results[0] == results[1]
-    with open_checkpoint(tmp_path / "4") as doubled:
-        assert all(torch.equal(doubled[name], 2 * source[name]) for name in source)
+    state = {f"w{n}": torch.randn(n + 3, 5) for n in range(9)}
+    layout = lay_out(infos(state), 200)
+    written = write_whole(tmp_path, layout, state)
+    one = double(tmp_path, tmp_path / "one", layout, 1)
+    assert one == double(tmp_path, tmp_path / "four", layout, 4)
+    assert one[len(written) :] == written[:-1]
+    with open_checkpoint(tmp_path / "four") as doubled:
+        assert all(torch.equal(doubled[name], 2 * state[name]) for name in state)
 
 
 @THREADS

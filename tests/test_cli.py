@@ -1,0 +1,177 @@
+"""The command line itself: help, typos, config files, signals, exit codes."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Cli, ModelMaker
+
+import fishertool
+from fishertool.commands import evaluate as evaluate_module
+
+VERBS = ("estimate-fisher", "merge", "evaluate")
+
+
+def test_version_is_in_one_place(cli: Cli) -> None:
+    assert cli("--version").out == f"fishertool {fishertool.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_gives_an_example(cli: Cli, verb: str) -> None:
+    result = cli(verb, "--help")
+    assert result.code == 0
+    assert f"fishertool {verb}" in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["mrge"], "Did you mean 'merge'"),
+        (["merge", "a", "b"], "--out"),
+        (["merge", "a", "b", "--out", "o", "--wieghts", "1,2"], "--weights"),
+        (["merge", "a", "b", "--out", "o", "--threads", "0"], "--threads"),
+        (["merge", "a", "b", "--out", "o", "--weights", "x,1"], "'x' is not a number"),
+        (["merge", "a", "b", "--out", "o", "--set", "power"], "write key=value"),
+        (["merge", "a", "b", "--out", "o", "--power", "1", "--set", "power=2"], "say it twice"),
+        (["evaluate", "a", "--data", "d.jsonl", "--min", "accuracy=high"], "is not a number"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(cli: Cli, arguments: list[str], told: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert told in result.err
+    assert result.err.count("\n") == 1
+    assert not result.out
+
+
+def test_methods_lists_every_setting(cli: Cli) -> None:
+    result = cli("merge", "--methods")
+    assert result.code == 0
+    assert "linear" in result.out
+    assert "--set power=1.0" in result.out
+
+
+def test_config_gives_flags_and_flags_win(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
+    recipe = {
+        "models": [str(make_model("a", seed=1)), str(make_model("b", seed=2))],
+        "weights": [0.75, 0.25],
+        "max_shard_size": "10KB",
+        "set": {"normalize": False},
+        "out": "from-config",
+    }
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    result = cli("merge", "--config", "recipe.yml", "--out", "from-flag", "--json")
+    assert result.code == 0, result.err
+    assert result.report["summary"]["weights"] == [0.75, 0.25]
+    assert result.report["options"]["set"] == {"normalize": False}
+    assert (tmp_path / "from-flag" / "model.safetensors.index.json").exists()
+    assert not (tmp_path / "from-config").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("methud: fisher", "did you mean 'method'?"),
+        ("- a", "must map flag names"),
+        ("a: [b", "not YAML"),
+        ("fisher: [{a: b}]", "nested too deep"),
+        ("threads: many", "threads"),
+    ],
+)
+def test_bad_config_is_refused(cli: Cli, content: str, told: str) -> None:
+    Path("bad.yml").write_text(content, encoding="utf-8")
+    result = cli("merge", "a", "b", "--out", "o", "--config", "bad.yml")
+    assert result.code == 2
+    assert told in result.err
+
+
+def test_missing_config_is_refused(cli: Cli) -> None:
+    result = cli("merge", "a", "b", "--out", "o", "--config", "none.yml")
+    assert result.code == 2
+    assert "none.yml" in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("x"), 1, "a bug in fishertool"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 5, "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 5, "out: Permission denied"),
+        (MemoryError(), 5, "--batch-size"),
+    ],
+)
+def test_every_failure_has_its_code(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str
+) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluate_module, "evaluate", fail)
+    result = cli("evaluate", "m", "--data", "d.jsonl")
+    assert result.code == code
+    assert told in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHERTOOL_DEBUG", "1")
+    result = cli("evaluate", "nowhere", "--data", "d.jsonl")
+    assert "Traceback" in result.err
+    assert result.code == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_nothing_behind(
+    make_model: ModelMaker, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """The child stops in the middle of the writing, by a signal that it sends itself."""
+    first, second = make_model("a", seed=1), make_model("b", seed=2)
+    script = (
+        "import os, sys\n"
+        "from fishertool.checkpoint.writer import CheckpointWriter as W\n"
+        "from fishertool.cli import main\n"
+        "write = W.write\n"
+        f"def stop(*a, **k):\n    os.kill(os.getpid(), {int(number)})\n    write(*a, **k)\n"
+        "W.write = stop\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["merge", str(first), str(second), "--out", str(tmp_path / "o"), "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == code, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_closed_pipe_is_no_bug(make_model: ModelMaker, data: Path) -> None:
+    command = f"{sys.executable} -m fishertool merge --methods | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_public_surface_of_the_command_line(cli: Cli) -> None:
+    """Names are promises: a flag that goes or changes its name fails here."""
+    data = (
+        "--data --split --text-column --text-pair-column --chat-column --label-column "
+        "--num-examples --max-length --batch-size --shuffle --seed"
+    )
+    every = "--json --quiet --config --threads --device --report --trust-remote-code"
+    writer = "--dry-run --overwrite --include --exclude --max-shard-size --allow-nonfinite --out"
+    own = {
+        "estimate-fisher": f"{data} {writer} --kind --labels --draws --task",
+        "merge": f"{data.replace('--data ', '')} {writer} --method --weights --fisher --base "
+        "--anchor --power --preset --set --head --search-weights --search-points --metric "
+        "--evaluate-on --methods",
+        "evaluate": f"{data} --against --min --max --max-drop --max-kl --task",
+    }
+    for verb, flags in own.items():
+        text = cli(verb, "--help").out
+        for flag in f"{flags} {every}".split():
+            assert flag in text, f"{verb} lost {flag}"

@@ -1,0 +1,192 @@
+"""`fishertool estimate-fisher`, through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import Cli, ModelMaker, make_text
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import InputError
+from fishertool.sidecar import check_fits, open_sidecar
+
+
+def reference(folder: Path, rows: list[dict[str, object]], labels: str) -> dict[str, torch.Tensor]:
+    """Mean over examples of squared gradients, one example and one label at a time, in float64."""
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder).double().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for row in rows:
+        logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        log_p = torch.log_softmax(logits, -1)
+        for label in range(len(log_p)):
+            share = float(log_p[label].exp()) if labels == "expected" else label == row["label"]
+            found = torch.autograd.grad(log_p[label], list(parameters.values()), retain_graph=True)
+            for name, gradient in zip(parameters, found, strict=True):
+                total[name] += share * gradient**2
+    return {name: value / len(rows) for name, value in total.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("labels", ["empirical", "expected", "auto"])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_sidecar_is_the_definition(
+    cli: Cli, make_model: ModelMaker, data: Path, labels: str, batch_size: int, tmp_path: Path
+) -> None:
+    model = make_model("a")
+    flags = ("--labels", labels, "--batch-size", batch_size, "--out", "f", "--json")
+    result = cli("estimate-fisher", model, "--data", data, *flags)
+    assert result.code == 0, result.err
+    resolved = "expected" if labels == "auto" else labels
+    assert result.report["summary"]["labels"] == resolved
+    expected = reference(model, read_rows(data), resolved)
+    found = load_file(tmp_path / "f" / "diagonal.safetensors")
+    assert set(found) == set(load_file(model / "model.safetensors"))
+    for name, value in found.items():
+        error = (value.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
+        assert error < 1e-5, name
+
+
+def test_the_header_says_what_was_done(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    flags = ("--seed", 5, "--labels", "sampled", "--draws", 2, "--out", "f", "--json")
+    report = cli("estimate-fisher", model, "--data", data, *flags).report
+    tensors, header = open_sidecar(tmp_path / "f")
+    with tensors, open_checkpoint(model) as checkpoint:
+        check_fits(tensors, header, checkpoint)
+        assert header.fingerprint == checkpoint.fingerprint()
+        value = tensors["transformer.wte.weight"].double()
+    statistic = header.statistics["transformer.wte.weight"]
+    assert statistic.total == pytest.approx(float(value.sum()), rel=1e-9)
+    assert statistic.squares == pytest.approx(float(value.square().sum()), rel=1e-9)
+    assert (header.kind, header.labels, header.draws, header.seed) == ("diagonal", "sampled", 2, 5)
+    assert (header.task, header.examples, header.unit) == ("causal-lm", 12, "example")
+    assert header.tokens == report["calibration"]["tokens"]
+    assert header.token_ids_sha256 == report["calibration"]["token_ids_sha256"]
+
+
+def test_tied_names_follow_the_disk(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model = make_model("t", "llama", tied=True)
+    assert cli("estimate-fisher", model, "--data", data, "--out", "f").code == 0
+    assert set(load_file(tmp_path / "f" / "diagonal.safetensors")) == set(
+        load_file(model / "model.safetensors")
+    )
+
+
+def test_same_seed_same_bytes_and_another_seed_others(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model = make_model("a")
+    flags = ("--data", data, "--labels", "sampled", "-q")
+    for out, seed in (("x", 0), ("y", 0), ("z", 1)):
+        assert cli("estimate-fisher", model, *flags, "--seed", seed, "--out", out).code == 0
+    x, y, z = ((tmp_path / out / "diagonal.safetensors").read_bytes() for out in "xyz")
+    assert x == y != z
+
+
+def test_globs_select_and_shards_are_cut(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--include", "bert.encoder.*", "--exclude", "*.bias", "--max-shard-size", "9KB")
+    result = cli("estimate-fisher", make_model("a"), "--data", data, *flags, "--out", "f")
+    assert result.code == 0, result.err
+    assert (tmp_path / "f" / "diagonal.safetensors.index.json").exists()
+    tensors, _ = open_sidecar(tmp_path / "f")
+    with tensors:
+        assert all(n.startswith("bert.encoder") and not n.endswith("bias") for n in tensors)
+
+
+def test_labels_are_not_needed_where_the_model_gives_them(cli: Cli, make_model: ModelMaker) -> None:
+    Path("plain.txt").write_text("\n".join(make_text(n, 5) for n in range(4)))
+    flags = ("estimate-fisher", make_model("a"), "--data", "plain.txt", "--out", "f")
+    report = cli(*flags, "--json").report
+    assert report["summary"]["labels"] == "expected"
+    assert "no column 'label'" in cli(*flags, "--overwrite", "--labels", "empirical").err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--kind", "diagnal"], 2, "did you mean 'diagonal'?"),
+        (["--labels", "gold"], 2, "known: auto, empirical"),
+        (["--include", "nothing"], 2, "matches none"),
+        (["--max-shard-size", "big"], 2, "5GB, 500MB"),
+        (["--task", "causal-lm"], 3, "classifier"),
+        (["--device", "abacus"], 2, "--device abacus"),
+    ],
+)
+def test_refusals(
+    cli: Cli,
+    make_model: ModelMaker,
+    data: Path,
+    flags: list[str],
+    code: int,
+    told: str,
+    tmp_path: Path,
+) -> None:
+    result = cli("estimate-fisher", make_model("a"), "--data", data, "--out", "f", *flags)
+    assert result.code == code, result.err
+    assert told in result.err
+    assert not (tmp_path / "f").exists()
+
+
+def test_expected_labels_of_text_are_out_of_reach(
+    cli: Cli, make_model: ModelMaker, data: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    result = cli("estimate-fisher", model, "--data", data, "--labels", "expected", "--out", "f")
+    assert result.code == 2
+    assert "use sampled" in result.err
+
+
+def test_nan_weights_are_refused_by_name(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    model = make_model("a")
+    tensors = load_file(model / "model.safetensors")
+    tensors["bert.embeddings.position_embeddings.weight"][-1] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    flags = ("estimate-fisher", model, "--data", data, "--out", "f")
+    result = cli(*flags)
+    assert result.code == 3
+    assert "bert.embeddings.position_embeddings.weight has NaN or Inf" in result.err
+    assert cli(*flags, "--allow-nonfinite").code == 0  # no text is long enough to meet it
+
+
+def test_dry_run_and_overwrite(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    flags = ("estimate-fisher", make_model("a"), "--data", data, "--out", "f")
+    planned = cli(*flags, "--dry-run", "--json").report
+    assert planned["status"] == "dry-run"
+    assert not (tmp_path / "f").exists()
+    written = cli(*flags, "--json").report
+    assert written["output"]["bytes"] >= planned["summary"]["bytes_to_write"]
+    assert cli(*flags).code == 7
+    assert cli(*flags, "--overwrite").code == 0
+
+
+def test_a_foreign_file_is_no_sidecar(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model = make_model("a")
+    assert cli("estimate-fisher", model, "--data", data, "--out", "f", "-q").code == 0
+    path = tmp_path / "f" / "diagonal.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["fishertool.fisher"])
+    tensors = load_file(path)
+    for spoil in ({"format": 99}, {"statistics": {}}, {"kind": "factored"}, {"surprise": 1}):
+        save_file(tensors, path, {"fishertool.fisher": json.dumps(header | spoil)})
+        with pytest.raises(InputError, match="f"):
+            open_sidecar(tmp_path / "f")

@@ -1,0 +1,306 @@
+"""Per-example gradients of small modules that are awkward in one way each."""
+
+import types
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from test_fisher_diagonal import assert_same, randomize, reference
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fishertool.errors import FishertoolError
+from fishertool.fisher.estimate import Batch, Estimate, estimate_diagonal
+from fishertool.fisher.gradients import Gradient, rows_of
+from fishertool.fisher.per_example import PerExampleGradients
+
+WORDS, WIDTH, CLASSES, COUNT, TIME = 7, 6, 3, 8, 5
+PADDING = 2
+
+Body = Callable[["Toy", Tensor], Tensor]
+"""[example, time, WIDTH] -> the same"""
+
+
+class Toy(nn.Module):
+    """ids -> embed -> body -> mean over time -> head -> .logits."""
+
+    def __init__(self, body: Body, **own: nn.Module | nn.Parameter):
+        super().__init__()
+        self.embed: nn.Module = nn.Embedding(WORDS, WIDTH)
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.body = body
+
+    def forward(self, ids: Tensor) -> types.SimpleNamespace:
+        hidden = self.body(self, mixed(self.embed(ids)))
+        return types.SimpleNamespace(logits=self.head(hidden.mean(1)))
+
+    def use(self, name: str, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(name)(x)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """As Llama's; with `offset` 1 as Gemma's, whose weight is the scale less one."""
+
+    def __init__(self, offset: float):
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.ones(WIDTH)), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class CopyingLinear(nn.Module):
+    """A linear layer whose own backward survives an in-place change of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.clone(), self.weight)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Make positions depend on each other, so that cross terms over time matter."""
+    return torch.tanh(x + 0.5 * x.cumsum(1))
+
+
+def same(toy: Toy, x: Tensor) -> Tensor:
+    return x
+
+
+def through_a(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a", x)
+
+
+def twice(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a", mixed(toy.use("a", x)))
+
+
+def a_then_b(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("b", mixed(toy.use("a", x)))
+
+
+def shared_ids(toy: Toy, x: Tensor) -> Tensor:
+    """Ids of shape [1, time], the same for all examples, one of them repeated."""
+    return mixed(x + toy.use("a", torch.arange(x.shape[1])[None].clamp(max=3)))
+
+
+def activated_in_place(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("b", torch.relu_(toy.use("a", x)))
+
+
+def changed_afterwards(toy: Toy, x: Tensor) -> Tensor:
+    hidden = toy.use("a", x)
+    y = toy.use("b", hidden)
+    hidden += 1
+    return y * hidden.square()
+
+
+def bypassed(toy: Toy, x: Tensor) -> Tensor:
+    return functional.linear(x, toy.get_parameter("a.weight"), toy.get_parameter("a.bias"))
+
+
+def half_bypassed(toy: Toy, x: Tensor) -> Tensor:
+    return functional.linear(mixed(toy.use("a", x)), toy.get_parameter("a.weight"))
+
+
+def bare(toy: Toy, x: Tensor) -> Tensor:
+    return torch.tanh(x @ toy.get_parameter("a")) @ toy.get_parameter("a").T
+
+
+def second_dimension_last(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a", x.transpose(1, 2)).transpose(1, 2)
+
+
+def time_first(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a", x.transpose(0, 1)).transpose(0, 1)
+
+
+def flattened(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a", x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def pooled(toy: Toy, x: Tensor) -> Tensor:
+    return x + toy.use("a", x.mean(1)).unsqueeze(1)
+
+
+def split_heads(toy: Toy, x: Tensor) -> Tensor:
+    """The layer sees [example, head, time, in]."""
+    return toy.use("a", x.unflatten(-1, (2, 3)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def output_ignored(toy: Toy, x: Tensor) -> Tensor:
+    y = toy.use("a", x)
+    toy.use("a", 2 * y)
+    return y
+
+
+def linear(bias: bool = True) -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, bias=bias)
+
+
+def shared_weight() -> Toy:
+    toy = Toy(a_then_b, a=linear(), b=linear())
+    toy.get_submodule("b").weight = toy.get_parameter("a.weight")
+    return toy
+
+
+def with_embedding(embedding: nn.Embedding, tied: bool = False) -> Toy:
+    """Tied to the head, the weight's gradient is a sum of outer products and scattered rows."""
+    toy = Toy(same)
+    toy.embed = embedding
+    if tied:
+        toy.head = nn.Linear(WIDTH, WORDS, bias=False)
+        toy.head.weight = embedding.weight
+    return toy
+
+
+BOTH = ["a.bias", "a.weight"]
+TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
+    # how it is built, which parameters autograd serves, whether examples go one by one
+    "linear": (lambda: Toy(through_a, a=linear()), [], False),
+    "called twice": (lambda: Toy(twice, a=linear()), [], False),
+    "shared weight": (shared_weight, [], False),
+    "tied": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH), tied=True), [], False),
+    "padding": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH, PADDING)), [], False),
+    "tied padding": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH, PADDING), True), [], False),
+    "other embedding": (
+        lambda: with_embedding(ScaledEmbedding(WORDS, WIDTH)),
+        ["embed.weight"],
+        True,
+    ),
+    "positions": (lambda: Toy(shared_ids, a=nn.Embedding(TIME, WIDTH)), [], False),
+    "in place": (lambda: Toy(activated_in_place, a=linear(bias=False), b=linear()), [], False),
+    "input changed": (
+        lambda: Toy(changed_afterwards, a=linear(bias=False), b=CopyingLinear()),
+        ["b.weight"],
+        True,
+    ),
+    "bypassed": (lambda: Toy(bypassed, a=linear()), BOTH, True),
+    "half bypassed": (lambda: Toy(half_bypassed, a=linear()), ["a.weight"], True),
+    "bare": (lambda: Toy(bare, a=nn.Parameter(torch.ones(WIDTH, 2))), ["a"], True),
+    "conv": (lambda: Toy(second_dimension_last, a=nn.Conv1d(WIDTH, WIDTH, 1)), BOTH, True),
+    "over time": (lambda: Toy(second_dimension_last, a=nn.Linear(TIME, TIME)), [], False),
+    "time first": (lambda: Toy(time_first, a=linear()), [], True),
+    "flattened": (lambda: Toy(flattened, a=linear()), [], True),
+    "pooled": (lambda: Toy(pooled, a=linear()), [], False),
+    "heads": (lambda: Toy(split_heads, a=nn.Linear(3, 3)), [], False),
+    "unused": (lambda: Toy(same, a=linear()), [], False),
+    "output ignored": (lambda: Toy(output_ignored, a=linear()), [], False),
+    "llama norm": (lambda: Toy(through_a, a=RMSNorm(0)), [], False),
+    "gemma norm": (lambda: Toy(through_a, a=RMSNorm(1)), [], False),
+    "torch's rms norm": (lambda: Toy(through_a, a=nn.RMSNorm(WIDTH)), [], False),
+    "layer norm": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH)), [], False),
+    "layer norm, no bias": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH, bias=False)), [], False),
+    "norm over time": (lambda: Toy(through_a, a=nn.LayerNorm([TIME, WIDTH])), BOTH, True),
+    "one slope": (lambda: Toy(through_a, a=nn.PReLU()), ["a.weight"], True),
+}
+
+
+def _toy(name: str) -> Toy:
+    torch.manual_seed(0)
+    toy = TOYS[name][0]()
+    randomize(toy, 0.4)
+    return toy
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(WORDS, (COUNT, TIME), generator=generator)
+    ids[:, 0] = PADDING
+    return ids, torch.arange(COUNT) % CLASSES
+
+
+def _estimate(toy: Toy, batch_size: int, only: str | None = None) -> Estimate:
+    ids, targets = _data()
+
+    def batch(indices: Sequence[int]) -> Batch:
+        chosen = list(indices)
+        scored = torch.ones(len(chosen), dtype=torch.bool)
+        return Batch({"ids": ids[chosen]}, targets[chosen], scored, chosen)
+
+    parameters = {n: p for n, p in toy.named_parameters() if only in (None, n)}
+    return estimate_diagonal(toy, parameters, batch, range(COUNT), batch_size)
+
+
+def _expected(toy: Toy) -> dict[str, Tensor]:
+    ids, targets = _data()
+    pairs = [({"ids": ids[n : n + 1]}, targets[n : n + 1]) for n in range(COUNT)]
+    return reference(toy, pairs, "empirical")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("name", TOYS)
+def test_is_exact(name: str, batch_size: int) -> None:
+    toy = _toy(name)
+    estimate = _estimate(toy, batch_size)
+    assert_same(estimate.diagonal, _expected(toy))
+    assert (estimate.by_autograd, estimate.one_by_one) == TOYS[name][1:]
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_each_parameter_alone_is_exact(name: str) -> None:
+    """Without the others, the graph begins at another layer, or does not exist."""
+    toy = _toy(name)
+    for only, expected in _expected(toy).items():
+        assert_same(_estimate(toy, 3, only).diagonal, {only: expected})
+
+
+def test_the_padding_id_gets_nothing_from_the_embedding() -> None:
+    rows = _estimate(_toy("padding"), 3).diagonal["embed.weight"]
+    assert not rows[PADDING].any() and rows.any(1).sum() == WORDS - 1
+
+
+@pytest.mark.parametrize("name", ["linear", "called twice", "tied", "heads", "gemma norm"])
+def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
+    toy, (ids, _) = _toy(name), _data()
+    parameters = dict(toy.named_parameters())
+    found: dict[str, Tensor] = {}
+
+    def keep(one: str, parts: Sequence[Gradient]) -> None:
+        found[one] = torch.zeros(COUNT, *rows_of(parameters[one]))
+        for n, gradient in enumerate(found[one]):
+            for part in parts:
+                part.add_rows(gradient, n, 0)
+
+    with PerExampleGradients(toy, parameters) as gradients:
+        gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
+        gradients.begin(COUNT)
+        logits: Tensor = toy(ids).logits
+        cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        for retain in (True, False):  # a graph serves several passes
+            found.clear()
+            gradients.backward(logits, cotangent, keep, retain_graph=retain)
+            assert found.keys() == parameters.keys()
+    for n in range(COUNT):
+        exact = torch.autograd.grad(toy(ids[n : n + 1]).logits, parameters.values(), cotangent[[n]])
+        for own, wanted in zip(parameters, exact, strict=True):
+            mine = found[own][n].reshape(wanted.shape)
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_examples_that_cannot_be_told_apart_are_refused_together() -> None:
+    toy = _toy("bare")
+    with (
+        PerExampleGradients(toy, dict(toy.named_parameters())) as gradients,
+        pytest.raises(ValueError, match="one at a time"),
+    ):
+        gradients.begin(2)
+
+
+def test_an_input_changed_in_place_unseen_by_check_is_refused() -> None:
+    toy, (ids, _) = _toy("input changed"), _data()
+    with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
+        gradients.begin(COUNT)
+        logits: Tensor = toy(ids).logits
+        with pytest.raises(FishertoolError, match="CopyingLinear had its input changed in place"):
+            gradients.backward(logits, torch.ones_like(logits), lambda name, parts: None)

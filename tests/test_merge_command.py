@@ -1,0 +1,498 @@
+"""`fishertool merge`, through the command line."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import VOCABULARY, Cli, ModelMaker
+from safetensors.torch import load_file, save_file
+
+MakePair = Callable[..., tuple[Path, Path]]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the report, which names when and on what it ran."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "fishertool_report.json"
+    }
+
+
+@pytest.fixture
+def pair(make_model: ModelMaker) -> tuple[Path, Path]:
+    return make_model("a", seed=1), make_model("b", seed=2)
+
+
+@pytest.fixture
+def sidecars(cli: Cli, pair: tuple[Path, Path], data: Path) -> tuple[Path, Path]:
+    for model in pair:
+        out = model.with_name(f"f{model.name}")
+        assert cli("estimate-fisher", model, "--data", data, "--out", out, "-q").code == 0
+    return pair[0].with_name("fa"), pair[1].with_name("fb")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "shards"), [("bert", "5GB"), ("llama", "6KB"), ("gpt2", "5GB")])
+def test_linear_is_the_average_rounded_once_and_loads(
+    cli: Cli, make_model: ModelMaker, dtype: torch.dtype, kind: str, shards: str, tmp_path: Path
+) -> None:
+    a = make_model("a", kind, 1, dtype, shards)
+    b = make_model("b", kind, 2, dtype)
+    result = cli("merge", a, b, "--weights", "3,1", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    assert set(merged) == set(first)
+    for name, value in merged.items():
+        expected = (0.75 * first[name].double() + 0.25 * second[name].double()).to(dtype)
+        exact = dict(rtol=0.0, atol=0.0) if dtype != torch.float32 else dict(rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(value, expected, **exact)
+    auto = {"bert": transformers.AutoModelForSequenceClassification}.get(
+        kind, transformers.AutoModelForCausalLM
+    )
+    _, found = auto.from_pretrained(tmp_path / "o", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "o")
+
+
+def test_fisher_merge_follows_the_definition(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--fisher", sidecars[0], "--fisher", sidecars[1], "--weights", "0.6,0.4")
+    result = cli("merge", *pair, "--method", "fisher", *flags, "--set", "floor=0.001", "--out", "o")
+    assert result.code == 0, result.err
+    models = [{k: v.double() for k, v in weights_of(folder).items()} for folder in pair]
+    fishers = [{k: v.double() for k, v in weights_of(folder).items()} for folder in sidecars]
+    means = [torch.cat([v.flatten() for v in fisher.values()]).mean() for fisher in fishers]
+    for name, value in weights_of(tmp_path / "o").items():
+        amounts = [
+            c * fisher[name].clamp(min=0.001 * float(fisher[name].mean())) / mean
+            for c, fisher, mean in zip((0.6, 0.4), fishers, means, strict=True)
+        ]
+        total = amounts[0] + amounts[1]
+        average = 0.6 * models[0][name] + 0.4 * models[1][name]
+        expected = torch.where(
+            total > 0,
+            (amounts[0] * models[0][name] + amounts[1] * models[1][name]) / total,
+            average,
+        )
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-8)
+
+
+def test_matena_keeps_the_first_head_and_survives_zero_weights(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1])
+    result = cli(
+        "merge", *pair, *flags, "--preset", "matena", "--weights", "0,1", "--out", "o", "--json"
+    )
+    assert result.code == 0, result.err
+    assert result.report["options"]["head"] == "keep-first"
+    assert result.report["options"]["set"]["normalization"] == "l2"
+    merged, first, second = (weights_of(p) for p in (tmp_path / "o", *pair))
+    for name, value in merged.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(
+            value, (first if name.startswith("classifier") else second)[name]
+        )
+
+
+def test_base_anchors_what_nobody_knows(
+    cli: Cli,
+    make_model: ModelMaker,
+    pair: tuple[Path, Path],
+    sidecars: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    base = make_model("base", seed=3)
+    flags = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1], "--base", base)
+    results = {}
+    for anchor in ("0.001", "1e9"):
+        out = tmp_path / anchor
+        assert cli("merge", *pair, *flags, "--anchor", anchor, "--out", out).code == 0
+        results[anchor] = weights_of(out)
+    original = weights_of(base)
+    unseen = "bert.embeddings.position_embeddings.weight"
+    for name, value in results["1e9"].items():
+        torch.testing.assert_close(value, original[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(results["0.001"][unseen][-1], original[unseen][-1])
+    assert not torch.allclose(results["0.001"][unseen][1], original[unseen][1])
+
+
+def test_power_changes_the_weighting(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1], "-q")
+    assert cli("merge", *pair, *flags, "--power", "0", "--out", "zero").code == 0
+    assert cli("merge", *pair, "--out", "linear", "-q").code == 0
+    linear = weights_of(tmp_path / "linear")
+    for name, value in weights_of(tmp_path / "zero").items():
+        torch.testing.assert_close(value, linear[name])
+
+
+def test_same_bytes_at_any_thread_count_shard_layout_and_run(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2, shards="5KB")
+    for out, threads in (("one", 1), ("four", 4)):
+        assert (
+            cli("merge", a, b, "--out", out, "--threads", threads, "--max-shard-size", "9KB").code
+            == 0
+        )
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
+    reports = [
+        json.loads((tmp_path / out / "fishertool_report.json").read_text())
+        for out in ("one", "four")
+    ]
+    for report in reports:
+        del report["environment"], report["phases"], report["options"]["out"]
+    assert reports[0] == reports[1]
+
+
+def test_report_digests_are_those_of_the_files(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = cli("merge", *pair, "--out", "o", "--json", "--report", "copy.json").report
+    for place, folder in ((report["output"], tmp_path / "o"), (report["inputs"][1], pair[1])):
+        for row in place["files"]:
+            content = (folder / row["file"]).read_bytes()
+            assert (row["bytes"], row["sha256"]) == (
+                len(content),
+                hashlib.sha256(content).hexdigest(),
+            )
+    written = json.loads((tmp_path / "o" / "fishertool_report.json").read_text())
+    assert written == report == json.loads((tmp_path / "copy.json").read_text())
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def test_output_modes_follow_the_umask(cli: Cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        assert cli("merge", *pair, "--out", "o").code == 0
+    finally:
+        os.umask(previous)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "o").iterdir()}
+    assert modes == {0o640}
+    assert stat.S_IMODE((tmp_path / "o").stat().st_mode) == 0o750
+
+
+def test_companions_go_along_and_code_does_not(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("evil.py", "old.bin", "README.md", "LICENSE", "generation_config.json"):
+        (pair[0] / name).write_text("{}")
+    report = cli("merge", *pair, "--out", "o", "--json").report
+    names = {path.name for path in (tmp_path / "o").iterdir()}
+    assert {"LICENSE", "generation_config.json", "tokenizer.json", "config.json"} <= names
+    assert not {"evil.py", "old.bin", "README.md"} & names
+    assert report["output"]["left_out"] == ["README.md", "evil.py", "old.bin"]
+
+
+def test_dry_run_plans_and_writes_nothing(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    report = cli("merge", *pair, "--out", "o", "--dry-run", "--json").report
+    assert report["status"] == "dry-run"
+    summary = report["summary"]
+    size = (pair[0] / "model.safetensors").stat().st_size
+    assert abs(summary["bytes_to_write"] - size) < 200
+    assert {"bytes_to_read", "free_bytes", "estimated_peak_bytes", "shards"} <= set(summary)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_include_and_exclude_keep_the_first_models_tensors(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--include", "bert.encoder.*", "--exclude", "*.bias")
+    assert cli("merge", *pair, *flags, "--out", "o").code == 0
+    first, merged = weights_of(pair[0]), weights_of(tmp_path / "o")
+    changed = {name for name in merged if not torch.equal(merged[name], first[name])}
+    assert changed
+    assert all(n.startswith("bert.encoder") and not n.endswith("bias") for n in changed)
+    assert cli("merge", *pair, "--include", "nothing*", "--out", "p").code == 2
+
+
+@pytest.mark.parametrize(("head", "code"), [("error", 3), ("merge", 3), ("keep-first", 0)])
+def test_heads_of_another_size(
+    cli: Cli, make_model: ModelMaker, head: str, code: int, tmp_path: Path
+) -> None:
+    a, c = make_model("a", seed=1), make_model("c", seed=2, labels=4)
+    result = cli("merge", a, c, "--head", head, "--out", "o")
+    assert result.code == code, result.err
+    if code:
+        assert "--head keep-first" in result.err
+        assert not (tmp_path / "o").exists()
+    else:
+        head_weight = weights_of(tmp_path / "o")["classifier.weight"]
+        torch.testing.assert_close(head_weight, weights_of(a)["classifier.weight"], rtol=0, atol=0)
+
+
+def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None:
+    config = json.loads((pair[1] / "config.json").read_text())
+    config["id2label"] = {"0": "x", "1": "y", "2": "z"}
+    (pair[1] / "config.json").write_text(json.dumps(config))
+    refused = cli("merge", *pair, "--out", "o")
+    assert refused.code == 3
+    assert "x, y, z" in refused.err
+    assert cli("merge", *pair, "--head", "merge", "--out", "o").code == 0
+
+
+def test_tied_weights_are_written_once(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
+    a, b = make_model("a", "llama", 1, tied=True), make_model("b", "llama", 2, tied=True)
+    tensors = load_file(a / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, a / "model.safetensors", {"format": "pt"})
+    result = cli("merge", a, b, "--out", "o")
+    assert result.code == 0, result.err
+    assert "lm_head.weight" not in weights_of(tmp_path / "o")
+
+
+def change(folder: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+WORD = "bert.embeddings.word_embeddings.weight"
+BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (
+        lambda folder: os.truncate(folder / "model.safetensors", 9000),
+        "truncated",
+    ),
+    "missing tensor": (
+        lambda folder: change(folder, WORD, lambda t: t.pop(WORD)),
+        f"lacks {WORD}",
+    ),
+    "extra tensor": (
+        lambda folder: change(folder, WORD, lambda t: t.update(extra=torch.ones(2))),
+        "lacks extra",
+    ),
+    "another shape": (
+        lambda folder: change(folder, WORD, lambda t: t.update({WORD: torch.ones(5, 16)})),
+        f"{WORD} is F32 [5, 16], but F32 [{len(VOCABULARY)}, 16]",
+    ),
+    "nan": (
+        lambda folder: change(folder, WORD, lambda t: t[WORD][3].fill_(float("nan"))),
+        f"{WORD}: has NaN or Inf",
+    ),
+    "inf": (
+        lambda folder: change(folder, WORD, lambda t: t[WORD][3].fill_(float("-inf"))),
+        f"{WORD}: has NaN or Inf",
+    ),
+    "quantized": (
+        lambda folder: (folder / "config.json").write_text(
+            json.dumps({"quantization_config": {"quant_method": "fp8"}})
+        ),
+        "quantized (fp8)",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "pickled weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BREAK)
+def test_bad_inputs_are_refused_and_an_older_output_is_intact(
+    cli: Cli, pair: tuple[Path, Path], fault: str, tmp_path: Path
+) -> None:
+    assert cli("merge", *pair, "--out", "o", "-q").code == 0
+    before, listing = files_of(tmp_path / "o"), sorted(tmp_path.iterdir())
+    break_it, told = BREAK[fault]
+    break_it(pair[1])
+    result = cli("merge", *pair, "--out", "o", "--overwrite")
+    assert result.code == 3, result.err
+    assert told in result.err
+    assert str(pair[1]) in result.err
+    assert result.err.count("\n") == 1
+    assert files_of(tmp_path / "o") == before
+    assert sorted(tmp_path.iterdir()) == listing
+
+
+def test_allow_nonfinite_takes_them_as_they_come(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    BREAK["nan"][0](pair[1])
+    assert cli("merge", *pair, "--out", "o", "--allow-nonfinite").code == 0
+    assert weights_of(tmp_path / "o")[WORD][3].isnan().all()
+
+
+def test_a_result_that_does_not_fit_its_dtype_is_refused(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    a, b = make_model("a", dtype=torch.float16), make_model("b", dtype=torch.float16)
+    change(a, WORD, lambda t: t[WORD].fill_(60000))
+    change(b, WORD, lambda t: t[WORD].fill_(60000))
+    result = cli("merge", a, b, "--weights", "1,1", "--set", "normalize=false", "--out", "o")
+    assert result.code == 3
+    assert "do not fit F16" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--method", "fisher"], "one --fisher for each"),
+        (["--fisher", "fa"], "takes no --fisher"),
+        (["--base", "a"], "takes no --base"),
+        (["--method", "fishr"], "did you mean 'fisher'?"),
+        (["--set", "normalise=1"], "did you mean 'normalize'?"),
+        (["--set", "normalize=2"], "is not a bool"),
+        (["--preset", "matena"], "is for --method fisher"),
+        (["--weights", "1"], "1 numbers for 2 models"),
+        (["--weights", "0,0"], "not all 0"),
+        (["--weights", "-1,2"], "at least 0"),
+        (["--weights", "nan,2"], "at least 0"),
+        (["--head", "keep-frist"], "did you mean 'keep-first'?"),
+        (["--max-shard-size", "5XB"], "5GB, 500MB"),
+        (["--search-weights", "grid"], "--evaluate-on"),
+    ],
+)
+def test_bad_flags(cli: Cli, pair: tuple[Path, Path], flags: list[str], told: str) -> None:
+    result = cli("merge", *pair, "--out", "o", *flags)
+    assert result.code == 2, result.err
+    assert told in result.err
+
+
+def test_sidecars_in_the_wrong_order_are_refused(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--method", "fisher", "--fisher", sidecars[1], "--fisher", sidecars[0])
+    result = cli("merge", *pair, *flags, "--out", "o")
+    assert result.code == 3
+    assert "in the order of the models" in result.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_sidecar_that_lacks_a_tensor_is_refused_by_name(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], data: Path
+) -> None:
+    flags = ("--exclude", "classifier.*", "--overwrite", "-q")
+    assert cli("estimate-fisher", pair[1], "--data", data, "--out", sidecars[1], *flags).code == 0
+    merge = ("merge", *pair, "--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1])
+    result = cli(*merge, "--out", "o")
+    assert result.code == 3
+    assert "no Fisher of classifier" in result.err
+    assert cli(*merge, "--exclude", "classifier.*", "--out", "o").code == 0
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_spoilt_sidecar_is_refused(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], value: float
+) -> None:
+    from safetensors import safe_open
+
+    path = sidecars[1] / "diagonal.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[WORD][0, 0] = value
+    save_file(tensors, path, metadata)
+    flags = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1])
+    result = cli("merge", *pair, *flags, "--out", "o")
+    assert result.code == 3
+    assert f"{WORD}: a Fisher must be finite and not negative" in result.err
+    save_file(tensors, path, {"format": "pt"})
+    assert "not a Fisher sidecar" in cli("merge", *pair, *flags, "--out", "o").err
+
+
+def test_existing_outputs(cli: Cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    assert cli("merge", *pair, "--out", "o", "--max-shard-size", "10KB").code == 0
+    refused = cli("merge", *pair, "--out", "o")
+    assert refused.code == 7
+    assert "--overwrite" in refused.err
+    assert cli("merge", *pair, "--out", "o", "--overwrite").code == 0
+    assert [path.name for path in (tmp_path / "o").glob("*.safetensors*")] == ["model.safetensors"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert cli("merge", *pair, "--out", "mine", "--overwrite").code == 7
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert cli("merge", *pair, "--out", pair[0], "--overwrite").code == 2
+
+
+def test_whole_numbers_must_agree(cli: Cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in pair:
+        change(folder, "", lambda t: t.update(ids=torch.arange(5)))
+    assert cli("merge", *pair, "--out", "o").code == 0
+    assert weights_of(tmp_path / "o")["ids"].tolist() == [0, 1, 2, 3, 4]
+    change(pair[1], "", lambda t: t.update(ids=torch.arange(5) + 1))
+    result = cli("merge", *pair, "--out", "p")
+    assert result.code == 3
+    assert "tensor ids: its whole numbers differ" in result.err
+
+
+def test_config_states_the_dtype_of_the_weights(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    a, b = make_model("a", dtype=torch.bfloat16), make_model("b", dtype=torch.bfloat16)
+    config = json.loads((a / "config.json").read_text()) | {"dtype": "float32"}
+    (a / "config.json").write_text(json.dumps(config))
+    assert cli("merge", a, b, "--out", "o").code == 0
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_weight_search_finds_the_best_of_the_grid(
+    cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--search-weights",
+        "grid",
+        "--search-points",
+        5,
+        "--evaluate-on",
+        data,
+        "--metric",
+        "loss",
+    )
+    fisher = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1])
+    result = cli("merge", *pair, *fisher, *flags, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    rows = result.report["evaluation"]["candidates"]
+    assert [row["weights"][0] for row in rows] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    best = min(rows, key=lambda row: row["loss"])
+    assert result.report["summary"]["weights"] == best["weights"]
+    measured = cli("evaluate", tmp_path / "o", "--data", data, "--json").report["summary"]
+    assert measured["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert sorted(path.name for path in (tmp_path / "o").iterdir() if path.is_dir()) == []
+
+
+def test_dirichlet_search_is_seeded(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    models = [make_model(name, seed=n) for n, name in enumerate("abc")]
+    flags = ("--search-weights", "dirichlet", "--search-points", 3, "--evaluate-on", data, "--json")
+    runs = [
+        cli("merge", *models, *flags, "--seed", seed, "--out", f"o{n}").report
+        for n, seed in enumerate((0, 0, 1))
+    ]
+    candidates = [run["evaluation"]["candidates"] for run in runs]
+    assert candidates[0] == candidates[1] != candidates[2]
+    for row in candidates[0]:
+        assert sum(row["weights"]) == pytest.approx(1)
+    grid = cli("merge", *models, "--search-weights", "grid", "--evaluate-on", data, "--out", "p")
+    assert grid.code == 2
+    assert "use dirichlet" in grid.err
+
+
+def test_sentence_transformers_folders_keep_their_modules(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (pair[0] / "modules.json").write_text(
+        json.dumps([{"idx": 0, "path": ""}, {"path": "1_Pooling"}])
+    )
+    (pair[0] / "1_Pooling").mkdir()
+    (pair[0] / "1_Pooling" / "config.json").write_text("{}")
+    assert cli("merge", *pair, "--out", "o").code == 0
+    assert (tmp_path / "o" / "1_Pooling" / "config.json").exists()
