@@ -21,27 +21,8 @@ from fishertool.report import schema
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "bird",
-    "runs",
-    "sleeps",
-    "eats",
-    "fast",
-    "slow",
-    "and",
-    "or",
-    "not",
-    "very",
-    "big",
-    "small",
-]
+WORDS = ["the", "a", "red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats"]
+WORDS += ["fast", "slow", "and", "or", "not", "very", "big", "small"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCABULARY = {word: number for number, word in enumerate(SPECIAL + WORDS)}
 

@@ -51,9 +51,11 @@ def test_the_sidecar_is_the_definition(
     expected = reference(model, read_rows(data), resolved)
     found = load_file(tmp_path / "f" / "diagonal.safetensors")
     assert set(found) == set(load_file(model / "model.safetensors"))
+    scale = max(float(value.norm()) for value in expected.values())
     for name, value in found.items():
-        error = (value.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
-        assert error < 1e-5, name
+        error = (value.double() - expected[name]).norm()
+        noise = 1e-12 * scale  # a key's bias has no gradient at all but rounding
+        assert error <= 1e-5 * expected[name].norm() + noise, name
 
 
 def test_the_header_says_what_was_done(
@@ -124,7 +126,7 @@ def test_labels_are_not_needed_where_the_model_gives_them(cli: Cli, make_model: 
         (["--labels", "gold"], 2, "known: auto, empirical"),
         (["--include", "nothing"], 2, "matches none"),
         (["--max-shard-size", "big"], 2, "5GB, 500MB"),
-        (["--task", "causal-lm"], 3, "classifier"),
+        (["--task", "causal-lm"], 3, "lacks tensors the model needs"),
         (["--device", "abacus"], 2, "--device abacus"),
     ],
 )
@@ -186,7 +188,13 @@ def test_a_foreign_file_is_no_sidecar(
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["fishertool.fisher"])
     tensors = load_file(path)
-    for spoil in ({"format": 99}, {"statistics": {}}, {"kind": "factored"}, {"surprise": 1}):
+    spoilt: list[dict[str, object]] = [
+        {"format": 99},
+        {"statistics": {}},
+        {"kind": "factored"},
+        {"surprise": 1},
+    ]
+    for spoil in spoilt:
         save_file(tensors, path, {"fishertool.fisher": json.dumps(header | spoil)})
         with pytest.raises(InputError, match="f"):
             open_sidecar(tmp_path / "f")

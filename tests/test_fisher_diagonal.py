@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import transformers
+from conftest import VOCABULARY, make_bert, make_gpt2, make_llama
 from torch import Tensor, nn
 
 from fishertool.calibration import Example
@@ -17,7 +18,6 @@ from fishertool.fisher.estimate import Batch, Estimate, estimate_diagonal
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, Whole
 from fishertool.fisher.labels import Labels
 from fishertool.models.tasks import TASKS, collate
-from conftest import VOCABULARY, make_bert, make_gpt2, make_llama
 
 CLASSES = 3
 COUNT = 8

@@ -58,8 +58,10 @@ def test_linear_is_the_average_rounded_once_and_loads(
     assert set(merged) == set(first)
     for name, value in merged.items():
         expected = (0.75 * first[name].double() + 0.25 * second[name].double()).to(dtype)
-        exact = dict(rtol=0.0, atol=0.0) if dtype != torch.float32 else dict(rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(value, expected, **exact)
+        exact = dtype != torch.float32
+        torch.testing.assert_close(
+            value, expected, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-8
+        )
     auto = {"bert": transformers.AutoModelForSequenceClassification}.get(
         kind, transformers.AutoModelForCausalLM
     )

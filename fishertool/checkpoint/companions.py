@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from fishertool.checkpoint.reader import check_link, load_json
+from fishertool.checkpoint.reader import check_link, load_json, parse_json
 from fishertool.errors import InputError
 
 LOADED = (
@@ -96,11 +96,10 @@ def _module_folders(folder: Path) -> Iterator[str]:
     path = folder / "modules.json"
     if not path.exists():
         return
-    check_link(path)
     try:
-        for module in json.loads(path.read_text(encoding="utf-8")):
+        for module in parse_json(path):
             yield PurePath(str(module["path"])).as_posix()
-    except (ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise InputError(f"{path}: not a list of modules: {error}") from error
 
 

@@ -28,35 +28,35 @@ class RunningDigest:
         self.path = path
         self._hash = hashlib.sha256()
         self._position = 0
-        self._pending: dict[int, memoryview] = {}
+        self._pending: dict[int, bytes] = {}
         self._pending_bytes = 0
         self._lock = Lock()
 
     def feed(self, offset: int, data: memoryview) -> None:
-        """Take the bytes at `offset`; the caller does not change them afterwards."""
+        """Take the bytes at `offset`; afterwards the caller may change them."""
         with self._lock:
             if offset > self._position and self._pending_bytes + len(data) <= PENDING_BYTES:
                 if offset not in self._pending:
-                    self._pending[offset] = data
+                    self._pending[offset] = bytes(data)
                     self._pending_bytes += len(data)
                 return
             if offset != self._position:
                 return
             self._update(data)
             while self._position in self._pending:
-                data = self._pending.pop(self._position)
-                self._pending_bytes -= len(data)
-                self._update(data)
+                waited = self._pending.pop(self._position)
+                self._pending_bytes -= len(waited)
+                self._update(waited)
 
     def finish(self) -> FileDigest:
         with self._lock, self.path.open("rb") as file:
             self._pending.clear()
             file.seek(self._position)
             while data := file.read(BUFFER_BYTES):
-                self._update(memoryview(data))
+                self._update(data)
         return FileDigest(self.path.name, self._position, self._hash.hexdigest())
 
-    def _update(self, data: memoryview) -> None:
+    def _update(self, data: memoryview | bytes) -> None:
         self._hash.update(data)
         self._position += len(data)
 

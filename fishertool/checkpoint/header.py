@@ -122,6 +122,11 @@ def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) ->
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
+def has_control_characters(text: str) -> bool:
+    """Whether it holds anything a terminal would act on, or no text at all (lone surrogates)."""
+    return any(unicodedata.category(character)[0] == "C" for character in text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -132,7 +137,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
-    if not name or any(unicodedata.category(character)[0] == "C" for character in name):
+    if not name or has_control_characters(name):
         raise InputError(f"{path}: tensor name {name!r} is empty or has control characters")
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -142,6 +147,8 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
         raise InputError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(BITS)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise InputError(f"{where}: shape and data_offsets must be lists of non-negative integers")
+    if math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise InputError(f"{where}: its shape is beyond any memory")
     tensor = TensorInfo(name, dtype, tuple(shape), first + offsets[0])
     if tensor.elements * BITS[dtype] % 8 or offsets[1] - offsets[0] != tensor.nbytes:
         raise InputError(

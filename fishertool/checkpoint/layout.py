@@ -48,18 +48,24 @@ def lay_out(
     stem: str = "model",
     metadata: dict[str, str] | None = None,
 ) -> Layout:
-    """Fill shards in the order given, as transformers does: a tensor over the limit is alone in its own.
+    """Fill shards in the order given, as transformers does: a tensor over the limit has its own.
 
     Within a file, wider dtypes come first so that every tensor starts at a multiple of its size.
     """
-    groups: list[list[TensorInfo]] = [[]]
+    groups: list[list[TensorInfo]] = []
+    filling: list[TensorInfo] = []
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
+        if tensor.nbytes > max_shard_bytes:
+            groups.append([tensor])
+            continue
+        if size + tensor.nbytes > max_shard_bytes:
+            groups.append(filling)
+            filling, size = [], 0
+        filling.append(tensor)
         size += tensor.nbytes
+    if filling or not groups:
+        groups.append(filling)
     metadata = {"format": "pt", **(metadata or {})}
     shards = []
     for number, group in enumerate(groups, start=1):
@@ -95,9 +101,11 @@ def parse_size(text: str) -> int:
     (5000000000, 1572864, 800)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+    unit = UNITS.get(match[2].upper(), 0) if match else 0
+    size = float(match[1]) * unit if match else 0.0
+    if not 1 <= size < 2**63:
         raise UsageError(f"--max-shard-size {text!r}: write a size such as 5GB, 500MB or 2GiB")
-    return math.floor(float(match[1]) * UNITS[match[2].upper()])
+    return math.floor(size)
 
 
 def show_size(size: float) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest, RunningDigest
 from fishertool.checkpoint.dtypes import TORCH, as_bytes
-from fishertool.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from fishertool.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Header,
+    TensorInfo,
+    has_control_characters,
+    read_header,
+)
 from fishertool.errors import InputError, some
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -175,7 +182,7 @@ def open_checkpoint(
         shards: list[Shard] = []
         for name in names:
             path = folder / name
-            if not path.is_file():
+            if not path.exists():
                 raise InputError(f"{index}: names {name}, which is missing; fetch it again")
             check_link(path)
             shards.append(Shard(path, max_header_bytes))
@@ -187,22 +194,30 @@ def open_checkpoint(
 
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or InputError naming the file."""
-    check_link(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    value = parse_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
 
 
+def parse_json(path: Path) -> Any:
+    check_link(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+
+
 def check_link(path: Path) -> None:
     """Refuse a link out of its folder, unless it is the Hub cache's snapshot -> blob link."""
     folder, target = path.parent.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    if target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs)):
+    if target.is_relative_to(folder):
         return
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots":
+            if target.is_relative_to(snapshot.parent.parent / "blobs"):
+                return
+            break
     raise InputError(f"{path}: links out of its folder; copy the file into it")
 
 
@@ -211,8 +226,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     for name, file in weight_map.items():
+        if has_control_characters(name):
+            raise InputError(f"{index}: tensor name {name!r} has control characters")
         plain = isinstance(file, str) and (
             PurePosixPath(file).name == PureWindowsPath(file).name == file
+            and not has_control_characters(file)
         )
         if not plain or not file.endswith(".safetensors"):
             raise InputError(
@@ -242,11 +260,15 @@ def _check_tensors(index: Path, weight_map: dict[str, str] | None, shards: list[
 
 def _nothing_to_open(folder: Path, wanted: str) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return InputError(
-            f"{folder / pickles[0]}: pickled weights can run code and are not read; convert them: "
-            'python -c "import torch; from safetensors.torch import save_file; '
-            f"save_file({{k: v.clone() for k, v in torch.load('{pickles[0]}', weights_only=True)"
-            f".items()}}, '{wanted}', {{'format': 'pt'}})\""
-        )
-    return InputError(f"{folder}: no {wanted} in it")
+    if not pickles:
+        return InputError(f"{folder}: no {wanted} in it")
+    # A pattern, not a name: what is printed to be pasted holds nothing that the folder says.
+    weights = [name for name in pickles if fnmatchcase(name, "pytorch_model*.bin")]
+    pattern = "pytorch_model*.bin" if weights else f"*{Path(pickles[0]).suffix}"
+    return InputError(
+        f"{folder / (weights or pickles)[0]}: pickled weights can run code and are not read; "
+        'convert them there: python -c "import glob, torch; from safetensors.torch import save_file; '
+        f"save_file({{k: v.clone().contiguous() for f in sorted(glob.glob('{pattern}')) "
+        "for k, v in torch.load(f, weights_only=True).items()}, "
+        f"'{wanted}', {{'format': 'pt'}})\""
+    )

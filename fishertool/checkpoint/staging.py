@@ -23,7 +23,7 @@ def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: i
     for path in (folder.resolve() for folder in inputs):
         if place == path or place.is_relative_to(path) or path.is_relative_to(place):
             raise UsageError(f"--out {out}: overlaps the input {path}; choose another folder")
-    if place.is_file() or out.is_symlink():
+    if out.is_symlink() or (place.exists() and not place.is_dir()):
         raise OutputExistsError(f"{out}: exists and is not a folder; choose another name")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
@@ -94,7 +94,11 @@ def _take_place(folder: Path, out: Path) -> None:
     # that no later run sweeps away.
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
     out.rename(aside)
-    folder.rename(out)
+    try:
+        folder.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -114,7 +118,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staged folders whose owner is gone: a live owner holds a lock on its folder."""
-    for left in parent.glob(f"{prefix}*"):
+    for left in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:

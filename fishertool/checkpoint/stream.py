@@ -27,7 +27,7 @@ class Piece:
 def pieces(tensors: Iterable[TensorInfo], piece_elements: int = PIECE_ELEMENTS) -> Iterator[Piece]:
     """Cut tensors into runs of rows of about `piece_elements`, in the order given."""
     for tensor in tensors:
-        step = max(1, piece_elements // max(tensor.width, 1))
+        step = max(1, piece_elements // tensor.width if tensor.elements else tensor.rows)
         for start in range(0, tensor.rows, step):
             stop = min(start + step, tensor.rows)
             yield Piece(tensor.name, start, stop, (stop - start) * tensor.width)

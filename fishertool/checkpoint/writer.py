@@ -1,6 +1,7 @@
 """Write safetensors shards whose every byte has its place before the first is written."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -28,9 +29,7 @@ class CheckpointWriter:
         self._files: dict[str, int] = {}
         self._digests: dict[str, RunningDigest] = {}
         self._place: dict[str, tuple[str, TensorInfo]] = {}
-        self._missing = {
-            tensor.name: tensor.nbytes for shard in layout.shards for tensor in shard.tensors
-        }
+        self._written: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._lock = Lock()
 
     def __enter__(self) -> Self:
@@ -64,12 +63,18 @@ class CheckpointWriter:
         offset = info.start + start * (info.nbytes // max(info.rows, 1))
         self._write(file, offset, data)
         with self._lock:
-            self._missing[name] -= len(data)
+            self._written[name].append((offset, offset + len(data)))
 
     def finish(self) -> list[FileDigest]:
         """Close the files, verify them, write the index; the SHA-256 of each file."""
-        if unwritten := [name for name, missing in self._missing.items() if missing]:
-            raise RuntimeError(f"not every byte was written of {unwritten[0]}")
+        for name, (_, info) in self._place.items():
+            end = info.start
+            for start, stop in sorted(self._written[name]):
+                if start != end:
+                    raise RuntimeError(f"{name}: some rows were written twice, or not at all")
+                end = stop
+            if end != info.start + info.nbytes:
+                raise RuntimeError(f"{name}: not every row was written")
         self.close()
         digests = [self._digests[shard.file].finish() for shard in self.layout.shards]
         for shard in self.layout.shards:

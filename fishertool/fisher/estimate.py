@@ -94,6 +94,8 @@ def estimate_diagonal(
             del logits, cotangent, cotangents  # or this graph would outlive the next forward pass
             done += len(batch.examples)
             advance(len(batch.examples))
+    if not scored:
+        raise InputError("nothing is predicted in the data: no text has two tokens")
     return Estimate(
         total.mean(done),
         done,

@@ -5,6 +5,7 @@ layer's input and receive its output's gradient, and the layer's rule turns the 
 per-example gradients. They are handed on as soon as they are complete and then forgotten.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -57,7 +58,7 @@ class PerExampleGradients:
         self._consume: Consume = lambda name, parts: None
         self._handles: list[Any] = []
         self._observe: Callable[[Tensor, Tensor], None] | None = None
-        self._inside_rule = False
+        self._paused = False
         self._checking = False
         self._retain = False
 
@@ -122,13 +123,18 @@ class PerExampleGradients:
         self._checking = False
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        theirs = torch.autograd.grad(
-            self._forward(forward, 1), list(self.parameters.values()), cotangent, allow_unused=True
-        )
+        self._paused = True
+        logits, theirs = self._forward(forward, 1), []
+        if logits.requires_grad:
+            wanted = list(self.parameters.values())
+            theirs = list(torch.autograd.grad(logits, wanted, cotangent, allow_unused=True))
+        self._paused = False
         self.model.requires_grad_(False)
         rms = _rms([gradient for gradient in theirs if gradient is not None])
         differ = set()
-        for (name, parameter), gradient in zip(self.parameters.items(), theirs, strict=True):
+        for (name, parameter), gradient in zip(
+            self.parameters.items(), theirs or [None] * len(self.parameters), strict=True
+        ):
             expected = torch.zeros_like(parameter) if gradient is None else gradient
             found = ours.get(name, torch.zeros_like(parameter)).reshape(parameter.shape)
             slack = AGREEMENT * (_rms([expected]) + 1e-3 * rms)
@@ -147,6 +153,8 @@ class PerExampleGradients:
         self._consume = consume
         self._retain = retain_graph
         self._received.clear()
+        if not logits.requires_grad:  # no wanted parameter takes part in it
+            return
         logits.backward(cotangent.to(logits.dtype), retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         for name in list(self._received):
             self._hand_on(name)
@@ -195,7 +203,7 @@ class PerExampleGradients:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self._inside_rule:
+        if self._paused:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         if self._observe is not None:
@@ -223,11 +231,11 @@ class PerExampleGradients:
                 f"{type(call.module).__name__} had its input changed in place after reading it; "
                 "its Fisher cannot be computed from the layer's input"
             )
-        self._inside_rule = True
+        self._paused = True
         try:
             gradients = self._rules[call.module](call.module, call.x, delta.detach(), self.examples)
         finally:
-            self._inside_rule = False
+            self._paused = False
         if not self._retain:
             call.x = call.x.new_empty(0)  # as autograd frees what it saved, layer by layer
         for own, name in self._own(call.module).items():
@@ -245,4 +253,4 @@ class PerExampleGradients:
 def _rms(tensors: Sequence[Tensor]) -> float:
     count = sum(tensor.numel() for tensor in tensors)
     norms = (torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors)
-    return float(sum(float(norm) ** 2 for norm in norms) / max(count, 1)) ** 0.5
+    return math.sqrt(sum(float(norm) ** 2 for norm in norms) / max(count, 1))

@@ -70,7 +70,7 @@ def runners(name: str) -> dict[str, Callable[[], object]]:
     def floor() -> None:
         for start in range(0, count, batch_size):
             model.zero_grad(set_to_none=True)
-            loss_of(list(range(start, start + batch_size))).backward()
+            loss_of(list(range(start, start + batch_size))).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
     def fisher() -> None:
@@ -86,7 +86,7 @@ def runners(name: str) -> dict[str, Callable[[], object]]:
         sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
         for n in range(count):
             model.zero_grad(set_to_none=True)
-            loss_of([n]).backward()
+            loss_of([n]).backward()  # type: ignore[no-untyped-call]
             for total, parameter in zip(sums, model.parameters(), strict=True):
                 if parameter.grad is not None:
                     total.addcmul_(parameter.grad, parameter.grad)

@@ -46,9 +46,9 @@ for name in os.listdir(first):
 
 
 def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
-        block = {
+        block: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (HIDDEN, HIDDEN),
             "self_attn.k_proj": (KV, HIDDEN),
             "self_attn.v_proj": (KV, HIDDEN),

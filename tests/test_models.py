@@ -1,0 +1,340 @@
+"""Loading, names on disk and in memory, heads, ties, tasks, batches."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import VOCABULARY, ModelMaker, make_gpt2, make_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fishertool.calibration import Example
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import InputError, UsageError
+from fishertool.models.loading import LoadedModel, check_device, load_model, load_tokenizer
+from fishertool.models.names import head_names, parameters_by_disk_name, tied_names
+from fishertool.models.tasks import TASKS, collate, task_of
+
+CLASSIFY, CAUSAL = "sequence-classification", "causal-lm"
+TASK_OF_KIND = {"bert": CLASSIFY, "gpt2": CAUSAL, "llama": CAUSAL}
+HALF_TIE = "transformer.wte.weight"
+
+
+def load(folder: Path, task: str) -> LoadedModel:
+    with open_checkpoint(folder) as checkpoint:
+        return load_model(checkpoint, TASKS[task])
+
+
+def by_name(folder: Path, task: str) -> tuple[dict[str, nn.Parameter], list[str], nn.Module]:
+    with open_checkpoint(folder) as checkpoint:
+        module = load_model(checkpoint, TASKS[task]).module
+        return *parameters_by_disk_name(module, checkpoint), module
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return stored
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any) -> Path:
+    """Rewrite the folder's tensors, and keys of its config."""
+    stored = tensors(folder)
+    change(stored)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config), encoding="utf-8")
+    return folder
+
+
+def check_zips(folder: Path, task: str, apart: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+    """Every tensor on disk has its own parameter, with the same values, in the disk's order."""
+    found, rest, module = by_name(folder, task)
+    stored = tensors(folder)
+    with open_checkpoint(folder) as checkpoint:
+        assert list(found) == [name for name in checkpoint if name not in apart]
+    assert rest == []
+    for name, parameter in found.items():
+        assert torch.equal(parameter, stored[name])
+    assert {id(p) for p in found.values()} == {id(p) for p in module.parameters()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("bert", {}), ("gpt2", {}), ("llama", {"tied": True}), ("llama", {"tied": False})],
+)
+def test_parameters_go_by_their_names_on_disk(
+    make_model: ModelMaker, kind: str, more: dict[str, bool]
+) -> None:
+    found = check_zips(make_model("m", kind, **more), TASK_OF_KIND[kind])
+    assert ("lm_head.weight" in found) == (more == {"tied": False})
+
+
+def base_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    make_gpt2().transformer.save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_base_models_names_have_no_prefix(tmp_path: Path) -> None:
+    found = check_zips(base_model(tmp_path / "base"), CAUSAL)
+    assert "wte.weight" in found and not any("transformer" in name for name in found)
+
+
+def test_masks_that_old_gpt2_checkpoints_hold_are_no_parameters(tmp_path: Path) -> None:
+    """As openai-community/gpt2 on the Hub has them; transformers ignores them on load."""
+    mask = torch.ones(1, 1, 32, 32).tril()
+    folder = edit(base_model(tmp_path / "base"), lambda t: t.update({"h.0.attn.bias": mask}))
+    found, rest, _ = by_name(folder, CAUSAL)
+    assert rest == ["h.0.attn.bias"] and "h.0.attn.c_attn.bias" in found
+
+
+def test_buffers_on_disk_have_no_fisher(make_model: ModelMaker) -> None:
+    folder = make_model("m")
+    with open_checkpoint(folder) as checkpoint:
+        module = load_model(checkpoint, TASKS[CLASSIFY]).module
+    module.get_submodule("classifier").register_buffer("steps", torch.ones(2))
+    edit(folder, lambda t: t.update({"classifier.steps": torch.ones(2)}))
+    with open_checkpoint(folder) as checkpoint:
+        found, rest = parameters_by_disk_name(module, checkpoint)
+    assert rest == ["classifier.steps"] and "classifier.weight" in found
+
+
+def test_of_tied_names_both_on_disk_the_first_counts(make_model: ModelMaker) -> None:
+    folder = make_model("m", "gpt2")
+    edit(folder, lambda t: t.update({"lm_head.weight": t[HALF_TIE].clone()}))
+    found = check_zips(folder, CAUSAL, apart=("lm_head.weight",))
+    assert HALF_TIE in found
+    with open_checkpoint(folder) as checkpoint:
+        assert tied_names(checkpoint) == {"lm_head.weight": HALF_TIE}
+
+
+def test_tied_names_are_those_whose_bytes_agree(make_model: ModelMaker) -> None:
+    copies = {
+        "differ": lambda t: t.update({"lm_head.weight": t[HALF_TIE] + 1}),
+        "absent": lambda t: None,
+    }
+    for name, change in copies.items():
+        with open_checkpoint(edit(make_model(name, "gpt2"), change)) as checkpoint:
+            assert tied_names(checkpoint) == {}
+    same = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})  # noqa: E731
+    for tied in (True, False):
+        folder = edit(make_model(f"llama-{tied}", "llama", tied=tied), same)
+        with open_checkpoint(folder) as checkpoint:
+            wanted = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+            assert tied_names(checkpoint) == wanted
+        edit(folder, same, architectures=["MyLlama"])
+        with open_checkpoint(folder) as checkpoint:
+            assert tied_names(checkpoint) == {}
+
+
+def test_a_tensor_no_parameter_is_for_is_refused_by_name(make_model: ModelMaker) -> None:
+    folder = make_model("m")
+    module = load(folder, CLASSIFY).module
+    edit(folder, lambda t: t.update({"adapter.up": torch.ones(2), "n": torch.ones(2).long()}))
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(InputError, match=r"no parameter for adapter\.up$"),
+    ):
+        parameters_by_disk_name(module, checkpoint)
+
+
+@pytest.mark.parametrize("change", ["gone", "reshaped"])
+def test_a_parameter_that_is_not_on_disk_is_refused_by_name(
+    make_model: ModelMaker, change: str
+) -> None:
+    folder = make_model("m")
+    module = load(folder, CLASSIFY).module
+    if change == "gone":
+        edit(folder, lambda t: t.pop("classifier.bias"))
+    else:
+        edit(folder, lambda t: t.update({"classifier.bias": torch.ones(3, 1)}))
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(
+            InputError, match=r"no tensor of the same name and shape .* classifier\.bias"
+        ),
+    ):
+        parameters_by_disk_name(module, checkpoint)
+
+
+def test_experts_fused_on_load_are_refused_by_name(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer(template=False).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\..*fused or split"):
+        by_name(tmp_path, CAUSAL)
+
+
+def test_the_head_is_what_the_base_model_lacks(make_model: ModelMaker, tmp_path: Path) -> None:
+    wanted = {
+        make_model("bert"): {"classifier.weight", "classifier.bias"},
+        make_model("tied", "llama", tied=True): set(),
+        make_model("untied", "llama"): {"lm_head.weight"},
+        base_model(tmp_path / "base"): set(),
+    }
+    for folder, names in wanted.items():
+        with open_checkpoint(folder) as checkpoint:
+            assert set(head_names(checkpoint.config(), checkpoint, folder)) == names
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": ["MyOwn"]}])
+def test_an_unknown_architecture_has_no_known_head(config: dict[str, Any]) -> None:
+    told = "MyOwn" if config.get("architectures") else "not given"
+    with pytest.raises(InputError, match=f"here: .*architecture {told} is not in transformers"):
+        head_names(config, ["a"], "here")
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_loads_in_the_stored_dtype_but_float16(
+    make_model: ModelMaker, kind: str, stored: torch.dtype, loaded: torch.dtype
+) -> None:
+    folder = make_model("m", kind, dtype=stored)
+    model = load(folder, TASK_OF_KIND[kind])
+    assert {parameter.dtype for parameter in model.module.parameters()} == {loaded}
+    assert not model.module.training
+    parameters = dict(model.module.named_parameters())
+    for name, tensor in tensors(folder).items():
+        assert torch.equal(parameters[name], tensor.to(loaded))
+
+
+def test_what_is_known_of_a_loaded_model(make_model: ModelMaker) -> None:
+    bert = load(make_model("bert"), CLASSIFY)
+    assert (bert.labels, bert.pad_id) == ({"class0": 0, "class1": 1, "class2": 2}, 0)
+    gpt2 = load(make_model("gpt2", "gpt2"), CAUSAL)
+    assert (gpt2.labels, bert.max_length, gpt2.max_length) == (None, 32, 32)
+    folder = make_model("llama", "llama", pad_token_id=5)
+    for tokenizer_pad, pad_token_id, wanted in (("[PAD]", 5, 0), (None, 5, 5), (None, None, 3)):
+        tokenizer = make_tokenizer(template=False)
+        tokenizer.pad_token, tokenizer.eos_token = tokenizer_pad, "[SEP]"
+        tokenizer.save_pretrained(folder)
+        edit(folder, lambda t: None, pad_token_id=pad_token_id)
+        model = load(folder, CAUSAL)
+        assert (model.pad_id, model.module.config.pad_token_id) == (wanted, wanted)
+
+
+SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = {
+    "missing": (
+        lambda t: (t.pop("classifier.bias"), t.pop("bert.pooler.dense.bias")),
+        {},
+        r"lacks tensors .* BertForSequenceClassification: bert\.pooler\.dense\.bias, classifier\.bias",
+    ),
+    "another shape": (
+        lambda t: t.update({"classifier.bias": torch.zeros(5)}),
+        {},
+        r"classifier\.bias",
+    ),
+    "left over": (
+        lambda t: t.update({"adapter.up": torch.ones(2)}),
+        {},
+        r"tensors the model does not use as BertForSequenceClassification: adapter\.up",
+    ),
+    "unknown type": (lambda t: None, {"model_type": "nonesuch"}, "cannot load it: .*nonesuch"),
+    "vocabulary": (
+        lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 16)}),
+        {"vocab_size": 9},
+        f"the tokenizer has {len(VOCABULARY)} tokens, the model embeds 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_does_not_fit_is_refused_by_name(make_model: ModelMaker, fault: str) -> None:
+    change, config, told = SPOILT[fault]
+    folder = edit(make_model("m"), change, **config)
+    with pytest.raises(InputError, match=told) as caught:
+        load(folder, CLASSIFY)
+    assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+
+
+def test_whole_numbers_left_over_are_let_be(make_model: ModelMaker) -> None:
+    ids = {"bert.embeddings.position_ids": torch.arange(32)[None], "n": torch.ones(1).long()}
+    assert load(edit(make_model("m"), lambda t: t.update(ids)), CLASSIFY).labels
+
+
+def test_the_wrong_task_lacks_its_head(make_model: ModelMaker) -> None:
+    with pytest.raises(InputError, match="lacks tensors the model needs as BertLMHeadModel: cls"):
+        load(make_model("m"), CAUSAL)
+
+
+def test_without_a_tokenizer_of_its_own(make_model: ModelMaker) -> None:
+    folder = make_model("m")
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="has no tokenizer files"):
+        load(folder, CLASSIFY)
+
+
+def test_check_device() -> None:
+    assert check_device("cpu") == "cpu" and check_device("auto") in ("cpu", "cuda")
+    with pytest.raises(UsageError, match="--device abacus: "):
+        check_device("abacus")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wanted"),
+    [
+        ("BertForSequenceClassification", CLASSIFY),
+        ("LlamaForCausalLM", CAUSAL),
+        ("GPT2LMHeadModel", CAUSAL),
+    ],
+)
+def test_the_task_follows_from_the_architecture(architecture: str, wanted: str) -> None:
+    config = {"architectures": [architecture]}
+    assert task_of(config, "here").name == wanted
+    for asked in TASKS:
+        assert task_of(config, "here", asked) is TASKS[asked]
+        assert task_of({}, "here", asked) is TASKS[asked]
+    with pytest.raises(UsageError, match="--task 'casual-lm'; did you mean 'causal-lm'"):
+        task_of(config, "here", "casual-lm")
+
+
+@pytest.mark.parametrize("names", [None, [], ["BertModel"], ["T5ForConditionalGeneration"]])
+def test_a_task_that_does_not_follow_is_refused(names: list[str] | None) -> None:
+    told = names[0] if names else "none given"
+    with pytest.raises(InputError, match=rf"here: no task follows .*\({told}\)"):
+        task_of({"architectures": names}, "here")
+
+
+EXAMPLES = [
+    Example({"input_ids": [5, 6, 7], "token_type_ids": [1, 1, 1]}, 2, 0),
+    Example({"input_ids": [8], "token_type_ids": [1]}, None, 0),
+    Example({"input_ids": [9, 9], "token_type_ids": [0, 1]}, 1, 0),
+]
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate(TASKS[CLASSIFY], EXAMPLES, [2, 0, 1], 4, "cpu")
+    assert batch.inputs["input_ids"].tolist() == [[9, 9, 4], [5, 6, 7], [8, 4, 4]]
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert batch.targets.tolist() == [1, 2, 0] and batch.scored.tolist() == [True] * 3
+    assert list(batch.examples) == [2, 0, 1] and len(batch.inputs) == 3
+
+
+@pytest.mark.parametrize("pad_id", [4, 9])
+def test_next_tokens_are_scored_within_each_text_alone(pad_id: int) -> None:
+    """Also where the padding token occurs in the text."""
+    batch = collate(TASKS[CAUSAL], EXAMPLES, [0, 1, 2], pad_id, "cpu")
+    scored = [[True, True, False], [False, False, False], [True, False, False]]
+    assert batch.scored.tolist() == scored
+    assert batch.targets[batch.scored].tolist() == [6, 7, 9]
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [3, 1, 2]
