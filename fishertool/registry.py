@@ -93,6 +93,8 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and isinstance(value, float):
+            raise ValueError
         return kind(value)
     except (KeyError, ValueError, TypeError):
         raise UsageError(f"{where}: {value!r} is not a {kind.__name__}") from None

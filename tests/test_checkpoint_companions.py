@@ -112,7 +112,7 @@ def test_folders_go_along_only_when_modules_name_them(folder: Path) -> None:
 )
 def test_modules_that_are_none_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(InputError, match="not a list of modules") as caught:
+    with pytest.raises(InputError, match="modules.json: not") as caught:
         find_companions(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'modules.json'}: ")
     assert caught.value.exit_code == 3

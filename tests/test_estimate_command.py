@@ -26,7 +26,11 @@ def reference(folder: Path, rows: list[dict[str, object]], labels: str) -> dict[
         logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
         log_p = torch.log_softmax(logits, -1)
         for label in range(len(log_p)):
-            share = float(log_p[label].exp()) if labels == "expected" else label == row["label"]
+            share = (
+                float(log_p[label].detach().exp())
+                if labels == "expected"
+                else label == row["label"]
+            )
             found = torch.autograd.grad(log_p[label], list(parameters.values()), retain_graph=True)
             for name, gradient in zip(parameters, found, strict=True):
                 total[name] += share * gradient**2

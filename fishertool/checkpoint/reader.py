@@ -267,7 +267,7 @@ def _nothing_to_open(folder: Path, wanted: str) -> InputError:
     pattern = "pytorch_model*.bin" if weights else f"*{Path(pickles[0]).suffix}"
     return InputError(
         f"{folder / (weights or pickles)[0]}: pickled weights can run code and are not read; "
-        'convert them there: python -c "import glob, torch; from safetensors.torch import save_file; '
+        'convert them: python -c "import glob, torch; from safetensors.torch import save_file; '
         f"save_file({{k: v.clone().contiguous() for f in sorted(glob.glob('{pattern}')) "
         "for k, v in torch.load(f, weights_only=True).items()}, "
         f"'{wanted}', {{'format': 'pt'}})\""

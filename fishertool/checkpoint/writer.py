@@ -71,10 +71,10 @@ class CheckpointWriter:
             end = info.start
             for start, stop in sorted(self._written[name]):
                 if start != end:
-                    raise RuntimeError(f"{name}: some rows were written twice, or not at all")
+                    raise RuntimeError(f"not every byte was written of {name}, or some twice")
                 end = stop
             if end != info.start + info.nbytes:
-                raise RuntimeError(f"{name}: not every row was written")
+                raise RuntimeError(f"not every byte was written of {name}")
         self.close()
         digests = [self._digests[shard.file].finish() for shard in self.layout.shards]
         for shard in self.layout.shards:

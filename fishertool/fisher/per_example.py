@@ -124,7 +124,8 @@ class PerExampleGradients:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self._paused = True
-        logits, theirs = self._forward(forward, 1), []
+        logits = self._forward(forward, 1)
+        theirs: list[Tensor | None] = [None] * len(self.parameters)
         if logits.requires_grad:
             wanted = list(self.parameters.values())
             theirs = list(torch.autograd.grad(logits, wanted, cotangent, allow_unused=True))
@@ -132,9 +133,7 @@ class PerExampleGradients:
         self.model.requires_grad_(False)
         rms = _rms([gradient for gradient in theirs if gradient is not None])
         differ = set()
-        for (name, parameter), gradient in zip(
-            self.parameters.items(), theirs or [None] * len(self.parameters), strict=True
-        ):
+        for (name, parameter), gradient in zip(self.parameters.items(), theirs, strict=True):
             expected = torch.zeros_like(parameter) if gradient is None else gradient
             found = ours.get(name, torch.zeros_like(parameter)).reshape(parameter.shape)
             slack = AGREEMENT * (_rms([expected]) + 1e-3 * rms)

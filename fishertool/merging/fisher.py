@@ -30,8 +30,9 @@ def fisher(
         A_i   = (max(F_i, floor_i) / s_i) ^ power
 
     s_i      the model's whole Fisher in one number: its mean, its L2 norm, or 1 (`normalization`)
-    floor_i  `floor` times the tensor's mean Fisher (`relative`) or `floor` itself (`absolute`),
-             for all models or for the first only; 1e-6 unless given, and 0 if there is a base
+    floor_i  `floor` times the tensor's mean Fisher, or `floor` itself (`floor_scale` relative or
+             absolute), for all models or the first only (`floor_models`); 1e-6 unless given, and
+             0 if there is a base
     mu       `anchor`, 1e-3 unless given; A_0 is a constant, the weighted mean of the typical A_i,
              so that mu is how many average weights' information the base counts for
     theta_0  the base, if given
