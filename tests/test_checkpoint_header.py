@@ -195,6 +195,15 @@ def test_half_bytes_that_fill_bytes_are_read(tmp_path: Path) -> None:
     assert read_header(path).tensors["w"].nbytes == 8
 
 
+def test_empty_tensor_may_start_where_another_does(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(two((0, 8), (0, 0)))
+    assert {name: info.nbytes for name, info in read_header(path).tensors.items()} == {
+        name: len(found["data"])
+        for name, found in safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    }
+
+
 @thorough
 @given(TENSORS, METADATA)
 def test_safetensors_reads_an_encoded_header(

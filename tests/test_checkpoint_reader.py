@@ -242,6 +242,7 @@ def test_index_may_name_only_files_beside_it(file: Any, tmp_path: Path) -> None:
         ('{"weight_map": {"w": "missing.safetensors"}}', "names missing.safetensors.*fetch it"),
         ('{"weight_map": {"w": "a.safetensors"}}', "does not name v in a.safetensors"),
         ('{"weight_map": {"v": "a.safetensors", "x": "a.safetensors"}}', "tensor x is not in a.s"),
+        ('{"weight_map": {"v": "a.safetensors", "w": "c.safetensors"}}', "tensor w is not in c.s"),
         ('{"weight_map": {"v": "a.safetensors", "w": "b.safetensors"}}', "tensor v is also in a.s"),
         ('{"weight_map": {"u": "b.safetensors", "w": "b.safetensors"}}', "tensor u is not in b.s"),
     ],
@@ -251,6 +252,7 @@ def test_index_that_does_not_fit_its_shards_is_refused(
 ) -> None:
     save(tmp_path, {"v": noise(0, 2), "w": noise(1, 2)}, "a.safetensors")
     save(tmp_path, {"v": noise(0, 2), "x": noise(1, 2)}, "b.safetensors")
+    save(tmp_path, {"y": noise(0, 2)}, "c.safetensors")
     (tmp_path / INDEX).write_text(index, encoding="utf-8")
     assert refusal(tmp_path, message).startswith(f"{tmp_path}{os.sep}")
 

@@ -43,6 +43,7 @@ def load_model(
             checkpoint.folder,
             dtype=torch.float32 if half else "auto",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -51,7 +52,10 @@ def load_model(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{checkpoint.folder}: transformers cannot load it: {reason}") from error
     missing = sorted(found["missing_keys"])
-    mismatched = sorted(str(name) for name in found["mismatched_keys"])
+    mismatched = sorted(
+        f"{name} ({list(on_disk)} on disk, {list(wanted)} in the model)"
+        for name, on_disk, wanted in found["mismatched_keys"]
+    )
     left_over = sorted(
         name
         for name in found["unexpected_keys"]

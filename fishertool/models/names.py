@@ -1,5 +1,6 @@
 """Names on disk <-> names in memory, as transformers itself translates them."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +44,13 @@ def parameters_by_disk_name(
         for name in checkpoint
         if name not in found and name not in aliases and checkpoint.info(name).dtype in FLOATING
     ]
-    if unknown := [name for name in rest if name not in buffers]:
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
+    unknown = [
+        name
+        for name in rest
+        if name not in buffers and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unknown:
         raise InputError(f"{checkpoint.folder}: the model has no parameter for {some(unknown)}")
     ordered = {name: found[name] for name in checkpoint if name in found}
     return ordered, rest
@@ -58,11 +65,12 @@ def _disk_names(module: nn.Module, names: Iterable[str]) -> list[str]:
     from transformers.core_model_loading import revert_weight_conversion
 
     nothing = torch.empty(0)
-    saved = [
-        name
-        for in_memory in names
-        for name in revert_weight_conversion(module, {in_memory: nothing})
-    ]
+    saved: list[str] = []
+    for in_memory in names:
+        try:
+            saved += revert_weight_conversion(module, {in_memory: nothing})
+        except (IndexError, RuntimeError, ValueError):  # fused on load: no one name on disk
+            saved.append(in_memory)
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     return saved + [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
 
