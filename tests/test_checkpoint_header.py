@@ -266,3 +266,15 @@ def test_rows_and_width(shape: tuple[int, ...], elements: int, rows: int, width:
     assert (info.elements, info.rows, info.width) == (elements, rows, width)
     assert info.nbytes == 2 * elements
     assert str(info) == f"BF16 {list(shape)}"
+
+
+def test_hostile_sizes_are_refused_at_once(tmp_path: Path) -> None:
+    """Each would take hours if it were looked at pair by pair, or multiplied out."""
+    names = ",".join(f'"{number}":1' for number in range(60_000))
+    shape = ",".join(["9"] * 200_000)
+    entry = f'{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,4]}}'
+    for text in (f'{{{names},"59999":1}}', f'{{"w":{entry}}}'):
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        with pytest.raises(InputError):
+            read_header(path)

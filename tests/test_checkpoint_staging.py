@@ -409,3 +409,11 @@ def test_output_that_may_not_be_written_is_refused(
 
     monkeypatch.setattr(os, "access", access)
     refused(StorageError, out, f"no permission to write in {tmp_path}")
+
+
+def test_output_that_appears_during_the_run_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputExistsError, match="appeared"), staged(out, overwrite=False):
+        out.mkdir()
+        (out / "theirs").write_text("1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]

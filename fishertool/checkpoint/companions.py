@@ -34,7 +34,7 @@ LOADED = (
 )
 LOADED_IN_FOLDERS = ("config.json", "*.safetensors", "*.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-FORBIDDEN = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
+FORBIDDEN = (".py", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def find_companions(folder: Path) -> Companions:
             continue
         allowed = LOADED if top else LOADED_IN_FOLDERS
         inside = top or name.parent.as_posix() in folders
-        if inside and _matches(name, allowed) and name.suffix not in FORBIDDEN:
+        if inside and _matches(name, allowed) and name.suffix.lower() not in FORBIDDEN:
             check_link(path)
             copied.append(name.as_posix())
         else:
@@ -104,10 +104,11 @@ def _module_folders(folder: Path) -> Iterator[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder in sorted order, hidden ones and linked folders apart."""
+    """Every file below a folder in sorted order; a linked folder as itself; nothing hidden."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in sorted([*names, *linked]):
             if not name.startswith("."):
                 yield Path(parent, name)
 

@@ -8,6 +8,7 @@ import json
 import math
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fishertool.errors import InputError
 
 MAX_HEADER_BYTES = 25_000_000
 LENGTH_BYTES = 8
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ def has_control_characters(text: str) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in result if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {twice!r}")
     return result
 
@@ -147,7 +148,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
         raise InputError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(BITS)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise InputError(f"{where}: shape and data_offsets must be lists of non-negative integers")
-    if math.prod(max(size, 1) for size in shape) >= 2**63:
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) >= 2**63:
         raise InputError(f"{where}: its shape is beyond any memory")
     tensor = TensorInfo(name, dtype, tuple(shape), first + offsets[0])
     if tensor.elements * BITS[dtype] % 8 or offsets[1] - offsets[0] != tensor.nbytes:

@@ -124,6 +124,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if info.dtype not in TORCH:
             raise InputError(f"{self.where(name)}: {info.dtype} cannot be computed with")
         stop = info.rows if stop is None else stop
+        if not 0 <= start <= stop <= info.rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {info.rows}")
         shard, row_bytes = self._shard_of[name], info.nbytes // max(info.rows, 1)
         offset = info.start + start * row_bytes
         data = shard.read(offset, (stop - start) * row_bytes)
@@ -202,6 +204,8 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def parse_json(path: Path) -> Any:
     check_link(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -56,9 +56,10 @@ def free_bytes(out: Path) -> int:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """A folder beside `out` to write into; it takes the place of `out` when the block ends well.
 
+    Without `overwrite`, an `out` that came to be in the meantime stays: OutputExistsError.
     Everything in it is fsynced first. If the block raises (Ctrl-C and SIGTERM do), it is removed.
     What a killed run left is removed by the next run for the same output. Folders get the mode
     the umask asks for.
@@ -76,6 +77,8 @@ def staged(out: Path) -> Iterator[Path]:
         for path in folder.rglob("*"):
             _fsync(path)
         _fsync(folder)
+        if not overwrite and out.exists() and any(out.iterdir()):
+            raise OutputExistsError(f"{out}: appeared during the run; choose another name")
         _take_place(folder, out)
         _fsync(out.parent)
     finally:

@@ -114,7 +114,7 @@ def estimate_fisher(
             )
             if not allow_nonfinite:
                 _check_estimate(checkpoint, estimate.diagonal)
-        with staged(out) as folder:
+        with staged(out, overwrite) as folder:
             with report.phase("write"):
                 header = FisherHeader(
                     kind=kind,

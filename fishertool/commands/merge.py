@@ -106,7 +106,7 @@ def merge(
         judge = None
         if evaluate_on is not None:
             judge = Judge(plan, evaluate_on, metric, batch_size, device, trust_remote_code)
-        with staged(out) as folder:
+        with staged(out, overwrite) as folder:
             best = candidates[0]
             rows: list[dict[str, Any]] = []
             if search_weights and judge is not None:

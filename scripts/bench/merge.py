@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -30,6 +29,16 @@ from fishertool.checkpoint.writer import CheckpointWriter
 LAYERS = {"0.5 GB": 3, "2.2 GB": 22, "4.4 GB": 47}
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 2048, 5632, 32_000, 256
 BLOCK = 1 << 22
+LAUNCHER = """
+import os, sys, time
+# A small parent: a child's peak counts what it shared with its parent before exec.
+start = time.perf_counter()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print()
+print(time.perf_counter() - start, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 FLOOR = """
 import os, shutil, sys
 first, second, out = sys.argv[1:]
@@ -89,15 +98,13 @@ def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
 
 def run(command: list[str]) -> tuple[float, int]:
     """Seconds and peak RSS in bytes of a command."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        if status != 0:
-            log.seek(0)
-            sys.exit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    seconds, kilobytes = done.stdout.splitlines()[-1].split()
+    return float(seconds), int(kilobytes) * 1024
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
