@@ -14,7 +14,7 @@ import typer
 
 from fishertool import __version__
 from fishertool.errors import FishertoolError, GateError, UsageError
-from fishertool.registry import find_method, method_names, suggest
+from fishertool.registry import find_method, method_names
 
 MERGE_METHODS = "fishertool.merging"
 INTERRUPTED, TERMINATED, BUG, IO_FAILURE = 130, 143, 1, 5
@@ -84,54 +84,27 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command's flags, so that flags win."""
-    if path is None:
-        return None
-    import yaml
+    if path is not None:
+        from fishertool.config import read_config
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: must map flag names to values")
-    parameters = {
-        _flag_name(parameter): parameter
-        for parameter in context.command.params
-        if parameter.name not in ("config", "help")
-    }
-    defaults: dict[str, Any] = {}
-    for key, value in content.items():
-        name = str(key).replace("_", "-")
-        if name not in parameters:
-            raise UsageError(f"--config {path}: no key {suggest(name, parameters)}")
-        parameter = parameters[name]
-        several = getattr(parameter, "multiple", False) or parameter.nargs != 1
-        if value is not None and parameter.name is not None:
-            defaults[parameter.name] = _as_flag(f"--config {path}: {name}", value, several)
-    context.default_map = defaults
+        parameters = {
+            _flag_name(parameter): parameter
+            for parameter in context.command.params
+            if parameter.name not in ("config", "help")
+        }
+        several = {
+            flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
+            for flag, parameter in parameters.items()
+        }
+        values = read_config(path, several)
+        context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
     return path
 
 
 def _flag_name(parameter: Any) -> str:
-    """The name a user types: `--set` for the argument `settings`, `models` for a positional one."""
+    """The name a user types: `set` for the argument `settings`, `models` for a positional one."""
     flags = [flag for flag in parameter.opts if flag.startswith("--")]
     return str(flags[0][2:] if flags else parameter.name).replace("_", "-")
-
-
-def _as_flag(where: str, value: Any, several: bool) -> Any:
-    """A YAML value as the command line would have given it."""
-    if isinstance(value, dict):
-        value = [f"{key}={item}" for key, item in value.items()]
-    if isinstance(value, list):
-        if any(isinstance(item, dict | list) for item in value):
-            raise UsageError(f"{where}: is nested too deep")
-        items = [str(item) for item in value]
-        return items if several else ",".join(items)
-    if isinstance(value, bool):
-        return value
-    return [str(value)] if several else str(value)
 
 
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "selection": {"errors"},
     "report": {"errors", ""},
+    "config": {"errors", "registry"},
     "hub": {"errors"},
     "calibration": {"errors"},
     "checkpoint": {"errors", "checkpoint"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "cli": {"errors", "registry", "report", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "commands", "progress"}}
+LAZILY = {"cli": {"calibration", "commands", "config", "progress"}}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},
@@ -46,7 +47,7 @@ ONLY_IN = {
     "datasets": {"calibration"},
     "huggingface_hub": {"hub", "calibration"},
 }
-WITHOUT_TORCH = {"cli", "errors", "report", "selection", "registry", "progress", "hub"}
+WITHOUT_TORCH = {"cli", "config", "errors", "report", "selection", "registry", "progress", "hub"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,48 @@
+"""YAML files that give a command its flags: flag names as keys, unknown keys refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fishertool.errors import UsageError
+from fishertool.registry import suggest
+
+
+def read_config(path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
+    """A file's values by flag name, as the command line would have given them.
+
+    flags  the flags there are, and whether each may be given several times
+
+    Raises UsageError naming the file and the key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: must map flag names to values")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        flag = str(key).replace("_", "-")
+        if flag not in flags:
+            raise UsageError(f"--config {path}: no key {suggest(flag, flags)}")
+        if value is not None:
+            values[flag] = _as_flag(f"--config {path}: {flag}", value, flags[flag])
+    return values
+
+
+def _as_flag(where: str, value: Any, several: bool) -> Any:
+    if isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, list):
+        if any(isinstance(item, dict | list) for item in value):
+            raise UsageError(f"{where}: is nested too deep")
+        items = [str(item) for item in value]
+        return items if several else ",".join(items)
+    if isinstance(value, bool):
+        return value
+    return [str(value)] if several else str(value)
