@@ -30,6 +30,9 @@ class CheckpointWriter:
         self._digests: dict[str, RunningDigest] = {}
         self._place: dict[str, tuple[str, TensorInfo]] = {}
         self._written: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._left = {
+            shard.file: sum(tensor.nbytes for tensor in shard.tensors) for shard in layout.shards
+        }
         self._lock = Lock()
 
     def __enter__(self) -> Self:
@@ -64,6 +67,10 @@ class CheckpointWriter:
         self._write(file, offset, data)
         with self._lock:
             self._written[name].append((offset, offset + len(data)))
+            self._left[file] -= len(data)
+            complete = self._left[file] == 0
+        if complete:  # to disk while other shards are still being filled
+            os.fsync(self._files[file])
 
     def finish(self) -> list[FileDigest]:
         """Close the files, verify them, write the index; the SHA-256 of each file."""
