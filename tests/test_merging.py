@@ -141,8 +141,8 @@ def by_loop(
     prior = 0.0
     if base is not None:
         typical = [(f.mean / s) ** power for f, s in zip(fishers, scales, strict=True)]
-        mean = sum(c * a for c, a in zip(weights, typical, strict=True)) / sum(weights)
-        prior = (1e-3 if anchor is None else anchor) * mean
+        known = sum(c * a for c, a in zip(weights, typical, strict=True))
+        prior = (1e-3 if anchor is None else anchor) * known
     result = torch.empty_like(models[0], dtype=torch.float64)
     for j in range(result.numel()):
         above = below = 0.0
@@ -284,3 +284,11 @@ def test_the_preset_is_the_released_codes_rule(target_weight: float) -> None:
         wanted = (target * float(models[0][j]) + donor * float(models[1][j])) / (target + donor)
         assert float(merged[j]) == pytest.approx(wanted, rel=1e-9)
     assert 0 < floored < 40
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_only_the_proportion_of_the_weights_counts(anchored: bool) -> None:
+    models = [torch.randn(7, 5) for _ in range(2)]
+    fishers, base = fishers_for(models), torch.zeros(7, 5) if anchored else None
+    once = fisher(models, (0.3, 0.7), fishers, base)
+    torch.testing.assert_close(fisher(models, (3.0, 7.0), fishers, base), once)

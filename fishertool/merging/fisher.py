@@ -33,8 +33,9 @@ def fisher(
     floor_i  `floor` times the tensor's mean Fisher, or `floor` itself (`floor_scale` relative or
              absolute), for all models or the first only (`floor_models`); 1e-6 unless given, and
              0 if there is a base
-    mu       `anchor`, 1e-3 unless given; A_0 is a constant, the weighted mean of the typical A_i,
-             so that mu is how many average weights' information the base counts for
+    mu       `anchor`, 1e-3 unless given; A_0 is a constant, sum_i c_i times model i's typical A_i,
+             so that mu is what the base counts for beside an average weight of all models
+             together, whatever the scale of the c_i
     theta_0  the base, if given
 
     Where the denominator is zero (no model has information, or only models of weight zero have),
@@ -66,7 +67,7 @@ def fisher(
         typical = sum(
             weight * (one.mean / scale) ** power
             for weight, one, scale in zip(weights, fishers, scales, strict=True)
-        ) / sum(weights)
+        )
         prior = (ANCHOR if anchor is None else anchor) * typical
         denominator.add_(prior)
         numerator.add_(base, alpha=prior)
