@@ -124,11 +124,12 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
+    parser.add_argument("--sizes", nargs="+", choices=LAYERS, default=list(LAYERS))
     options = parser.parse_args()
     result: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         work = Path(temporary)
-        for size, layers in LAYERS.items():
+        for size, layers in ((size, LAYERS[size]) for size in options.sizes):
             first, second = work / "first", work / "second"
             make_checkpoint(first, layers, 1)
             make_checkpoint(second, layers, 2)
