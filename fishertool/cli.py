@@ -14,6 +14,7 @@ import typer
 
 from fishertool import __version__
 from fishertool.errors import FishertoolError, GateError, UsageError
+from fishertool.memory import keep_freed_memory
 from fishertool.registry import find_method, method_names
 
 MERGE_METHODS = "fishertool.merging"
@@ -38,6 +39,7 @@ def run() -> NoReturn:
 def main(arguments: list[str]) -> int:
     """Run one command line and return its exit code; see fishertool.errors for the codes."""
     previous = signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     try:
         code = app(arguments, prog_name="fishertool", standalone_mode=False)
         sys.stdout.flush()

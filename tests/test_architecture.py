@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "__init__": set[str](),
     "errors": set[str](),
     "progress": set[str](),
+    "memory": set[str](),
     "registry": {"errors"},
     "selection": {"errors"},
     "report": {"errors", ""},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "surgery": LIBRARIES | {"merging", "models", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
-    "cli": {"errors", "registry", "report", ""},
+    "cli": {"errors", "memory", "registry", "report", ""},
     "__main__": {"cli"},
 }
 LAZILY = {"cli": {"calibration", "commands", "config", "progress"}}
@@ -47,7 +48,17 @@ ONLY_IN = {
     "datasets": {"calibration"},
     "huggingface_hub": {"hub", "calibration"},
 }
-WITHOUT_TORCH = {"cli", "config", "errors", "report", "selection", "registry", "progress", "hub"}
+WITHOUT_TORCH = {
+    "cli",
+    "memory",
+    "config",
+    "errors",
+    "report",
+    "selection",
+    "registry",
+    "progress",
+    "hub",
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

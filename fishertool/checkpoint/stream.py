@@ -1,6 +1,5 @@
 """Run a function over the row pieces of many tensors from a few threads, with bounded memory."""
 
-import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,6 @@ import torch
 from fishertool.checkpoint.header import TensorInfo
 
 PIECE_ELEMENTS = 1 << 20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ def stream(
     The function must touch nothing but its own piece: then results do not depend on `threads`.
     The first error stops the work and is raised.
     """
-    _keep_freed_memory()
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # one piece per thread is the parallelism
     try:
@@ -67,18 +64,6 @@ def stream(
                 raise
     finally:
         torch.set_num_threads(intra_op)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse a piece's memory for the next piece.
-
-    Given back to the kernel, as it is by default, it comes zeroed page by page each time, which
-    was measured to double a merge's system time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _finish(waiting: deque[tuple[Future[None], int]], advance: Callable[[int], None]) -> None:

@@ -70,7 +70,7 @@ def estimate_diagonal(
     model.eval()
     scored, loss, done = 0, 0.0, 0
     with PerExampleGradients(model, parameters) as gradients:
-        gradients.check(lambda copies: logits_of(model, collate([order[0]] * copies)))
+        gradients.check(lambda copies: logits_of(model, collate([order[-1]] * copies)))
         size = 1 if gradients.one_by_one else batch_size
         total = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
         for start in range(0, len(order), size):

@@ -25,6 +25,7 @@ import transformers
 
 from fishertool.calibration import Example
 from fishertool.fisher.estimate import estimate_diagonal
+from fishertool.memory import keep_freed_memory
 from fishertool.models.tasks import TASKS, Task, collate
 
 SHAPES = {"minilm": (128, 16, 128), "llama": (256, 8, 32)}
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the command line does, here for all three alike
     run = runners(options.model)
     if options.peak_of:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
