@@ -1,5 +1,7 @@
 """The command line: flags, help, printing, exit codes. Commands are imported when they run."""
 
+import atexit
+import contextlib
 import errno
 import os
 import signal
@@ -33,7 +35,14 @@ class Terminated(BaseException):
 
 
 def run() -> NoReturn:
-    sys.exit(main(sys.argv[1:]))
+    """The process's whole life. It ends without taking the interpreter down, which is 0.3 s of
+    freeing what torch holds; everything written is on disk by then."""
+    code = main(sys.argv[1:])
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def main(arguments: list[str]) -> int:

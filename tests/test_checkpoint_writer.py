@@ -1,5 +1,6 @@
 """Layout, writer and stream: the shards of transformers, filled in any order, to the last byte."""
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fishertool.checkpoint import digest as digest_module
+from fishertool.checkpoint import writer as writer_module
 from fishertool.checkpoint.digest import FileDigest, RunningDigest, digest
 from fishertool.checkpoint.dtypes import BITS, TORCH
 from fishertool.checkpoint.header import TensorInfo, read_header
@@ -190,6 +192,39 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     digests = write_whole(tmp_path, lay_out(infos(state), 10**9), state)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], state["w"])
     assert digests == [digest(tmp_path / "model.safetensors")]
+
+
+def test_long_writes_go_to_disk_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(writer_module, "WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(descriptor))
+    state = {"w": torch.arange(100.0)}
+    with CheckpointWriter(tmp_path, lay_out(infos(state), 1 << 20)) as writer:
+        for start in range(0, 100, 10):
+            writer.write("w", state["w"][start : start + 10], start)
+        writer.finish()
+    assert len(flushed) == 4  # every third piece, and the last
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], state["w"])
+
+
+def test_failure_on_the_way_to_disk_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, calls = os.fsync, iter([True])
+
+    def fail_once(descriptor: int) -> None:
+        if next(calls, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(writer_module, "WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    state = {"w": torch.arange(100.0)}
+    with CheckpointWriter(tmp_path, lay_out(infos(state), 1 << 20)) as writer:
+        for start in range(0, 100, 50):
+            writer.write("w", state["w"][start : start + 50], start)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            writer.finish()
 
 
 def test_values_may_be_changed_once_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -15,12 +16,15 @@ from fishertool.checkpoint.dtypes import TORCH, as_bytes
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, ShardLayout, encode_index
 
+WRITE_BACK_BYTES = 64 << 20
+
 
 class CheckpointWriter:
     """Fills the files of a layout by positioned writes, in any order and from any thread.
 
-    Opening it reserves the disk space. `finish` checks that every byte was written and that the
-    safetensors library reads the headers as meant.
+    Opening it reserves the disk space. What is written goes to disk in the background and then
+    leaves the page cache: an output of any size takes little of the machine's memory. `finish`
+    checks that every byte was written and that the safetensors library reads the headers as meant.
     """
 
     def __init__(self, folder: Path, layout: Layout):
@@ -33,7 +37,10 @@ class CheckpointWriter:
         self._left = {
             shard.file: sum(tensor.nbytes for tensor in shard.tensors) for shard in layout.shards
         }
+        self._dirty: dict[str, int] = defaultdict(int)
         self._lock = Lock()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="write-back")
+        self._flushes: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -53,6 +60,7 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
+        self._disk.shutdown(cancel_futures=True)
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -68,9 +76,10 @@ class CheckpointWriter:
         with self._lock:
             self._written[name].append((offset, offset + len(data)))
             self._left[file] -= len(data)
-            complete = self._left[file] == 0
-        if complete:  # to disk while other shards are still being filled
-            os.fsync(self._files[file])
+            self._dirty[file] += len(data)
+            if self._dirty[file] >= WRITE_BACK_BYTES or self._left[file] == 0:
+                self._dirty[file] = 0
+                self._flushes.append(self._disk.submit(_flush, self._files[file]))
 
     def finish(self) -> list[FileDigest]:
         """Close the files, verify them, write the index; the SHA-256 of each file."""
@@ -82,6 +91,8 @@ class CheckpointWriter:
                 end = stop
             if end != info.start + info.nbytes:
                 raise RuntimeError(f"not every byte was written of {name}")
+        for flush in self._flushes:
+            flush.result()
         self.close()
         digests = [self._digests[shard.file].finish() for shard in self.layout.shards]
         for shard in self.layout.shards:
@@ -119,3 +130,9 @@ class CheckpointWriter:
                     raise RuntimeError(f"{path}: tensor {tensor.name} does not read back")
         if path.stat().st_size != shard.nbytes or len(found) != len(shard.tensors):
             raise RuntimeError(f"{path}: does not read back as it was laid out")
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
