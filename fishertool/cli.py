@@ -250,6 +250,10 @@ TrustRemoteCode = Annotated[
 ]
 Task = Annotated[str, _option("--task", help="auto, sequence-classification or causal-lm.")]
 BatchSize = Annotated[int, _option("--batch-size", min=1, help="Results do not depend on it.")]
+MicroBatchSize = Annotated[
+    str,
+    _option("--batch-size", help="auto (by tokens) or a number; results do not depend on it."),
+]
 Data = Annotated[
     str, _option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
 ]
@@ -287,7 +291,13 @@ def estimate_fisher(
     data: Data,
     out: Annotated[Path, _option("--out", help="Folder to write the sidecar to.")],
     config: Config = None,
-    kind: Annotated[str, _option("--kind", help="diagonal: one number a weight.")] = "diagonal",
+    kind: Annotated[
+        str,
+        _option(
+            "--kind",
+            help="diagonal, factored, kronecker, activation, rank-one; several with commas.",
+        ),
+    ] = "diagonal",
     labels: Annotated[
         str,
         _option(
@@ -297,6 +307,13 @@ def estimate_fisher(
         ),
     ] = "auto",
     draws: Annotated[int, _option("--draws", min=1, help="Labels drawn per prediction.")] = 1,
+    group: Annotated[
+        int,
+        _option("--group", min=1, help="Examples whose mean is one gradient of a rank-one bank."),
+    ] = 1,
+    bank_dtype: Annotated[
+        str, _option("--bank-dtype", help="Of a rank-one bank: bfloat16 or float32.")
+    ] = "bfloat16",
     task: Task = "auto",
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -305,7 +322,7 @@ def estimate_fisher(
     label_column: LabelColumn = "label",
     num_examples: NumExamples = None,
     max_length: MaxLength = None,
-    batch_size: BatchSize = 8,
+    batch_size: MicroBatchSize = "auto",
     shuffle: Shuffle = False,
     seed: Seed = 0,
     include: Include = None,
@@ -339,6 +356,8 @@ def estimate_fisher(
         kind=kind,
         labels=labels,
         draws=draws,
+        group=group,
+        bank_dtype=bank_dtype,
         task=task,
         batch_size=batch_size,
         include=include or [],

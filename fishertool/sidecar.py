@@ -1,28 +1,36 @@
-"""A Fisher sidecar on disk: a lazy mapping of the checkpoint's own tensor names, with its header.
+"""A Fisher sidecar on disk: one safetensors checkpoint a kind, keyed by the model's tensor names.
 
-A sidecar is a folder with one safetensors checkpoint a kind (`diagonal.safetensors`) and a report.
+A sidecar is a folder with `diagonal.safetensors`, `kronecker.safetensors`, ... and a report.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from torch import Tensor
+
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.header import FisherHeader
-
-KINDS = ("diagonal",)
 
 
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
     """Open one kind of a sidecar and check its header against its tensors.
 
-    Raises InputError for a folder that is no sidecar, or whose header and tensors disagree.
+    Raises InputError for a folder that is no sidecar or has not that kind, or whose header and
+    tensors disagree.
     """
     tensors = open_checkpoint(folder, stem=kind)
     try:
         header = FisherHeader.from_metadata(tensors.metadata, f"{folder}")
         if header.kind != kind:
             raise InputError(f"{folder}: says it is {header.kind}, expected {kind}")
-        if set(header.statistics) != set(tensors):
+        if {weight_of(name) for name in tensors} | set(header.leaders) != set(header.statistics):
             raise InputError(f"{folder}: its header and its tensors have different names")
     except BaseException:
         tensors.close()
@@ -30,12 +38,79 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
     return tensors, header
 
 
+def write_sidecar(
+    folder: Path, header: FisherHeader, tensors: Mapping[str, Tensor], max_shard_bytes: int
+) -> tuple[Layout, list[FileDigest]]:
+    """Write one kind, float32."""
+    infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
+    layout = lay_out(infos, max_shard_bytes, stem=header.kind, metadata=header.to_metadata())
+    with CheckpointWriter(folder, layout) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value.cpu())
+        return layout, writer.finish()
+
+
+class BankWriter:
+    """Writes the members of a gradient bank as they come: each weight's are one tensor [member, ...].
+
+    Opening it reserves the disk space; `finish` checks that every member was written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: FisherHeader,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: str,
+        members: int,
+        max_shard_bytes: int,
+    ):
+        infos = [TensorInfo(name, dtype, (members, *shape)) for name, shape in shapes.items()]
+        metadata = header.to_metadata()
+        self.layout = lay_out(infos, max_shard_bytes, stem=header.kind, metadata=metadata)
+        self._rows = {info.name: info.rows // members for info in infos}
+        self._widths = {info.name: info.width for info in infos}
+        self._writer = CheckpointWriter(folder, self.layout)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+    def write(self, name: str, member: int, gradient: Tensor) -> None:
+        rows = gradient.reshape(-1, self._widths[name]).cpu()
+        self._writer.write(name, rows, member * self._rows[name])
+
+    def finish(self) -> list[FileDigest]:
+        return self._writer.finish()
+
+
+def weight_of(name: str) -> str:
+    """The weight that a stored tensor is about.
+
+    >>> weight_of("layer.0.weight#rows")
+    'layer.0.weight'
+    """
+    return name.partition("#")[0]
+
+
 def check_fits(tensors: Checkpoint, header: FisherHeader, model: Checkpoint) -> None:
     """Refuse a sidecar estimated on other weights than these: order on the command line matters."""
-    for name in tensors:
+    for name in header.statistics:
         if name not in model:
-            raise InputError(f"{tensors.where(name)}: {model.folder} has no such tensor")
+            raise InputError(f"{tensors.folder}: tensor {name}: {model.folder} has no such tensor")
+        if name not in tensors:
+            continue
         mine, theirs = model.info(name).shape, tensors.info(name).shape
+        if header.kind == "rank-one":
+            theirs = theirs[1:]
         if mine != theirs:
             raise InputError(
                 f"{tensors.where(name)} is {list(theirs)}, but {list(mine)} in {model.folder}"

@@ -288,6 +288,8 @@ def test_add_squares_of_every_form(shape: tuple[int, int], time: int) -> None:
             forms["rows"][1][n, ids[n, t]] += values[n, t]
     for names in (["outer"], ["rows"], ["whole"], ["outer", "rows"], ["rows", "whole", "outer"]):
         total = torch.ones(rows, width, dtype=torch.float64)
-        add_squares(total, [forms[name][0] for name in names])
+        norms = torch.ones(3, dtype=torch.float64)
+        add_squares(total, [forms[name][0] for name in names], norms)
         dense = sum((forms[name][1] for name in names), torch.zeros(()))
         torch.testing.assert_close(total, 1 + dense.square().sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norms, 1 + dense.square().sum((1, 2)), rtol=1e-5, atol=1e-5)

@@ -1,35 +1,43 @@
 """The diagonal: a running sum of squared per-example gradients, one number a weight."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fishertool.fisher.gradients import (
     Gradient,
-    OuterProducts,
     ScatteredRows,
     Whole,
+    dtype_of,
     examples_in,
     rows_of,
 )
+from fishertool.fisher.moments import TraceMoments
 
 TILE_ELEMENTS = 1 << 20
 
 
 class Diagonal:
-    """Sums of squares by parameter name, in float64; `mean` divides by the number of examples."""
+    """Sums of squares by parameter name, in float64; `mean` divides by the number of examples.
 
-    def __init__(self, parameters: dict[str, Tensor]):
+    `traces` knows how much each tensor's sum varies from example to example.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
         self.sums = {
             name: torch.zeros(rows_of(parameter), dtype=torch.float64, device=parameter.device)
             for name, parameter in parameters.items()
         }
+        self.traces = TraceMoments(parameters)
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+
+    def begin(self, examples: Sequence[int]) -> None:
+        self.traces.begin(len(examples))
 
     def add(self, name: str, gradients: Sequence[Gradient]) -> None:
         """Add every example's squared gradient: the square of the sum of its parts."""
-        add_squares(self.sums[name], gradients)
+        add_squares(self.sums[name], gradients, self.traces.of_batch(name))
 
     def mean(self, examples: int) -> dict[str, Tensor]:
         """float32, shaped as the parameters."""
@@ -39,56 +47,68 @@ class Diagonal:
         }
 
 
-def add_squares(total: Tensor, parts: Sequence[Gradient]) -> None:
-    """total += sum over examples of (sum of the parts of G_n) ** 2, elementwise.
+def add_squares(total: Tensor, parts: Sequence[Gradient], norms: Tensor) -> None:
+    """total += sum over examples of (sum of the parts of G_n) ** 2, elementwise; norms_n += |G_n|^2.
 
-    `total` is [row, width] in float64. Squares are formed and summed over the batch in float32
-    (or the parts' own wider dtype), then added in float64.
+    `total` is [row, width] and `norms` [example], both in float64. Squares are formed and summed
+    over the batch in float32 (or the parts' own wider dtype), then added in float64.
     """
     if len(parts) == 1:
         [part] = parts
         if isinstance(part, Whole):
-            total += _wide(part.values).square().sum(0)
+            squares = wide(part.values).square()
+            norms += squares.sum((1, 2))
+            total += squares.sum(0)
             return
         if isinstance(part, ScatteredRows):
-            _add_scattered(total, part)
+            for n, (touched, squares) in enumerate(scattered_squares(part)):
+                norms[n] += squares.sum()
+                total.index_add_(0, touched, squares.double())
             return
         if part.left.shape[1] == 1:
-            left, right = _wide(part.left[:, 0]), _wide(part.right[:, 0])
-            total += left.square().T @ right.square()
+            left, right = wide(part.left[:, 0]).square(), wide(part.right[:, 0]).square()
+            norms += left.sum(1) * right.sum(1)
+            total += left.T @ right
             return
-    _add_tiles(total, parts)
+    for start, squares in tiles_of_squares(parts, total.shape, norms):
+        total[start : start + len(squares)] += squares
 
 
-def _add_tiles(total: Tensor, parts: Sequence[Gradient]) -> None:
-    """One example's gradient at a time, in tiles of rows that stay in cache."""
-    rows, width = total.shape
+def tiles_of_squares(
+    parts: Sequence[Gradient], shape: Sequence[int], norms: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Runs of rows of sum over examples of G_n ** 2, each with its first row; norms_n += |G_n|^2.
+
+    One example's gradient is formed at a time, in tiles that stay in cache. What is yielded is
+    overwritten by the next.
+    """
+    rows, width = shape
     step = min(rows, max(1, TILE_ELEMENTS // max(width, 1)))
-    dtype = next((part.left.dtype for part in parts if isinstance(part, OuterProducts)), None)
-    gradient = total.new_empty(step, width, dtype=dtype or torch.float32)
-    squares = total.new_empty(step, width, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    gradient = norms.new_empty(step, width, dtype=dtype_of(parts))
+    squares = norms.new_empty(step, width, dtype=torch.promote_types(gradient.dtype, torch.float32))
     for start in range(0, rows, step):
         count = min(step, rows - start)
         tile, sums = gradient[:count], squares[:count]
         for n in range(examples_in(parts[0])):
             for number, part in enumerate(parts):
                 part.add_rows(tile, n, start, fresh=number == 0)
-            wide = _wide(tile)
+            values = wide(tile)
+            norms[n] += torch.dot(values.view(-1), values.view(-1))
             if n == 0:
-                torch.mul(wide, wide, out=sums)
+                torch.mul(values, values, out=sums)
             else:
-                sums.addcmul_(wide, wide)
-        total[start : start + count] += sums
+                sums.addcmul_(values, values)
+        yield start, sums
 
 
-def _add_scattered(total: Tensor, part: ScatteredRows) -> None:
-    """Only the rows an example touches; equal ids are summed before squaring."""
+def scattered_squares(part: ScatteredRows) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each example the rows it touches and their squares; equal ids are summed before squaring."""
     for ids, values in zip(part.ids, part.values, strict=True):
         touched, position = ids.unique(return_inverse=True)
-        summed = values.new_zeros(len(touched), values.shape[-1], dtype=_wide(values[:0]).dtype)
-        summed.index_add_(0, position, _wide(values))
-        total.index_add_(0, touched, summed.square().double())
+        summed = wide(values).new_zeros(len(touched), values.shape[-1])
+        yield touched, summed.index_add_(0, position, wide(values)).square_()
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider, in which squares are formed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,7 +1,9 @@
-"""The estimation loop: batches through a model, squared per-example gradients into a diagonal."""
+"""The estimation loop: batches through a model, per-example gradients into statistics."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
 from fishertool.fisher.diagonal import Diagonal
+from fishertool.fisher.gradients import Gradient
+from fishertool.fisher.kronecker import InputMoments
 from fishertool.fisher.labels import Labels
 from fishertool.fisher.per_example import PerExampleGradients
 
@@ -29,18 +33,116 @@ class Batch:
     """Which examples of the data these are."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    diagonal: dict[str, Tensor]
-    """By parameter name, float32: the mean over examples of squared gradients of log p."""
-    examples: int
-    scored: int
+class Statistic(Protocol):
+    """What is gathered from per-example gradients."""
+
+    def begin(self, examples: Sequence[int]) -> None:
+        """Before each micro-batch: which examples it has. Once more, with none, after the last."""
+
+    def add(self, name: str, gradients: Sequence[Gradient]) -> None:
+        """A parameter's gradients, [example] of this micro-batch; several times for several labels."""
+
+
+@dataclass
+class Pass:
+    """What one pass over the data told besides the statistics."""
+
+    examples: int = 0
+    scored: int = 0
     """Predictions scored: examples, or tokens."""
-    loss: float
-    """Mean of -log p(target) over what was scored."""
-    one_by_one: bool
-    by_autograd: list[str]
+    nll: float = 0.0
+    """Sum of -log p(target) over what was scored."""
+    one_by_one: bool = False
+    by_autograd: list[str] = field(default_factory=list)
     """Parameters no layer rule serves; exact all the same."""
+
+    @property
+    def loss(self) -> float:
+        return self.nll / self.scored
+
+
+def estimate(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    collate: Callable[[Sequence[int]], Batch],
+    batches: Sequence[Sequence[int]],
+    statistics: Sequence[Statistic],
+    *,
+    inputs: InputMoments | None = None,
+    labels: Labels = "empirical",
+    draws: int = 1,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda examples: None,
+) -> Pass:
+    """Run every batch forward and backward, and give `statistics` the per-example gradients of log p.
+
+    A statistic that is quadratic in the gradients, summed over labels, becomes
+
+        1/N sum_n sum_y q_n(y) (d log p(y | x_n) / d w)^2
+
+    q is one at the data's label (`empirical`), 1/draws at each of `draws` labels drawn from the
+    model (`sampled`; independently at every position of a sequence), or p itself (`expected`,
+    classes only). A sequence is one example: log p is summed over its positions before anything
+    is squared. The model is put in eval mode; nothing depends on how examples are batched.
+    `inputs` sees the forward passes; with no other statistic, only those are run.
+
+    Raises InputError naming the example whose loss is not finite. Source: Matena and Raffel 2022,
+    arXiv 2111.09832, section 3; Kunstner et al. 2019, arXiv 1905.12558 on the label choices.
+    """
+    model.eval()
+    done = Pass()
+    with ExitStack() as hooks:
+        gradients = None
+        if inputs is not None:
+            hooks.enter_context(inputs)
+        if statistics:
+            gradients = hooks.enter_context(PerExampleGradients(model, parameters))
+        else:
+            hooks.enter_context(torch.no_grad())
+
+        def consume(name: str, parts: Sequence[Gradient]) -> None:
+            for statistic in statistics:
+                statistic.add(name, parts)
+
+        if gradients is not None:
+            shortest = batches[-1][-1]
+            gradients.check(lambda copies: logits_of(model, collate([shortest] * copies)))
+        for indices in batches:
+            for batch in map(collate, _split(indices, gradients)):
+                for statistic in statistics:
+                    statistic.begin(batch.examples)
+                if gradients is not None:
+                    gradients.begin(len(batch.examples))
+                if inputs is not None:
+                    inputs.begin(batch.inputs.get("attention_mask"))
+                logits = logits_of(model, batch)
+                if inputs is not None:
+                    inputs.end()
+                log_p = label_rules.log_probabilities(logits)
+                done.nll += _loss(log_p, batch)
+                done.scored += int(batch.scored.sum())
+                if gradients is not None:
+                    cotangents = _cotangents(log_p, batch, labels, draws, seed)
+                    del log_p
+                    for cotangent, last in _mark_last(cotangents):
+                        gradients.backward(logits, cotangent, consume, retain_graph=not last)
+                    del cotangents, cotangent
+                del logits  # or this graph would outlive the next forward pass
+                done.examples += len(batch.examples)
+                advance(len(batch.examples))
+    for statistic in statistics:
+        statistic.begin([])
+    if not done.scored:
+        raise InputError("nothing is predicted in the data: no text has two tokens")
+    if gradients is not None:
+        done.one_by_one, done.by_autograd = gradients.one_by_one, sorted(gradients.by_autograd)
+    return done
+
+
+@dataclass
+class Estimate(Pass):
+    diagonal: dict[str, Tensor] = field(default_factory=dict)
+    """By parameter name, float32: the mean over examples of squared gradients of log p."""
 
 
 def estimate_diagonal(
@@ -49,61 +151,30 @@ def estimate_diagonal(
     collate: Callable[[Sequence[int]], Batch],
     order: Sequence[int],
     batch_size: int,
-    *,
-    labels: Labels = "empirical",
-    draws: int = 1,
-    seed: int = 0,
-    advance: Callable[[int], None] = lambda examples: None,
+    **options: Any,
 ) -> Estimate:
-    """The diagonal of the Fisher, exact: each example's gradient is squared before any sum.
+    """The diagonal alone, of the examples in this order; `options` are those of `estimate`."""
+    diagonal = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    done = estimate(model, parameters, collate, batches, [diagonal], **options)
+    return Estimate(**vars(done), diagonal=diagonal.mean(done.examples))
 
-        F_j = 1/N sum_n sum_y q_n(y) (d log p(y | x_n) / d w_j)^2
 
-    q is one at the data's label (`empirical`), 1/draws at each of `draws` labels drawn from the
-    model (`sampled`; independently at every position of a sequence), or p itself (`expected`,
-    classes only). A sequence is one example: log p is summed over its positions, then the
-    gradient squared. The model is put in eval mode; the result does not depend on `batch_size`.
+def _split(
+    indices: Sequence[int], gradients: PerExampleGradients | None
+) -> Iterable[Sequence[int]]:
+    return [[i] for i in indices] if gradients is not None and gradients.one_by_one else [indices]
 
-    Raises InputError naming the example whose loss is not finite. Source: Matena and Raffel 2022,
-    arXiv 2111.09832, section 3; Kunstner et al. 2019, arXiv 1905.12558 on the label choices.
-    """
-    model.eval()
-    scored, loss, done = 0, 0.0, 0
-    with PerExampleGradients(model, parameters) as gradients:
-        gradients.check(lambda copies: logits_of(model, collate([order[-1]] * copies)))
-        size = 1 if gradients.one_by_one else batch_size
-        total = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
-        for start in range(0, len(order), size):
-            batch = collate(order[start : start + size])
-            gradients.begin(len(batch.examples))
-            logits = logits_of(model, batch)
-            log_p = label_rules.log_probabilities(logits)
-            loss += _loss(log_p, batch)
-            scored += int(batch.scored.sum())
-            cotangents: Iterable[Tensor]
-            if labels == "empirical":
-                cotangents = [label_rules.empirical(log_p, batch.targets, batch.scored)]
-            elif labels == "sampled":
-                seeds = [seed * SEED_STRIDE + example for example in batch.examples]
-                cotangents = label_rules.sampled(log_p, batch.scored, seeds, draws)
-            else:
-                cotangents = label_rules.expected(log_p)
-            del log_p
-            for cotangent, last in _mark_last(cotangents):
-                gradients.backward(logits, cotangent, total.add, retain_graph=not last)
-            del logits, cotangent, cotangents  # or this graph would outlive the next forward pass
-            done += len(batch.examples)
-            advance(len(batch.examples))
-    if not scored:
-        raise InputError("nothing is predicted in the data: no text has two tokens")
-    return Estimate(
-        total.mean(done),
-        done,
-        scored,
-        loss / scored,
-        gradients.one_by_one,
-        sorted(gradients.by_autograd),
-    )
+
+def _cotangents(
+    log_p: Tensor, batch: Batch, labels: Labels, draws: int, seed: int
+) -> Iterable[Tensor]:
+    if labels == "empirical":
+        return [label_rules.empirical(log_p, batch.targets, batch.scored)]
+    if labels == "sampled":
+        seeds = [seed * SEED_STRIDE + example for example in batch.examples]
+        return label_rules.sampled(log_p, batch.scored, seeds, draws)
+    return label_rules.expected(log_p)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

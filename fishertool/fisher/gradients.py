@@ -5,6 +5,7 @@ parameter counts as `rows` of `width` elements: the last dimension is the width 
 a vector has rows of width 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class OuterProducts:
     """[example, time, row]"""
     right: Tensor
     """[example, time, width]"""
+    transposed: bool = False
+    """Whether the weight is [in, out], so that left is the input."""
 
     def add_rows(self, buffer: Tensor, example: int, start: int, fresh: bool = False) -> None:
         """Add rows [start, start + len(buffer)) of one example's gradient to the buffer, or
@@ -65,6 +68,12 @@ Gradient = OuterProducts | ScatteredRows | Whole
 
 def examples_in(gradient: Gradient) -> int:
     return len(gradient.left if isinstance(gradient, OuterProducts) else gradient.values)
+
+
+def dtype_of(parts: Sequence[Gradient]) -> torch.dtype:
+    """In which the sum of these parts is formed: that of the products, which addmm cannot change."""
+    products = (part.left.dtype for part in parts if isinstance(part, OuterProducts))
+    return next(products, torch.float32)
 
 
 def rows_of(parameter: Tensor) -> tuple[int, int]:

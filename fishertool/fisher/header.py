@@ -10,17 +10,20 @@ from torch import Tensor
 from fishertool.errors import InputError
 
 KEY = "fishertool.fisher"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Sums over one stored tensor, in float64, so that means and norms need no pass over the file."""
+    """Sums over the diagonal of one weight's Fisher, in float64, so that means and norms need no
+    pass over the file; 0 where the kind does not tell (a bank, whose header is written first)."""
 
     elements: int
-    total: float
-    squares: float
+    total: float = 0.0
+    squares: float = 0.0
     """Sum of squared entries."""
+    standard_error: float | None = None
+    """Of `total`, from its spread over examples; None for fewer than two."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,17 @@ class FisherHeader:
     unit: str = "example"
     estimator: str = "exact"
     format: int = FORMAT
+    group: int = 1
+    """Examples whose mean gradient is one member of a bank."""
+    leaders: dict[str, str] = field(default_factory=dict)
+    """Weight -> the weight under whose name its input moment is stored: they share their input."""
+    transposed: list[str] = field(default_factory=list)
+    """Weights stored as [in, out]."""
     statistics: dict[str, TensorStatistics] = field(default_factory=dict)
+    """By weight, of all that the sidecar tells about."""
     without: list[str] = field(default_factory=list)
-    """Floating-point tensors of the checkpoint that are no parameters (buffers): no Fisher exists."""
+    """Floating-point tensors of the checkpoint that this kind has nothing about: buffers, and for a
+    Kronecker factor or input moment whatever is no linear layer's weight."""
 
     def to_metadata(self) -> dict[str, str]:
         return {KEY: json.dumps(asdict(self), allow_nan=False, sort_keys=True)}
@@ -68,6 +79,7 @@ class FisherHeader:
             raise InputError(f"{where}: not a Fisher sidecar ({error!r})") from error
 
 
-def statistics_of(fisher: Tensor) -> TensorStatistics:
+def statistics_of(fisher: Tensor, standard_error: float | None = None) -> TensorStatistics:
     values = fisher.to(torch.float64)
-    return TensorStatistics(values.numel(), float(values.sum()), float(values.square().sum()))
+    total, squares = float(values.sum()), float(values.square().sum())
+    return TensorStatistics(values.numel(), total, squares, standard_error)

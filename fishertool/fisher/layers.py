@@ -54,7 +54,10 @@ def transposed_linear(
 ) -> dict[str, Gradient]:
     """y = x W + b, W [in, out], as GPT-2's Conv1D: G_n = x_n^T delta_n."""
     x, delta = as_sequences(x, examples), as_sequences(delta, examples)
-    return {"weight": OuterProducts(x, delta), "bias": Whole(summed_over_time(delta))}
+    return {
+        "weight": OuterProducts(x, delta, transposed=True),
+        "bias": Whole(summed_over_time(delta)),
+    }
 
 
 def embedding(module: nn.Module, x: Tensor, delta: Tensor, examples: int) -> dict[str, Gradient]:

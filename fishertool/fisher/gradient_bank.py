@@ -1,0 +1,82 @@
+"""The gradient bank: per-example gradients as they are, the rank-one terms of the Fisher."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fishertool.fisher.diagonal import wide
+from fishertool.fisher.gradients import Gradient, dtype_of, examples_in, rows_of
+
+Write = Callable[[str, int, Tensor], None]
+"""Take one member of the bank: a parameter's name, the member's number, its gradient [row, width]."""
+
+
+class GradientBank:
+    """Hands each example's gradient on in `dtype`, or the mean gradient of each `group` examples.
+
+    Of the bank, one member is in memory at a time. Member k has the examples k group, k group + 1,
+    ...; with `group` > 1 a micro-batch has examples of one member only, and a member's
+    micro-batches follow one another. One label an example: the bank has no place for several.
+
+    traces    name -> sum over members of |g|^2, before rounding to `dtype`
+    rounding  name -> sum over members of |g - rounded g|^2
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], write: Write, dtype: torch.dtype, group: int = 1
+    ):
+        self.traces = dict.fromkeys(parameters, 0.0)
+        self.rounding = dict.fromkeys(parameters, 0.0)
+        self._parameters = dict(parameters)
+        self._write = write
+        self._dtype = dtype
+        self._group = group
+        self._members: list[int] = []
+        self._examples = 0
+        """How many the open member has so far."""
+        self._open: dict[str, Tensor] = {}
+        self._handed: set[str] = set()
+
+    def begin(self, examples: Sequence[int]) -> None:
+        members = [example // self._group for example in examples]
+        if self._group > 1 and len(set(members)) > 1:
+            raise ValueError("a micro-batch has examples of several groups")
+        if self._group == 1 or members[:1] != self._members[:1]:
+            self._close()
+        self._members = members
+        self._examples += len(examples)
+
+    def add(self, name: str, gradients: Sequence[Gradient]) -> None:
+        for n in range(examples_in(gradients[0])):
+            shape, device = rows_of(self._parameters[name]), self._parameters[name].device
+            gradient = torch.zeros(shape, dtype=dtype_of(gradients), device=device)
+            for part in gradients:
+                part.add_rows(gradient, n, 0)
+            if self._group == 1:
+                self._hand_on(name, self._members[n], gradient)
+            elif name in self._open:
+                self._open[name] += gradient
+            else:
+                self._open[name] = wide(gradient)
+        self._handed.add(name)
+
+    def _close(self) -> None:
+        """Hand on what is open, and zeros for parameters that took no part."""
+        for name, parameter in self._parameters.items() if self._members else ():
+            if name in self._open:
+                self._hand_on(name, self._members[0], self._open.pop(name) / self._examples)
+            elif name not in self._handed:
+                for member in self._members if self._group == 1 else self._members[:1]:
+                    self._hand_on(name, member, torch.zeros(rows_of(parameter)))
+        self._handed.clear()
+        self._examples = 0
+
+    def _hand_on(self, name: str, member: int, gradient: Tensor) -> None:
+        rounded = gradient.to(self._dtype)
+        exact = wide(gradient)
+        self.traces[name] += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        if rounded.dtype != gradient.dtype:
+            error = torch.linalg.vector_norm(exact - rounded, dtype=torch.float64)
+            self.rounding[name] += float(error) ** 2
+        self._write(name, member, rounded)

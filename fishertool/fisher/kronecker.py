@@ -1,0 +1,149 @@
+"""Kronecker factors of linear layers: second moments of their inputs and of their outputs' gradients."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fishertool.errors import FishertoolError
+from fishertool.fisher.diagonal import wide
+from fishertool.fisher.gradients import Gradient, OuterProducts
+from fishertool.fisher.layers import linear, rule_for, transposed_linear
+
+MAX_SIDE = 16_384
+"""A factor of a wider side (a language model's output layer) would not be kept: 2 GB in float64."""
+BLOCKS = 6
+"""A symmetric product by blocks of columns costs (1 + 1 / BLOCKS) / 2 of the whole."""
+
+
+class InputMoments:
+    """A = sum over tokens of x x^T for the input x of every linear layer; active inside `with`.
+
+    sums    weight name -> [in, in], float64; of layers that are given one and the same input
+            (query, key and value; gate and up) only the first has an entry
+    leader  weight name -> the name whose entry is its own
+    tokens  name with an entry -> tokens seen
+
+    Forward passes count only after `begin`, and padding never. Source: Martens and Grosse 2015,
+    arXiv 1503.05671; the uncentred covariance of SparseGPT, RegMean and SVD-LLM.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.leader: dict[str, str] = {}
+        self.transposed: list[str] = []
+        """Weights that are [in, out]."""
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._model = model
+        self._handles: list[Any] = []
+        self._mask: Tensor | None = None
+        self._active = False
+        self._last: tuple[str, Tensor, int] | None = None
+
+    def __enter__(self) -> Self:
+        for module in self._model.modules():
+            weight = getattr(module, "weight", None)
+            if weight is None or id(weight) not in self._names or max(weight.shape) > MAX_SIDE:
+                continue
+            if (rule := rule_for(module)) in (linear, transposed_linear):
+                if rule is transposed_linear:
+                    self.transposed.append(self._names[id(weight)])
+                self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Before each forward pass that counts: [example, time], zero at padding."""
+        self._mask, self._active, self._last = mask, True, None
+
+    def end(self) -> None:
+        self._active, self._last = False, None
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any
+    ) -> None:
+        if not self._active:
+            return
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        name = self._names[id(module.weight)]
+        if self._last is not None and x.data_ptr() == self._last[1].data_ptr():
+            leader, last, version = self._last
+            if x.shape == last.shape and x._version == version:
+                self._follow(name, leader)
+                return
+        self._follow(name, name)
+        self._last = name, x, x._version  # kept alive, or its memory might be the next input's
+        rows = _unpadded(wide(x), self._mask)
+        if name not in self.sums:
+            self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self.tokens[name] = 0
+        add_gram(self.sums[name], rows)
+        self.tokens[name] += len(rows)
+
+    def _follow(self, name: str, leader: str) -> None:
+        if self.leader.setdefault(name, leader) != leader:
+            raise FishertoolError(
+                f"{name} and {leader} share an input in one forward pass and not in another; "
+                "--exclude one of them"
+            )
+
+
+class OutputMoments:
+    """B = sum over tokens of delta delta^T, delta the gradient at a linear layer's output.
+
+    sums  weight name -> [out, out], float64. A token's delta is the gradient of its example's log
+          p, so F is about A kron B times the tokens an example has (B and A being means).
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def begin(self, examples: Sequence[int]) -> None:
+        """Nothing is kept from batch to batch."""
+
+    def add(self, name: str, gradients: Sequence[Gradient]) -> None:
+        for part in gradients:
+            if not isinstance(part, OuterProducts):
+                continue
+            sides = part.left.shape[2], part.right.shape[2]
+            if max(sides) > MAX_SIDE:
+                continue
+            delta = wide(part.right if part.transposed else part.left).flatten(0, 1)
+            if name not in self.sums:
+                side = delta.shape[1]
+                self.sums[name] = delta.new_zeros(side, side, dtype=torch.float64)
+            add_gram(self.sums[name], delta)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rows^T rows on and above the diagonal blocks; `mirrored` fills in the rest.
+
+    Shapes: total [side, side] float64, rows [token, side]. The products are in float32.
+    """
+    step = -(-total.shape[0] // BLOCKS)
+    for start in range(0, total.shape[0], step):
+        stop = start + step
+        total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+
+
+def mirrored(total: Tensor, count: int) -> Tensor:
+    """The mean [side, side], float32, symmetric, of a sum whose lower half is not kept."""
+    upper = total.triu()
+    return ((upper + upper.triu(1).T) / max(count, 1)).float()
+
+
+def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[example, time, feature], or both in one, -> [token, feature]; pooled inputs are all kept."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[mask.flatten().bool()] if mask is not None and len(rows) == mask.numel() else rows
