@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -138,6 +138,19 @@ def _number(where: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise UsageError(f"{where}: {text!r} is not a number") from None
+
+
+@contextlib.contextmanager
+def _importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Iterator[None]:
+    """Around the import of a command: importing torch takes seconds and one core of several."""
+    folders = [Path(source) for source in sources if not dry_run and _threads(threads) > 1]
+    if not any(map(Path.is_dir, folders)):
+        yield
+        return
+    from fishertool.checkpoint.digest import head_start
+
+    with head_start(folders):
+        yield
 
 
 def _threads(threads: int | None) -> int:
@@ -343,7 +356,9 @@ def estimate_fisher(
     Example: fishertool estimate-fisher ./model --data texts.jsonl --out ./model-fisher
     """
     from fishertool.calibration import DataOptions
-    from fishertool.commands.estimate_fisher import estimate_fisher as command
+
+    with _importing([model], threads, dry_run):
+        from fishertool.commands.estimate_fisher import estimate_fisher as command
 
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
@@ -456,7 +471,9 @@ def merge(
     Example: fishertool merge A B --method fisher --fisher FA --fisher FB --out OUT
     """
     from fishertool.calibration import DataOptions
-    from fishertool.commands.merge import merge as command
+
+    with _importing([*models, *([base] if base else []), *(fisher or [])], threads, dry_run):
+        from fishertool.commands.merge import merge as command
 
     chosen: dict[str, Any] = dict(_pairs("--set", settings))
     for name, value in (("anchor", anchor), ("power", power)):

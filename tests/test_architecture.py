@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "cli": {"errors", "memory", "registry", "report", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "commands", "config", "progress"}}
+LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "progress"}}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},

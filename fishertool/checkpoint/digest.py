@@ -1,12 +1,18 @@
 """SHA-256 of files while their bytes pass by."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
+from typing import Any
 
 BUFFER_BYTES = 4 << 20
 PENDING_BYTES = 64 << 20
+
+_begun: dict[tuple[int, ...], tuple[Any, int]] = {}
+"""Files of a head start: the hash so far, and of how many bytes it is."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,7 @@ class RunningDigest:
 
     def __init__(self, path: Path):
         self.path = path
-        self._hash = hashlib.sha256()
-        self._position = 0
+        self._hash, self._position = _begun.pop(_identity(path), (hashlib.sha256(), 0))
         self._pending: dict[int, bytes] = {}
         self._pending_bytes = 0
         self._lock = Lock()
@@ -40,9 +45,10 @@ class RunningDigest:
                     self._pending[offset] = bytes(data)
                     self._pending_bytes += len(data)
                 return
-            if offset != self._position:
+            known = self._position - offset
+            if not 0 <= known < len(data):
                 return
-            self._update(data)
+            self._update(data[known:])
             while self._position in self._pending:
                 waited = self._pending.pop(self._position)
                 self._pending_bytes -= len(waited)
@@ -59,6 +65,44 @@ class RunningDigest:
     def _update(self, data: memoryview | bytes) -> None:
         self._hash.update(data)
         self._position += len(data)
+
+
+@contextmanager
+def head_start(folders: Iterable[Path]) -> Iterator[None]:
+    """Hash the shards of these checkpoints in the background until the block is left.
+
+    For the seconds that importing torch takes, in which the other cores have nothing to do. A
+    RunningDigest made afterwards goes on where this came to. What cannot be read is left for the
+    reader to tell.
+    """
+    shards = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    leave = Event()
+
+    def run() -> None:
+        for path in shards:
+            if leave.is_set() or not path.is_file():  # a pipe would wait for ever
+                continue
+            total, size = hashlib.sha256(), 0
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                identity = _identity(path)
+                while not leave.is_set() and (data := file.read(BUFFER_BYTES)):
+                    total.update(data)
+                    size += len(data)
+                _begun[identity] = total, size
+
+    thread = Thread(target=run, name="head-start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Of a file's content, as far as its inode tells."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def digest(path: Path) -> FileDigest:
