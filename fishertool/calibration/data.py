@@ -117,7 +117,8 @@ class CalibrationData:
         found = []
         if self.truncated:
             found.append(
-                f"{self.truncated} of {len(self.examples)} texts were cut at {self.max_length} tokens"
+                f"{self.truncated} of {len(self.examples)} examples were cut at "
+                f"{self.max_length} tokens"
             )
         if self.empty:
             found.append(f"{self.empty} rows without text were left out")
