@@ -261,7 +261,14 @@ AllowNonfinite = Annotated[
 TrustRemoteCode = Annotated[
     bool, _option("--trust-remote-code", help="Let the checkpoint's own code run.")
 ]
-Task = Annotated[str, _option("--task", help="auto, sequence-classification or causal-lm.")]
+Task = Annotated[
+    str,
+    _option(
+        "--task",
+        help="auto, sequence-classification, token-classification, masked-lm, causal-lm, "
+        "sequence-to-sequence or embedding.",
+    ),
+]
 BatchSize = Annotated[int, _option("--batch-size", min=1, help="Results do not depend on it.")]
 MicroBatchSize = Annotated[
     str,
@@ -279,7 +286,44 @@ ChatColumn = Annotated[
     str | None,
     _option("--chat-column", help="Conversations, rendered with the tokenizer's chat template."),
 ]
-LabelColumn = Annotated[str, _option("--label-column", help="Class names or ids.")]
+LabelColumn = Annotated[
+    str, _option("--label-column", help="Class names or ids; for words, a list of them.")
+]
+TargetColumn = Annotated[
+    str | None,
+    _option("--target-column", help="What a text becomes, sequence to sequence [default: target]."),
+]
+QueryColumn = Annotated[str | None, _option("--query-column", help="[default: query]")]
+PositiveColumn = Annotated[
+    str | None, _option("--positive-column", help="The query's document [default: positive].")
+]
+NegativeColumn = Annotated[
+    str | None,
+    _option(
+        "--negative-column",
+        help="A document or a list of them that is not the query's [default: negative, if there].",
+    ),
+]
+InBatchNegatives = Annotated[
+    int | None,
+    _option(
+        "--in-batch-negatives",
+        min=2,
+        help="Queries that lend each other their documents [default: 8 without a negative column].",
+    ),
+]
+Scale = Annotated[float | None, _option("--scale", help="Of cosines of embeddings [default: 20].")]
+MaskFraction = Annotated[
+    float | None, _option("--mask-fraction", help="Of tokens, for masked-lm [default: 0.15].")
+]
+MaskPrompt = Annotated[
+    bool,
+    _option(
+        "--mask-prompt",
+        help="causal-lm: score the last assistant message of --chat-column, or the completion in "
+        "--text-pair-column, alone.",
+    ),
+]
 NumExamples = Annotated[int | None, _option("--num-examples", min=1, help="[default: all]")]
 MaxLength = Annotated[
     int | None,
@@ -316,7 +360,8 @@ def estimate_fisher(
         _option(
             "--labels",
             help="empirical: the data's; sampled: drawn from the model; expected: exact mean over "
-            "classes; auto: expected for up to 8 classes, else sampled; empirical for text.",
+            "classes; auto: expected for up to 8 classes, else sampled; empirical for text and "
+            "queries.",
         ),
     ] = "auto",
     draws: Annotated[int, _option("--draws", min=1, help="Labels drawn per prediction.")] = 1,
@@ -333,6 +378,14 @@ def estimate_fisher(
     text_pair_column: TextPairColumn = None,
     chat_column: ChatColumn = None,
     label_column: LabelColumn = "label",
+    target_column: TargetColumn = None,
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+    negative_column: NegativeColumn = None,
+    in_batch_negatives: InBatchNegatives = None,
+    scale: Scale = None,
+    mask_fraction: MaskFraction = None,
+    mask_prompt: MaskPrompt = False,
     num_examples: NumExamples = None,
     max_length: MaxLength = None,
     batch_size: MicroBatchSize = "auto",
@@ -362,7 +415,8 @@ def estimate_fisher(
 
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
-        num_examples, max_length, shuffle, seed,
+        num_examples, max_length, shuffle, seed, target_column, query_column, positive_column,
+        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives,
     )  # fmt: skip
     report = command(
         model,

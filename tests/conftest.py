@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +54,12 @@ def make_tokenizer(template: bool) -> Any:
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        mask_token="[UNK]",
         model_max_length=32,
     )
 
 
-def make_bert(labels: int = 3, **more: Any) -> Any:
+def make_bert(labels: int = 3, head: str = "ForSequenceClassification", **more: Any) -> Any:
     names = [f"class{number}" for number in range(labels)]
     config = transformers.BertConfig(
         vocab_size=len(VOCABULARY),
@@ -71,7 +72,7 @@ def make_bert(labels: int = 3, **more: Any) -> Any:
         label2id={name: number for number, name in enumerate(names)},
         **more,
     )
-    return transformers.BertForSequenceClassification(config)
+    return getattr(transformers, f"Bert{head}")(config)
 
 
 def make_gpt2(**more: Any) -> Any:
@@ -106,7 +107,22 @@ def make_llama(tied: bool = False, **more: Any) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-MAKERS = {"bert": make_bert, "gpt2": make_gpt2, "llama": make_llama}
+def make_t5(**more: Any) -> Any:
+    config = transformers.T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        **more,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MAKERS = {"bert": make_bert, "gpt2": make_gpt2, "llama": make_llama, "t5": make_t5}
+TEMPLATED = ("bert", "t5")
 
 
 @pytest.fixture
@@ -119,15 +135,25 @@ def make_model(tmp_path: Path) -> ModelMaker:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         shards: str = "5GB",
+        spread: float = 0.0,
         **more: Any,
     ) -> Path:
         torch.manual_seed(seed)
         folder = tmp_path / name
-        MAKERS[kind](**more).to(dtype).save_pretrained(folder, max_shard_size=shards)
-        make_tokenizer(template=kind == "bert").save_pretrained(folder)
+        model = MAKERS[kind](**more).to(dtype)
+        if spread:  # no bias is zero and no norm is one, as in a model that was trained
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(spread * torch.randn(parameter.shape))
+        model.save_pretrained(folder, max_shard_size=shards)
+        make_tokenizer(template=kind in TEMPLATED).save_pretrained(folder)
         return folder
 
     return make
+
+
+def write_rows(path: Path | str, rows: Sequence[object]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_text(seed: int, words: int) -> str:

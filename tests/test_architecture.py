@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "report": {"errors", ""},
     "config": {"errors", "registry"},
     "hub": {"errors"},
-    "calibration": {"errors"},
+    "calibration": {"errors", "calibration"},
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},

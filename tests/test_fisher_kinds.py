@@ -212,7 +212,7 @@ def test_equal_inputs_in_other_memory_do_not_share() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     moments = InputMoments(model, dict(model.named_parameters()))
     with moments:
-        moments.begin(None)
+        moments.begin(())
         x = torch.randn(3, 4)
         model[0](x)
         model[1](x.clone())

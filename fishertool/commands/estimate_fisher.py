@@ -28,6 +28,7 @@ from fishertool.fisher.kronecker import MAX_SIDE
 from fishertool.fisher.labels import Labels
 from fishertool.models.loading import LoadedModel, check_device, load_model
 from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.sentence import transformer_folder
 from fishertool.models.tasks import Task, collate, task_of
 from fishertool.progress import Track, silent
 from fishertool.registry import suggest
@@ -83,8 +84,9 @@ def estimate_fisher(
     size = _batch_size(batch_size)
     device = check_device(device)
     torch.set_num_threads(threads)
-    with open_checkpoint(hub.resolve(model)) as checkpoint:
+    with open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint:
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
+        chosen.form.check(data, chosen.name)
         wanted = select(checkpoint, include, exclude)
         infos = [checkpoint.info(name) for name in wanted]
         needed = {one: _bytes_of(one, infos, data.num_examples, group, bank_dtype) for one in kinds}
@@ -92,10 +94,11 @@ def estimate_fisher(
         if dry_run:
             return _plan(report, checkpoint, wanted, needed, out)
         with report.phase("open"):
-            loaded = load_model(checkpoint, chosen, device, trust_remote_code)
+            loaded = load_model(checkpoint, chosen, device, trust_remote_code, data.scale)
+            report.warnings += loaded.warnings
             if not allow_nonfinite:
-                _check_finite(checkpoint, loaded.module)
-            parameters, buffers = parameters_by_disk_name(loaded.module, checkpoint)
+                _check_finite(checkpoint, loaded.pretrained)
+            parameters, buffers = parameters_by_disk_name(loaded.pretrained, checkpoint)
             parameters = {name: parameters[name] for name in wanted if name in parameters}
             if not parameters:
                 raise UsageError("--include and --exclude leave no parameter")
@@ -105,6 +108,7 @@ def estimate_fisher(
                 loaded.tokenizer,
                 loaded.max_length,
                 loaded.labels,
+                chosen.form,
                 need_labels=chosen.has_labels and resolved == "empirical",
             )
             report.warnings += texts.warnings()
@@ -121,14 +125,13 @@ def estimate_fisher(
             draws=draws if resolved == "sampled" else 1,
             without=[name for name in buffers if name in wanted],
         )
-        lengths = [example.length for example in texts.examples]
-        batches = _batches(lengths, size, group)
+        batches = _batches(texts, size, group)
         shard_bytes = parse_size(max_shard_size)
         with ExitStack() as opened:
             folder = opened.enter_context(staged(out, overwrite))
             bank, bank_writer = None, None
             if "rank-one" in kinds:
-                members = ceil(len(lengths) / group)
+                members = ceil(len(texts.examples) / group)
                 bank_writer = _open_bank(
                     folder, header, parameters, members, group, bank_dtype, shard_bytes
                 )
@@ -136,7 +139,10 @@ def estimate_fisher(
                 dtype = TORCH[BANK_DTYPES[bank_dtype]]
                 bank = GradientBank(parameters, bank_writer.write, dtype, group)
             gathering = Gathering(kinds, loaded.module, parameters, bank)
-            with report.phase("estimate"), track("Estimating", len(lengths), "examples") as advance:
+            with (
+                report.phase("estimate"),
+                track("Estimating", len(texts.examples), "examples") as advance,
+            ):
                 done = estimate(
                     loaded.module,
                     parameters,
@@ -176,9 +182,11 @@ def estimate_fisher(
                     *data_files(data.data),
                 ]
             report.calibration = texts.describe() | {"labels": resolved, "seed": data.seed}
-            report.summary = _summary(
-                kinds, done, header, stored, parameters, _has_targets(chosen, texts)
-            )
+            if done.untouched:
+                report.warnings.append(
+                    f"{some(done.untouched)}: no part of {chosen.name}, so the Fisher is zero"
+                )
+            report.summary = _summary(kinds, done, header, stored, parameters, texts.labelled)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -213,13 +221,19 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-def _batches(lengths: Sequence[int], size: int | None, group: int) -> list[list[int]]:
+def _batches(texts: CalibrationData, size: int | None, group: int) -> list[list[int]]:
     """With groups, one after another, as the bank needs them."""
+    sizes = [example.size for example in texts.examples]
+    rows = [len(example.texts) for example in texts.examples]
     if group == 1:
-        return micro_batches(lengths, size=size)
-    starts = range(0, len(lengths), group)
-    members = [range(start, min(start + group, len(lengths))) for start in starts]
-    return [batch for member in members for batch in micro_batches(lengths, member, size=size)]
+        return micro_batches(sizes, rows_each=rows, size=size)
+    starts = range(0, len(sizes), group)
+    members = [range(start, min(start + group, len(sizes))) for start in starts]
+    return [
+        batch
+        for member in members
+        for batch in micro_batches(sizes, member, rows_each=rows, size=size)
+    ]
 
 
 def _bytes_of(
@@ -310,7 +324,7 @@ def _plan(
 
 
 def _resolve_labels(labels: str, task: Task, model: LoadedModel, kinds: Collection[str]) -> Labels:
-    if labels == "expected" and not task.has_labels:
+    if labels == "expected" and not task.one_prediction:
         raise UsageError(
             f"--labels expected: a mean over every label of a {task.name} is out of reach; "
             "use sampled, its unbiased estimate"
@@ -319,7 +333,7 @@ def _resolve_labels(labels: str, task: Task, model: LoadedModel, kinds: Collecti
         return cast(Labels, labels)
     if not task.has_labels:
         return "empirical"
-    few = len(model.labels or ()) <= EXPECTED_UP_TO_CLASSES
+    few = task.one_prediction and len(model.labels or ()) <= EXPECTED_UP_TO_CLASSES
     return "expected" if few and "rank-one" not in kinds else "sampled"
 
 
@@ -419,7 +433,3 @@ def _summary(
         "by_autograd": done.by_autograd,
         "fingerprint": header.fingerprint,
     }
-
-
-def _has_targets(task: Task, texts: CalibrationData) -> bool:
-    return not task.has_labels or all(example.label is not None for example in texts.examples)

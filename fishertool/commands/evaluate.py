@@ -10,7 +10,7 @@ from fishertool import calibration, hub
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.models.loading import check_device, load_model
 from fishertool.models.tasks import task_of
 from fishertool.progress import Track, silent
@@ -48,6 +48,8 @@ def evaluate(
     torch.set_num_threads(threads)
     with report.phase("open"), open_checkpoint(hub.resolve(model)) as checkpoint:
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
+        check_measured(chosen)
+        chosen.form.check(data, chosen.name)
         report.inputs.append(
             Files(public_name(model), "model", list(map(asdict, checkpoint.digests())))
         )
@@ -63,6 +65,7 @@ def evaluate(
             loaded.tokenizer,
             loaded.max_length,
             loaded.labels,
+            chosen.form,
             need_labels=chosen.has_labels,
             long_texts="cut" if chosen.has_labels else "keep",
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fishertool.calibration import CalibrationData
-from fishertool.errors import InputError
+from fishertool.errors import InputError, UsageError
 from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
 from fishertool.evaluation.perplexity import blocks, perplexity_metrics
@@ -25,6 +25,14 @@ HIGHER_IS_BETTER = {
     "bits_per_byte": False,
     "kl": False,
 }
+
+
+MEASURED = ("sequence-classification", "token-classification", "causal-lm")
+
+
+def check_measured(task: Task) -> None:
+    if task.name not in MEASURED:
+        raise UsageError(f"{task.name} is not measured yet; measured are {', '.join(MEASURED)}")
 
 
 def prepare(task: Task, data: CalibrationData) -> CalibrationData:
@@ -51,7 +59,8 @@ def measure(
     """Metrics of the task (see HIGHER_IS_BETTER), over data from `prepare`.
 
     With `against`, also kl, the mean KL(against || model) over predictions, and top1_agreement.
-    Every mean is over predictions: texts of a classifier, tokens of a language model.
+    Every mean is over predictions: texts of a classifier, words of one that labels words, tokens
+    of a language model.
     """
     order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
     log_ps: list[Tensor] = []

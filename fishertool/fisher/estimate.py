@@ -17,6 +17,7 @@ from fishertool.fisher.labels import Labels
 from fishertool.fisher.per_example import PerExampleGradients
 
 SEED_STRIDE = 1_000_003
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Batch:
     """As `targets`: False where nothing is predicted (padding, the last position)."""
     examples: Sequence[int]
     """Which examples of the data these are."""
+    rows_each: int = 1
+    """Texts an example has. Where there are several, the model runs them as adjacent rows."""
 
 
 class Statistic(Protocol):
@@ -55,6 +58,8 @@ class Pass:
     one_by_one: bool = False
     by_autograd: list[str] = field(default_factory=list)
     """Parameters no layer rule serves; exact all the same."""
+    untouched: list[str] = field(default_factory=list)
+    """Parameters that take no part in what is scored: their gradient is zero."""
 
     @property
     def loss(self) -> float:
@@ -91,6 +96,7 @@ def estimate(
     """
     model.eval()
     done = Pass()
+    untouched = set(parameters) if statistics else set()
     with ExitStack() as hooks:
         gradients = None
         if inputs is not None:
@@ -101,20 +107,24 @@ def estimate(
             hooks.enter_context(torch.no_grad())
 
         def consume(name: str, parts: Sequence[Gradient]) -> None:
+            untouched.discard(name)
             for statistic in statistics:
                 statistic.add(name, parts)
 
         if gradients is not None:
             shortest = batches[-1][-1]
-            gradients.check(lambda copies: logits_of(model, collate([shortest] * copies)))
+            gradients.check(
+                lambda copies: logits_of(model, collate([shortest] * copies)),
+                collate([shortest]).rows_each,
+            )
         for indices in batches:
             for batch in map(collate, _split(indices, gradients)):
                 for statistic in statistics:
                     statistic.begin(batch.examples)
                 if gradients is not None:
-                    gradients.begin(len(batch.examples))
+                    gradients.begin(len(batch.examples), batch.rows_each)
                 if inputs is not None:
-                    inputs.begin(batch.inputs.get("attention_mask"))
+                    inputs.begin([batch.inputs[name] for name in MASKS if name in batch.inputs])
                 logits = logits_of(model, batch)
                 if inputs is not None:
                     inputs.end()
@@ -132,6 +142,7 @@ def estimate(
                 advance(len(batch.examples))
     for statistic in statistics:
         statistic.begin([])
+    done.untouched = sorted(untouched)
     if not done.scored:
         raise InputError("nothing is predicted in the data: no text has two tokens")
     if gradients is not None:

@@ -39,7 +39,7 @@ class InputMoments:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._model = model
         self._handles: list[Any] = []
-        self._mask: Tensor | None = None
+        self._masks: Sequence[Tensor] = ()
         self._active = False
         self._last: tuple[str, Tensor, int] | None = None
 
@@ -63,9 +63,10 @@ class InputMoments:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Before each forward pass that counts: [example, time], zero at padding."""
-        self._mask, self._active, self._last = mask, True, None
+    def begin(self, masks: Sequence[Tensor]) -> None:
+        """Before each forward pass that counts: masks [..., time], zero at padding. An encoder and
+        a decoder have one each, of different sizes, which is how their layers are told apart."""
+        self._masks, self._active, self._last = masks, True, None
 
     def end(self) -> None:
         self._active, self._last = False, None
@@ -84,7 +85,7 @@ class InputMoments:
                 return
         self._follow(name, name)
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
-        rows = _unpadded(wide(x), self._mask)
+        rows = _unpadded(wide(x), self._masks)
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
             self.tokens[name] = 0
@@ -143,7 +144,8 @@ def mirrored(total: Tensor, count: int) -> Tensor:
     return ((upper + upper.triu(1).T) / max(count, 1)).float()
 
 
-def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[example, time, feature], or both in one, -> [token, feature]; pooled inputs are all kept."""
+def _unpadded(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """[..., time, feature], or all in one, -> [token, feature]; pooled inputs are all kept."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows[mask.flatten().bool()] if mask is not None and len(rows) == mask.numel() else rows
+    mask = next((mask for mask in masks if mask.numel() == len(rows)), None)
+    return rows if mask is None else rows[mask.flatten().bool()]

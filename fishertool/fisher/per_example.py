@@ -51,6 +51,8 @@ class PerExampleGradients:
         self.by_autograd: set[str] = set()
         self.one_by_one = False
         self.examples = 1
+        self.rows = 1
+        """Rows the batch has: its examples, each with as many rows, one after another."""
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._rules: dict[nn.Module, Rule] = {}
         self._calls: dict[str, int] = defaultdict(int)
@@ -90,28 +92,30 @@ class PerExampleGradients:
             parameter.requires_grad_(required)
             parameter.grad = None
 
-    def check(self, forward: Forward) -> None:
+    def check(self, forward: Forward, rows_each: int = 1) -> None:
         """Find out which layers keep examples apart, and hold every rule against plain autograd.
 
-        A rule whose layer's tensors do not have the batch in front, for a batch of 1 and of 2,
-        serves one example at a time. A parameter whose gradient differs from autograd's (its
-        layer is bypassed, or has its input changed in place) is left to autograd.
+        A rule whose layer's tensors do not have the batch in front (`rows_each` rows an example),
+        for a batch of 1 and of 2, serves one example at a time. A parameter whose gradient differs
+        from autograd's (its layer is bypassed, or has its input changed in place) is left to it.
         """
         leading: dict[int, set[int]] = {1: set(), 2: set()}
         self._observe = lambda x, y: leading[self.examples].update((x.shape[0], y.shape[0]))
         with torch.no_grad():
-            self._forward(forward, 2)
-        logits = self._forward(forward, 1)
+            self._forward(forward, 2, rows_each)
+        logits = self._forward(forward, 1, rows_each)
         self._observe = None
-        self.one_by_one |= any(sizes - {examples} for examples, sizes in leading.items())
+        self.one_by_one |= any(
+            sizes - {examples * rows_each} for examples, sizes in leading.items()
+        )
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(logits.shape, generator=generator).to(logits)
         ours: dict[str, Tensor] = {}
 
         def form(name: str, parts: Sequence[Gradient]) -> None:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            total = torch.zeros(rows_of(self.parameters[name]), dtype=logits.dtype)
-            total = total.to(logits.device)
+            parameter = self.parameters[name]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            total = parameter.new_zeros(rows_of(parameter))
             for part in parts:
                 if isinstance(part, Whole):
                     total = total.to(dtype)
@@ -124,7 +128,7 @@ class PerExampleGradients:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self._paused = True
-        logits = self._forward(forward, 1)
+        logits = self._forward(forward, 1, rows_each)
         theirs: list[Tensor | None] = [None] * len(self.parameters)
         if logits.requires_grad:
             wanted = list(self.parameters.values())
@@ -163,15 +167,15 @@ class PerExampleGradients:
                 consume(name, [Whole(parameter.grad.reshape(1, *rows_of(parameter)))])
                 parameter.grad = None
 
-    def begin(self, examples: int) -> None:
-        """Before each forward pass: how many examples the batch has."""
+    def begin(self, examples: int, rows_each: int = 1) -> None:
+        """Before each forward pass: how many examples the batch has, and how many rows each."""
         if self.one_by_one and examples != 1:
             raise ValueError("this model's examples can only be told apart one at a time")
-        self.examples = examples
+        self.examples, self.rows = examples, examples * rows_each
         self._calls.clear()
 
-    def _forward(self, forward: Forward, examples: int) -> Tensor:
-        self.examples = examples
+    def _forward(self, forward: Forward, examples: int, rows_each: int) -> Tensor:
+        self.examples, self.rows = examples, examples * rows_each
         self._calls.clear()
         return forward(examples)
 
@@ -192,11 +196,11 @@ class PerExampleGradients:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Ids that all examples share, as position ids, are repeated so that rows stay apart."""
-        if isinstance(module, nn.Embedding) and args and self.examples > 1:
+        """Ids that all rows share, as position ids, are repeated so that rows stay apart."""
+        if isinstance(module, nn.Embedding) and args and self.rows > 1:
             ids = args[0]
             if ids.dim() > 1 and ids.shape[0] == 1:
-                return (ids.expand(self.examples, *ids.shape[1:]), *args[1:]), kwargs
+                return (ids.expand(self.rows, *ids.shape[1:]), *args[1:]), kwargs
         return None
 
     def _after(

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer, or stop: never with weights that are not in the checkpoint."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
 from fishertool.models.tasks import Task
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -18,20 +20,32 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json
 @dataclass(frozen=True)
 class LoadedModel:
     module: nn.Module
+    """Gives logits for a batch of the task."""
     tokenizer: Any
     pad_id: int
     labels: dict[str, int] | None
     """Class names -> ids, for a classifier."""
     max_length: int | None
     """Positions the model has, where it says so."""
+    warnings: Sequence[str] = ()
+
+    @property
+    def pretrained(self) -> nn.Module:
+        """The transformers model, whose parameters the checkpoint names: `module`, or in it."""
+        return self.module.transformer if isinstance(self.module, SentenceScorer) else self.module
 
 
 def load_model(
-    checkpoint: Checkpoint, task: Task, device: str = "cpu", trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    task: Task,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    scale: float | None = None,
 ) -> LoadedModel:
     """Load in eval mode, in the stored dtype (float16 as float32: its squares would underflow).
 
-    Raises InputError if transformers finds a tensor missing, of another shape, or left over.
+    `scale` is that of an embedding model's scores. Raises InputError, naming task and
+    architecture, if transformers finds a tensor missing, of another shape, or left over.
     """
     import transformers
 
@@ -39,7 +53,7 @@ def load_model(
     _quieten(transformers)
     half = any(checkpoint.info(name).dtype == "F16" for name in checkpoint)
     try:
-        module, found = getattr(transformers, task.auto_class).from_pretrained(
+        module, found = getattr(transformers, _class_name(task, config)).from_pretrained(
             checkpoint.folder,
             dtype=torch.float32 if half else "auto",
             output_loading_info=True,
@@ -50,6 +64,8 @@ def load_model(
         )
     except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "Unrecognized configuration class" in reason:  # and a list of all that it recognizes
+            reason = f"{_architecture(config)} does not fit --task {task.name}"
         raise InputError(f"{checkpoint.folder}: transformers cannot load it: {reason}") from error
     missing = sorted(found["missing_keys"])
     mismatched = sorted(
@@ -69,7 +85,7 @@ def load_model(
         if names:
             raise InputError(
                 f"{checkpoint.folder}: {fault} as {type(module).__name__}: {some(names)}; "
-                "check config.json's architectures, or give --task"
+                f"{_architecture(config)} does not fit --task {task.name}"
             )
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
     pad_id = next(
@@ -92,13 +108,45 @@ def load_model(
             f"the model embeds {vocabulary}; use the tokenizer it was trained with"
         )
     labels = {str(name): int(id_) for id_, name in module.config.id2label.items()}
-    return LoadedModel(
+    loaded = LoadedModel(
         module.eval().to(device),
         tokenizer,
         pad_id,
         labels if task.has_labels else None,
         config.get("max_position_embeddings") or config.get("n_positions"),
     )
+    return loaded if task.name != "embedding" else _scorer(loaded, checkpoint.folder, scale)
+
+
+def _scorer(loaded: LoadedModel, folder: Path, scale: float | None) -> LoadedModel:
+    """The same with the modules behind the transformer, and their limit on texts."""
+    pipeline = pipeline_of(folder)
+    scorer = SentenceScorer(loaded.pretrained, pipeline, SCALE if scale is None else scale)
+    scorer.eval().to(next(loaded.pretrained.parameters()).device)
+    limits = [loaded.max_length, pipeline and pipeline.max_length()]
+    no_pooling = (
+        f"{folder.name}: no modules.json says how tokens become one vector; taking their mean"
+    )
+    return replace(
+        loaded,
+        module=scorer,
+        max_length=min((limit for limit in limits if limit), default=None),
+        warnings=[no_pooling] if pipeline is None else pipeline.warnings(),
+    )
+
+
+def _class_name(task: Task, config: Mapping[str, Any]) -> str:
+    """An encoder alone, as T5EncoderModel, is no AutoModel of its configuration."""
+    name = _architecture(config)
+    return (
+        name
+        if task.auto_class == "AutoModel" and name.endswith("EncoderModel")
+        else task.auto_class
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return ", ".join(config.get("architectures") or ["a model of no architecture"])
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -60,7 +60,7 @@ def _disk_names(module: nn.Module, names: Iterable[str]) -> list[str]:
     """The names these parameters may have on disk.
 
     First those that `save_pretrained` gives; then the same without the base model's prefix, for
-    the checkpoint of a base model loaded into one with a head.
+    the checkpoint of a base model loaded into one with a head, and with it, for the reverse.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -72,7 +72,8 @@ def _disk_names(module: nn.Module, names: Iterable[str]) -> list[str]:
         except (IndexError, RuntimeError, ValueError):  # fused on load: no one name on disk
             saved.append(in_memory)
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    return saved + [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+    bare = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+    return saved + bare + [prefix + name for name in saved]
 
 
 def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> list[str]:

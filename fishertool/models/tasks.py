@@ -1,15 +1,18 @@
-"""What a checkpoint predicts, and how its data becomes batches."""
+"""What a checkpoint predicts, and how its data become batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishertool.calibration import Example
+from fishertool.calibration import UNSCORED, Example, Form
+from fishertool.calibration.forms import FORMS
 from fishertool.errors import InputError, UsageError
 from fishertool.fisher.estimate import Batch
+from fishertool.models.sentence import pipeline_of
 from fishertool.registry import suggest
 
 
@@ -19,22 +22,47 @@ class Task:
     architecture_suffixes: tuple[str, ...]
     auto_class: str
     """The transformers class that loads it."""
+    form: Form
+    """What its data look like."""
     has_labels: bool
-    """Whether a target is one label a text, rather than the text's own next tokens."""
-    targets: Callable[[Sequence[Example], Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(examples, ids, mask) -> targets and scored, as Batch describes them."""
+    """Whether targets are classes of the model's head, from a label column."""
+    one_prediction: bool
+    """Whether an example is one choice among few, so that the mean over all of them is at hand."""
+    targets: Callable[[Sequence[Example]], Tensor]
+    """[example] or [example, time], UNSCORED where nothing is predicted."""
 
 
-def _class_targets(examples: Sequence[Example], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    labels = [0 if example.label is None else example.label for example in examples]
-    return torch.tensor(labels), torch.ones(len(examples), dtype=torch.bool)
+def _one_class(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([0 if example.label is None else example.label for example in examples])
 
 
-def _next_tokens(examples: Sequence[Example], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    scored = mask.bool()
-    scored[:, :-1] &= scored[:, 1:].clone()
-    scored[:, -1] = False
-    return ids.roll(-1, dims=1), scored
+def _in_place(examples: Sequence[Example]) -> Tensor:
+    """A target for every token of the text."""
+    return _padded([list(example.targets or ()) for example in examples], UNSCORED)
+
+
+def _next_tokens(examples: Sequence[Example]) -> Tensor:
+    """The target of a token is scored at the token before it."""
+    tokens = [
+        example.inputs["input_ids"] if example.targets is None else list(example.targets)
+        for example in examples
+    ]
+    targets = _padded(tokens, UNSCORED).roll(-1, dims=1)
+    targets[:, -1] = UNSCORED
+    return targets
+
+
+def _labels(examples: Sequence[Example]) -> Tensor:
+    """The decoder's targets, [example, time]. They have two columns at least, and never as many as
+    the encoder's input has: so tensors of the two are told apart, and from those without time."""
+    time = max(example.length for example in examples)
+    labels = [example.inputs["labels"] for example in examples]
+    longest = max(2, *map(len, labels))
+    return _padded(labels, UNSCORED, longest + (longest == time))
+
+
+def _the_positive(examples: Sequence[Example]) -> Tensor:
+    return torch.zeros(len(examples), dtype=torch.long)
 
 
 TASKS = {
@@ -44,28 +72,76 @@ TASKS = {
             "sequence-classification",
             ("ForSequenceClassification",),
             "AutoModelForSequenceClassification",
-            True,
-            _class_targets,
+            FORMS["labelled texts"],
+            has_labels=True,
+            one_prediction=True,
+            targets=_one_class,
+        ),
+        Task(
+            "token-classification",
+            ("ForTokenClassification",),
+            "AutoModelForTokenClassification",
+            FORMS["labelled words"],
+            has_labels=True,
+            one_prediction=False,
+            targets=_in_place,
+        ),
+        Task(
+            "masked-lm",
+            ("ForMaskedLM",),
+            "AutoModelForMaskedLM",
+            FORMS["masked texts"],
+            has_labels=False,
+            one_prediction=False,
+            targets=_in_place,
         ),
         Task(
             "causal-lm",
             ("ForCausalLM", "LMHeadModel"),
             "AutoModelForCausalLM",
-            False,
-            _next_tokens,
+            FORMS["texts"],
+            has_labels=False,
+            one_prediction=False,
+            targets=_next_tokens,
+        ),
+        Task(
+            "sequence-to-sequence",
+            ("ForConditionalGeneration", "MTModel"),
+            "AutoModelForSeq2SeqLM",
+            FORMS["texts and targets"],
+            has_labels=False,
+            one_prediction=False,
+            targets=_labels,
+        ),
+        Task(
+            "embedding",
+            ("Model",),
+            "AutoModel",
+            FORMS["queries"],
+            has_labels=False,
+            one_prediction=True,
+            targets=_the_positive,
         ),
     )
 }
 
 
 def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
-    """The task asked for, or the one config.json's architecture was made for."""
+    """The task asked for, or the one the checkpoint was made for.
+
+    A sentence-transformers folder is an embedding model whatever its architecture, and so is a
+    bare model without a head; else config.json's architecture tells.
+    """
     if asked != "auto":
         if asked not in TASKS:
             raise UsageError(f"--task {suggest(asked, TASKS)}")
         return TASKS[asked]
+    if pipeline_of(Path(folder)) is not None:
+        return TASKS["embedding"]
     architectures = config.get("architectures") or []
     for task in TASKS.values():
+        if task.auto_class == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
+            continue  # models of images and text are called so too
         if any(name.endswith(task.architecture_suffixes) for name in architectures):
             return task
     raise InputError(
@@ -77,26 +153,39 @@ def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
 def collate(
     task: Task, examples: Sequence[Example], indices: Sequence[int], pad_id: int, device: str
 ) -> Batch:
-    """Pad on the right to the longest; inputs and targets are [example, time] (targets of a
-    classifier [example])."""
+    """Pad on the right to the longest; inputs and targets are [example, time] (targets of one
+    prediction [example]; inputs of queries [example, text, time], with as many texts each)."""
     chosen = [examples[index] for index in indices]
-    longest = max(example.length for example in chosen)
+    texts = [text for example in chosen for text in example.texts]
     inputs = {
-        name: torch.tensor(
-            [
-                ids + [pad_id if name == "input_ids" else 0] * (longest - len(ids))
-                for ids in (example.inputs[name] for example in chosen)
-            ]
-        )
-        for name in chosen[0].inputs
+        name: _padded([text[name] for text in texts], pad_id if name == "input_ids" else 0)
+        for name in texts[0]
+        if name != "labels"
     }
-    lengths = torch.tensor([example.length for example in chosen])
-    mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
-    targets, scored = task.targets(chosen, inputs["input_ids"], mask)
-    inputs["attention_mask"] = mask
+    inputs["attention_mask"] = _mask([text["input_ids"] for text in texts])
+    if "labels" in texts[0]:
+        inputs["labels"] = _labels(chosen)
+        inputs["decoder_attention_mask"] = (inputs["labels"] != UNSCORED).long()
+    if chosen[0].candidates:
+        inputs = {
+            name: tensor.reshape(len(chosen), -1, tensor.shape[1])
+            for name, tensor in inputs.items()
+        }
+    targets = task.targets(chosen)
     return Batch(
         {name: tensor.to(device) for name, tensor in inputs.items()},
-        targets.to(device),
-        scored.to(device),
+        targets.clamp(min=0).to(device),
+        (targets != UNSCORED).to(device),
         indices,
+        rows_each=len(chosen[0].texts),
     )
+
+
+def _padded(lists: Sequence[list[int]], fill: int, time: int = 0) -> Tensor:
+    time = time or max(map(len, lists))
+    return torch.tensor([ids + [fill] * (time - len(ids)) for ids in lists])
+
+
+def _mask(lists: Sequence[list[int]]) -> Tensor:
+    lengths = torch.tensor([len(ids) for ids in lists])
+    return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()

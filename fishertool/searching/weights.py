@@ -9,7 +9,7 @@ from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
@@ -32,6 +32,8 @@ class Judge:
     ):
         first = plan.models[0]
         self.task = task_of(first.config(), first.folder)
+        check_measured(self.task)
+        self.task.form.check(options, self.task.name)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
         loaded = load_model(first, self.task, device, trust_remote_code)
@@ -40,6 +42,7 @@ class Judge:
             loaded.tokenizer,
             loaded.max_length,
             loaded.labels,
+            self.task.form,
             need_labels=self.task.has_labels,
             long_texts="cut" if self.task.has_labels else "keep",
         )

@@ -1,0 +1,137 @@
+"""The forms data have, one a task: which columns and flags, and how rows become examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fishertool.calibration import prompts, ranking, texts
+from fishertool.calibration.data import CalibrationData, DataOptions, Example
+from fishertool.calibration.reader import Reader, length_limit
+from fishertool.calibration.rows import name_of, read_rows
+from fishertool.errors import InputError, UsageError
+
+OF_SOME_FORMS = (
+    "text_column", "text_pair_column", "chat_column", "label_column", "target_column",
+    "query_column", "positive_column", "negative_column", "mask_prompt", "mask_fraction",
+    "scale", "in_batch_negatives",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    flags: Sequence[str]
+    """Fields of DataOptions it has a use for, of those not every form has."""
+    columns: Callable[[DataOptions], Sequence[str | None]]
+    """Those that must be there; None is none."""
+    read: Callable[[Reader], Iterator[Example]]
+    why_unscored: str = ""
+
+    def check(self, options: DataOptions, task: str) -> None:
+        """Raises UsageError for a flag that this form has no use for, or a value out of range."""
+        for field in fields(DataOptions):
+            foreign = field.name in OF_SOME_FORMS and field.name not in self.flags
+            if foreign and getattr(options, field.name) != field.default:
+                uses = ", ".join(map(_flag, self.flags))
+                raise UsageError(f"{_flag(field.name)} is not for {task}, which takes {uses}")
+        if options.mask_fraction is not None and not 0 < options.mask_fraction <= 1:
+            raise UsageError(f"--mask-fraction {options.mask_fraction}: is above 0 and at most 1")
+        if options.scale is not None and not 0 < options.scale < float("inf"):
+            raise UsageError(f"--scale {options.scale}: is a number above 0")
+        if options.in_batch_negatives is not None and options.in_batch_negatives < 2:
+            raise UsageError(f"--in-batch-negatives {options.in_batch_negatives}: is at least 2")
+        one_of = (options.chat_column is None) != (options.text_pair_column is None)
+        if options.mask_prompt and not one_of:
+            raise UsageError(
+                "--mask-prompt: give --chat-column, or --text-pair-column with the completion of "
+                "--text-column"
+            )
+
+
+FORMS = {
+    "labelled texts": Form(
+        ("text_column", "text_pair_column", "chat_column", "label_column"),
+        lambda options: (options.chat_column or options.text_column, options.text_pair_column),
+        texts.whole,
+    ),
+    "labelled words": Form(
+        ("text_column", "label_column"),
+        lambda options: (options.text_column,),
+        texts.words,
+        "they have no word within the maximum length",
+    ),
+    "masked texts": Form(
+        ("text_column", "text_pair_column", "mask_fraction"),
+        lambda options: (options.text_column, options.text_pair_column),
+        texts.masked,
+        "they have no token that could be masked",
+    ),
+    "texts": Form(
+        ("text_column", "text_pair_column", "chat_column", "mask_prompt"),
+        lambda options: (options.chat_column or options.text_column, options.text_pair_column),
+        lambda reader: (prompts.completed if reader.options.mask_prompt else texts.whole)(reader),
+        "they have no completion, or none within the maximum length",
+    ),
+    "texts and targets": Form(
+        ("text_column", "target_column"),
+        lambda options: (options.text_column, options.target_column or texts.TARGET),
+        texts.targeted,
+    ),
+    "queries": Form(
+        ("query_column", "positive_column", "negative_column", "in_batch_negatives", "scale"),
+        lambda options: (
+            options.query_column or ranking.QUERY,
+            options.positive_column or ranking.POSITIVE,
+            options.negative_column,
+        ),
+        ranking.queries,
+        "their queries have no candidate besides the positive",
+    ),
+}
+
+
+def load(
+    options: DataOptions,
+    tokenizer: Any,
+    model_limit: int | None,
+    labels: Mapping[str, int] | None,
+    form: Form,
+    *,
+    need_labels: bool = False,
+    long_texts: Literal["cut", "keep"] = "cut",
+) -> CalibrationData:
+    """Read and tokenize the data.
+
+    labels       class names -> ids of the model's head, or None if it has none
+    need_labels  whether a missing label column is an error
+    long_texts   `keep` leaves texts longer than the limit whole, for who splits them
+
+    Raises InputError naming the file and row or column, HubError if a dataset cannot be had.
+    """
+    rows = read_rows(options)
+    with_labels = labels is not None and options.label_column in rows.column_names
+    for column in [*form.columns(options), options.label_column if need_labels else None]:
+        if column is not None and column not in rows.column_names:
+            has = ", ".join(rows.column_names)
+            raise InputError(f"{options.data}: no column {column!r}; it has {has}")
+    limit = length_limit(options, tokenizer, model_limit)
+    reader = Reader(
+        rows, options, tokenizer, limit, labels if with_labels else None, long_texts == "cut"
+    )
+    examples = list(form.read(reader))
+    if not examples:
+        why = f"; {reader.unscored} left out: {form.why_unscored}" if reader.unscored else ""
+        raise InputError(f"{options.data}: no rows with text in it{why}")
+    return CalibrationData(
+        examples,
+        name_of(options),
+        reader.truncated,
+        reader.empty,
+        limit,
+        reader.unscored,
+        form.why_unscored,
+        labelled=labels is None or with_labels,
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,131 @@
+"""One row's cells -> texts, labels and token ids, and a count of what was cut or left out."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fishertool.calibration.data import DataOptions
+from fishertool.errors import InputError
+
+DEFAULT_MAX_LENGTH = 512
+UNLIMITED = 1 << 20
+"""Tokenizers without a limit of their own state an absurdly large one."""
+
+
+class Reader:
+    """Iterates over rows, and reads the cells of the row it is at.
+
+    labels     class names -> ids of the model's head; None where there are none to read
+    cut        False leaves texts longer than `limit` whole, for who splits them
+    row        number of the row it is at
+    truncated  examples with a text cut at `limit` tokens
+    empty      rows without text
+    unscored   rows of which nothing would be scored
+
+    Raises InputError naming the file, the row and what is wrong there.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        options: DataOptions,
+        tokenizer: Any,
+        limit: int,
+        labels: Mapping[str, int] | None,
+        cut: bool,
+    ):
+        self.options, self.tokenizer, self.limit, self.labels = options, tokenizer, limit, labels
+        self.columns: list[str] = rows.column_names
+        self.row, self.truncated, self.empty, self.unscored = 0, 0, 0, 0
+        self._rows, self._cut = rows, cut
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for number, row in enumerate(self._rows):
+            self.row = number
+            yield row
+
+    def text(self, row: Mapping[str, Any], column: str) -> str:
+        """A cell's text; a missing one is empty."""
+        value = row[column]
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.refusal(f"its {column} is {type(value).__name__}, not a string")
+        return value
+
+    def pair(self, row: Mapping[str, Any]) -> str | None:
+        """The second text of a row, if there is one."""
+        column = self.options.text_pair_column
+        return None if column is None or row[column] is None else self.text(row, column)
+
+    def chat(self, messages: Any, prompt: bool = False) -> str:
+        """A conversation as the tokenizer's chat template writes it; of a prompt, up to where the
+        assistant answers."""
+        if messages is None:
+            return ""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except Exception as error:  # a template may raise anything
+            raise self.refusal(f"the chat template does not take it: {error}") from error
+
+    def label(self, value: Any, labels: Mapping[str, int], where: str = "") -> int:
+        """A class id, or a class name of the model's head."""
+        if isinstance(value, str) and value in labels:
+            return labels[value]
+        number = int(value) if isinstance(value, str) and value.isdigit() else value
+        if type(number) is int and number in labels.values():
+            return number
+        raise self.refusal(
+            f"{where}label {value!r} is none of the model's: "
+            f"{', '.join(f'{name} ({number})' for name, number in labels.items())}"
+        )
+
+    def encode(
+        self, text: str | list[str] | None, pair: str | None = None, **more: Any
+    ) -> tuple[Any, bool]:
+        """What the tokenizer makes of a text or a list of words, and whether it was cut."""
+        settings: dict[str, Any] = {
+            "is_split_into_words": isinstance(text, list),
+            "return_offsets_mapping": self.tokenizer.is_fast,
+            "return_attention_mask": False,
+            "padding": False,  # a stored tokenizer may carry both from its training
+            "truncation": False,
+            "verbose": False,
+            **more,
+        }
+        encoded = self.tokenizer(text, pair, **settings)
+        too_long = self._cut and len(encoded["input_ids"]) > self.limit
+        if too_long:
+            settings |= {"truncation": True, "max_length": self.limit}
+            encoded = self.tokenizer(text, pair, **settings)
+        return encoded, too_long
+
+    def fast(self, purpose: str) -> None:
+        """Refuse a tokenizer that cannot tell which characters a token stands for."""
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} does not tell which characters a token stands "
+                f"for, as {purpose} needs; convert it to a tokenizer.json"
+            )
+
+    def refusal(self, what: str) -> InputError:
+        return InputError(f"{self.options.data}: row {self.row}: {what}")
+
+
+def inputs_of(encoded: Any) -> dict[str, list[int]]:
+    """The model's inputs among what a tokenizer gives."""
+    return {
+        name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded
+    }
+
+
+def length_limit(options: DataOptions, tokenizer: Any, model_limit: int | None) -> int:
+    """Tokens a text may have."""
+    limits = [limit for limit in (tokenizer.model_max_length, model_limit) if limit]
+    limits = [limit for limit in limits if limit < UNLIMITED]
+    if options.max_length is None:
+        return min([DEFAULT_MAX_LENGTH, *limits])
+    return min([options.max_length, *limits])

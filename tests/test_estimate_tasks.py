@@ -1,0 +1,213 @@
+"""`fishertool estimate-fisher` of every task, against the definition one example at a time."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import VOCABULARY, Cli, ModelMaker, make_text, write_rows
+from safetensors.torch import load_file
+from test_fisher_diagonal import assert_same
+from torch import Tensor
+
+Rows = list[dict[str, Any]]
+Score = Callable[[Any], Tensor]
+"""Of a model: log p of one example."""
+CLS, SEP, MASK = 2, 3, 1
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ 'the' if m['role'] == 'user' else 'a' }} {{ m['content'] }} and {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+def reference(model: Any, scores: Sequence[Score]) -> dict[str, Tensor]:
+    """1/N sum_n (d log p_n / d w)^2, each by a float64 backward pass of its own."""
+    model = model.double().eval()
+    parameters = dict(model.named_parameters())
+    sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for score in scores:
+        found = torch.autograd.grad(score(model), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                sums[name] += gradient**2
+    return {name: value / len(scores) for name, value in sums.items()}
+
+
+def ids_of(text: str) -> list[int]:
+    return [VOCABULARY.get(word, MASK) for word in text.split()]
+
+
+def log_p(ids: list[int], targets: Mapping[int, int], **more: Tensor) -> Score:
+    """Summed over the positions that have a target."""
+
+    def score(model: Any) -> Tensor:
+        values = torch.log_softmax(model(torch.tensor([ids]), **more).logits[0], -1)
+        return torch.stack([values[place, target] for place, target in targets.items()]).sum()
+
+    return score
+
+
+def labelled_words() -> tuple[Rows, list[Score]]:
+    """`cat-dog` is one word of three tokens."""
+    rows: Rows = []
+    scores: list[Score] = []
+    for n in range(8):
+        words = [*make_text(n, 1 + n).split(), "cat-dog", "runs"]
+        classes = [(n + place) % 3 for place in range(len(words))]
+        rows.append({"text": words, "label": classes})
+        ids = [CLS, *ids_of(" ".join(words[:-2])), 9, MASK, 10, 12, SEP]
+        assert VOCABULARY["cat"] == 9 and VOCABULARY["dog"] == 10 and VOCABULARY["runs"] == 12
+        places = [*range(1, len(words)), len(words) + 2]
+        targets = dict(zip(places, classes, strict=True))
+        scores.append(log_p(ids, targets))
+    return rows, scores
+
+
+def masked_texts() -> tuple[Rows, list[Score]]:
+    rows = [{"text": make_text(n, 1 + 2 * n)} for n in range(8)]
+    scores: list[Score] = []
+    for n, row in enumerate(rows):
+        ids = [CLS, *ids_of(row["text"]), SEP]
+        count = max(1, round(0.3 * (len(ids) - 2)))
+        places = random.Random(f"4 {n}").sample(range(1, len(ids) - 1), count)
+        targets = {place: ids[place] for place in places}
+        for place in places:
+            ids[place] = MASK
+        scores.append(log_p(ids, targets))
+    return rows, scores
+
+
+def completed(prompts: Sequence[str], completions: Sequence[str]) -> list[Score]:
+    scores: list[Score] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, ids = len(ids_of(prompt)), ids_of(prompt + completion)
+        targets = {place - 1: ids[place] for place in range(before, len(ids))}
+        scores.append(log_p(ids, targets))
+    return scores
+
+
+def prompts_and_completions() -> tuple[Rows, list[Score]]:
+    prompts = [make_text(n, 1 + n) for n in range(8)]
+    completions = [" " + make_text(20 + n, 9 - n) for n in range(8)]
+    rows = [{"text": p, "more": c} for p, c in zip(prompts, completions, strict=True)]
+    return rows, completed(prompts, completions)
+
+
+def conversations() -> tuple[Rows, list[Score]]:
+    rows, prompts, completions = [], [], []
+    for n in range(8):
+        first, answer, second, last, rest = (make_text(10 * n + k, 1 + k) for k in range(5))
+        messages = [
+            {"role": role, "content": text}
+            for role, text in [
+                ("user", first), ("assistant", answer), ("user", second), ("assistant", last),
+                ("user", rest),
+            ][: 5 - n % 2]
+        ]  # fmt: skip
+        rows.append({"messages": messages})
+        prompts.append(f"the {first} and a {answer} and the {second} and a ")
+        completions.append(f"{last} and ")
+    return rows, completed(prompts, completions)
+
+
+def texts_and_targets() -> tuple[Rows, list[Score]]:
+    """Sources and targets of every order of lengths."""
+    rows = [{"text": make_text(n, 1 + n), "wanted": make_text(9 + n, 6 - n % 6)} for n in range(8)]
+    scores: list[Score] = []
+    for row in rows:
+        target = [CLS, *ids_of(row["wanted"]), SEP]
+        shifted = torch.tensor([[0, *target[:-1]]])
+        source = [CLS, *ids_of(row["text"]), SEP]
+        scores.append(log_p(source, dict(enumerate(target)), decoder_input_ids=shifted))
+    return rows, scores
+
+
+def infonce(texts: Sequence[str]) -> Score:
+    """log p of the second text for the first, each text encoded alone: mean pooling, cosine x 5."""
+
+    def score(model: Any) -> Tensor:
+        vectors = [
+            model(torch.tensor([[CLS, *ids_of(text), SEP]])).last_hidden_state[0].mean(0)
+            for text in texts
+        ]
+        query, *documents = [vector / vector.norm() for vector in vectors]
+        return torch.log_softmax(5 * torch.stack([query @ one for one in documents]), 0)[0]
+
+    return score
+
+
+def pairs() -> tuple[Rows, list[Score]]:
+    """Blocks of 3, 3 and 3 + 1 of ten; the second and third positive are the same text."""
+    rows = [{"query": make_text(n, 2), "positive": make_text(30 + n, 1 + n)} for n in range(10)]
+    rows[2]["positive"] = rows[1]["positive"]
+    scores = []
+    for block in (rows[:3], rows[3:6], rows[6:]):
+        for row in block:
+            others = dict.fromkeys(one["positive"] for one in block)
+            texts = [row["positive"], *(text for text in others if text != row["positive"])]
+            scores.append(infonce([row["query"], *texts]))
+    return rows, scores
+
+
+def triplets() -> tuple[Rows, list[Score]]:
+    """One to three negatives a query, an empty one left out."""
+    rows: Rows = []
+    scores = []
+    for n in range(8):
+        query, positive, *negatives = (make_text(10 * n + k, 2 + k) for k in range(3 + n % 3))
+        rows.append({"q": query, "p": positive, "n": [*negatives, ""]})
+        scores.append(infonce([query, positive, *negatives]))
+    return rows, scores
+
+
+CASES: dict[str, tuple[str, str, Callable[[], tuple[Rows, list[Score]]], list[str]]] = {
+    "words": ("bert", "ForTokenClassification", labelled_words, ["--labels", "empirical"]),
+    "masked": ("bert", "ForMaskedLM", masked_texts, ["--mask-fraction", "0.3", "--seed", "4"]),
+    "completions": (
+        "gpt2", "", prompts_and_completions, ["--mask-prompt", "--text-pair-column", "more"],
+    ),
+    "conversations": (
+        "llama", "", conversations, ["--mask-prompt", "--chat-column", "messages"],
+    ),
+    "targets": ("t5", "", texts_and_targets, ["--target-column", "wanted"]),
+    "pairs": ("bert", "Model", pairs, ["--in-batch-negatives", "3", "--scale", "5"]),
+    "triplets": (
+        "bert", "Model", triplets,
+        ["--query-column=q", "--positive-column=p", "--negative-column=n", "--scale", "5"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_is_the_mean_of_each_examples_squared_gradient(
+    cli: Cli, make_model: ModelMaker, case: str, tmp_path: Path
+) -> None:
+    kind, head, make, flags = CASES[case]
+    folder = make_model("m", kind, spread=0.15, **({"head": head} if head else {}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    rows, scores = make()
+    write_rows("d.jsonl", rows)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(folder)
+    losses = [-float(score(model.eval()).detach()) for score in scores]
+    expected = reference(model, scores)
+    for batch_size in (1, 3, 8):
+        result = cli(
+            "estimate-fisher", folder, "--data", "d.jsonl", *flags, "--batch-size", batch_size,
+            "--out", "f", "--overwrite", "--json", "--quiet",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        assert_same(load_file(tmp_path / "f" / "diagonal.safetensors"), expected)
+        summary = result.report["summary"]
+        assert summary["labels"] == "empirical" and summary["examples"] == len(scores)
+        assert summary["by_autograd"] == [] and summary["one_example_at_a_time"] == (kind == "t5")
+        if case in ("pairs", "triplets"):
+            assert summary["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+            told = "pooler.dense.bias, pooler.dense.weight: no part of embedding"
+            assert any(told in warning for warning in result.report["warnings"])
+            assert any("taking their mean" in warning for warning in result.report["warnings"])
