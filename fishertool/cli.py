@@ -360,11 +360,39 @@ def estimate_fisher(
         _option(
             "--labels",
             help="empirical: the data's; sampled: drawn from the model; expected: exact mean over "
-            "classes; auto: expected for up to 8 classes, else sampled; empirical for text and "
-            "queries.",
+            "classes; expected-signed: its estimate by random signs, for any vocabulary; auto: "
+            "expected for up to 8 classes, else sampled; empirical for text and queries.",
         ),
     ] = "auto",
-    draws: Annotated[int, _option("--draws", min=1, help="Labels drawn per prediction.")] = 1,
+    draws: Annotated[
+        int, _option("--draws", min=1, help="Draws per prediction, of labels or signs.")
+    ] = 1,
+    max_classes: Annotated[
+        int, _option("--max-classes", min=2, help="The most classes for --labels expected.")
+    ] = 64,
+    estimator: Annotated[
+        str,
+        _option(
+            "--estimator",
+            help="exact: every example's gradient by itself; signed: one backward pass a batch "
+            "with random signs, unbiased, for models that exact cannot serve.",
+        ),
+    ] = "exact",
+    until_relative_error: Annotated[
+        float | None,
+        _option(
+            "--until-relative-error",
+            min=0.0,
+            help="Take examples in random order, and stop when every tensor's summed Fisher is "
+            "known this well (as a standard error).",
+        ),
+    ] = None,
+    skip_nonfinite: Annotated[
+        bool,
+        _option(
+            "--skip-nonfinite", help="Leave out, and count, examples whose loss is not finite."
+        ),
+    ] = False,
     group: Annotated[
         int,
         _option("--group", min=1, help="Examples whose mean is one gradient of a rank-one bank."),
@@ -391,6 +419,21 @@ def estimate_fisher(
     batch_size: MicroBatchSize = "auto",
     shuffle: Shuffle = False,
     seed: Seed = 0,
+    part: Annotated[
+        str | None,
+        _option("--part", help="i/n: write the i-th of n partial results, for combine-fisher."),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        _option("--world-size", min=1, help="Fail unless so many processes run (torchrun)."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        _option("--checkpoint-every", min=1, help="Save the sums after every so many examples."),
+    ] = None,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on where a killed run last saved, if there was one.")
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     max_shard_size: MaxShardSize = "5GB",
@@ -412,6 +455,7 @@ def estimate_fisher(
 
     with _importing([model], threads, dry_run):
         from fishertool.commands.estimate_fisher import estimate_fisher as command
+        from fishertool.estimation.settings import Settings
 
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
@@ -422,13 +466,15 @@ def estimate_fisher(
         model,
         options,
         out,
-        kind=kind,
-        labels=labels,
-        draws=draws,
-        group=group,
-        bank_dtype=bank_dtype,
+        settings=Settings(
+            kind, labels, draws, max_classes, estimator, group, bank_dtype,
+            until_relative_error, skip_nonfinite, batch_size,
+        ),
         task=task,
-        batch_size=batch_size,
+        part=part,
+        world_size=world_size,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
         include=include or [],
         exclude=exclude or [],
         max_shard_size=max_shard_size,
@@ -438,6 +484,40 @@ def estimate_fisher(
         trust_remote_code=trust_remote_code,
         threads=_threads(threads),
         device=device,
+        track=_track(quiet),
+    )  # fmt: skip
+    if report is not None:
+        _finish(report, as_json, quiet, report_file)
+
+
+@app.command("combine-fisher")
+def combine_fisher(
+    parts: Annotated[
+        list[Path], typer.Argument(help="Folders that estimate-fisher --part wrote, all n of n.")
+    ],
+    out: Annotated[Path, _option("--out", help="Folder to write the sidecar to.")],
+    config: Config = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    report_file: ReportFile = None,
+) -> None:
+    """Put the parts of one Fisher estimate together: the sidecar that one run would have written.
+
+    Example: fishertool combine-fisher part-1 part-2 --out model-fisher
+    """
+    from fishertool.commands.combine_fisher import combine_fisher as command
+
+    report = command(
+        parts,
+        out,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite,
         track=_track(quiet),
     )
     _finish(report, as_json, quiet, report_file)

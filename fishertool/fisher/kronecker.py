@@ -11,6 +11,7 @@ from fishertool.errors import FishertoolError
 from fishertool.fisher.diagonal import wide
 from fishertool.fisher.gradients import Gradient, OuterProducts
 from fishertool.fisher.layers import linear, rule_for, transposed_linear
+from fishertool.fisher.sums import Groups, Sums
 
 MAX_SIDE = 16_384
 """A factor of a wider side (a language model's output layer) would not be kept: 2 GB in float64."""
@@ -31,10 +32,11 @@ class InputMoments:
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+        self.sums: Sums = {}
+        self.tokens: Sums = {}
+        self.groups: Groups = {"inputs": self.sums, "tokens": self.tokens}
         self.leader: dict[str, str] = {}
-        self.transposed: list[str] = []
+        self.transposed: set[str] = set()
         """Weights that are [in, out]."""
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._model = model
@@ -50,7 +52,7 @@ class InputMoments:
                 continue
             if (rule := rule_for(module)) in (linear, transposed_linear):
                 if rule is transposed_linear:
-                    self.transposed.append(self._names[id(weight)])
+                    self.transposed.add(self._names[id(weight)])
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
         return self
 
@@ -88,7 +90,7 @@ class InputMoments:
         rows = _unpadded(wide(x), self._masks)
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            self.tokens[name] = 0
+            self.tokens[name] = torch.zeros((), dtype=torch.float64)
         add_gram(self.sums[name], rows)
         self.tokens[name] += len(rows)
 
@@ -108,7 +110,8 @@ class OutputMoments:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: Sums = {}
+        self.groups: Groups = {"outputs": self.sums}
 
     def begin(self, examples: Sequence[int]) -> None:
         """Nothing is kept from batch to batch."""
@@ -138,7 +141,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
 
-def mirrored(total: Tensor, count: int) -> Tensor:
+def mirrored(total: Tensor, count: float) -> Tensor:
     """The mean [side, side], float32, symmetric, of a sum whose lower half is not kept."""
     upper = total.triu()
     return ((upper + upper.triu(1).T) / max(count, 1)).float()

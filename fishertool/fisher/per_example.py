@@ -167,12 +167,14 @@ class PerExampleGradients:
                 consume(name, [Whole(parameter.grad.reshape(1, *rows_of(parameter)))])
                 parameter.grad = None
 
-    def begin(self, examples: int, rows_each: int = 1) -> None:
-        """Before each forward pass: how many examples the batch has, and how many rows each."""
-        if self.one_by_one and examples != 1:
+    def begin(self, examples: Sequence[int], rows_each: int = 1) -> Sequence[int]:
+        """Before each forward pass: which examples the batch has, with how many rows each; an
+        example is a unit of its own."""
+        if self.one_by_one and len(examples) != 1:
             raise ValueError("this model's examples can only be told apart one at a time")
-        self.examples, self.rows = examples, examples * rows_each
+        self.examples, self.rows = len(examples), len(examples) * rows_each
         self._calls.clear()
+        return examples
 
     def _forward(self, forward: Forward, examples: int, rows_each: int) -> Tensor:
         self.examples, self.rows = examples, examples * rows_each
