@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import NAMES
+from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -63,6 +63,33 @@ def write_tensors(
         for name, value in tensors.items():
             writer.write(name, value.cpu())
         return layout, writer.finish()
+
+
+class StoredGradients:
+    """The gradients of a rank-one sidecar, read from disk when asked for; all, or those of `names`.
+
+    What `fisher.rank_one.RankOneFisher` stands on. Raises InputError for tensors that have not
+    one and the same number of members, or cannot be computed with.
+    """
+
+    def __init__(self, tensors: Checkpoint, names: Sequence[str] | None = None):
+        self._tensors = tensors
+        infos = {name: tensors.info(name) for name in (tensors if names is None else names)}
+        first = next(iter(infos.values()))
+        for name, info in infos.items():
+            if info.dtype not in FLOATING or not info.shape or not info.shape[0]:
+                raise InputError(f"{tensors.where(name)}: {info} holds no gradients")
+            if info.shape[0] != first.shape[0]:
+                raise InputError(
+                    f"{tensors.where(name)}: has {info.shape[0]} members, {first.name} has "
+                    f"{first.shape[0]}; estimate it again"
+                )
+        self.members = first.shape[0]
+        self.sizes = {name: info.elements // self.members for name, info in infos.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one weight, flat: [member, stop - start], as stored."""
+        return self._tensors.read_columns(name, start, stop)
 
 
 class BankWriter:
