@@ -274,9 +274,9 @@ MicroBatchSize = Annotated[
     str,
     _option("--batch-size", help="auto (by tokens) or a number; results do not depend on it."),
 ]
-Data = Annotated[
-    str, _option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
-]
+_DATA = _option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
+Data = Annotated[str, _DATA]
+OptionalData = Annotated[str | None, _DATA]
 Split = Annotated[str, _option("--split", help="Split of a Hub dataset, e.g. train[:1000].")]
 TextColumn = Annotated[str, _option("--text-column")]
 TextPairColumn = Annotated[
@@ -344,9 +344,10 @@ def _root(
 
 @app.command("estimate-fisher")
 def estimate_fisher(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
-    data: Data,
     out: Annotated[Path, _option("--out", help="Folder to write the sidecar to.")],
+    data: OptionalData = None,
     config: Config = None,
     kind: Annotated[
         str,
@@ -419,6 +420,13 @@ def estimate_fisher(
     batch_size: MicroBatchSize = "auto",
     shuffle: Shuffle = False,
     seed: Seed = 0,
+    from_optimizer: Annotated[
+        Path | None,
+        _option(
+            "--from-optimizer",
+            help="In place of --data: Adam's second moments (a saved optimizer or safetensors).",
+        ),
+    ] = None,
     part: Annotated[
         str | None,
         _option("--part", help="i/n: write the i-th of n partial results, for combine-fisher."),
@@ -453,6 +461,11 @@ def estimate_fisher(
     """
     from fishertool.calibration import DataOptions
 
+    if from_optimizer is not None:
+        _estimate_from_optimizer(context, model, from_optimizer, out)
+        return
+    if data is None:
+        raise UsageError("estimate-fisher needs --data, or --from-optimizer")
     with _importing([model], threads, dry_run):
         from fishertool.commands.estimate_fisher import estimate_fisher as command
         from fishertool.estimation.settings import Settings
@@ -488,6 +501,33 @@ def estimate_fisher(
     )  # fmt: skip
     if report is not None:
         _finish(report, as_json, quiet, report_file)
+
+
+def _estimate_from_optimizer(context: typer.Context, model: str, path: Path, out: Path) -> None:
+    """The flags that mean something without data; any other is refused."""
+    taken = "kind", "task", "max_shard_size", "overwrite", "dry_run", "trust_remote_code"
+    shown = "as_json", "quiet", "report_file", "threads", "device", "include", "exclude", "config"
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
+    }
+    known = {"model", "out", "from_optimizer", *taken, *shown}
+    if other := sorted(given.keys() - known):
+        raise UsageError(f"--{other[0].replace('_', '-')} means nothing with --from-optimizer")
+    from fishertool.commands.fisher_from_optimizer import fisher_from_optimizer as command
+
+    values = context.params
+    report = command(
+        model,
+        path,
+        out,
+        **{name: values[name] for name in taken},
+        include=values["include"] or [],
+        exclude=values["exclude"] or [],
+        threads=_threads(values["threads"]),
+    )
+    _finish(report, values["as_json"], values["quiet"], values["report_file"])
 
 
 @app.command("combine-fisher")

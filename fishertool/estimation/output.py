@@ -1,6 +1,6 @@
 """From complete sums to a sidecar, or to one part of it: the files, and what the report says."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -43,14 +43,10 @@ def finish(
     stored = gathering.stored(done.examples)
     if check:
         _check_finite(stored, job.header.model)
-    layouts: list[Layout] = []
-    files: list[FileDigest] = []
-    for kind, one in stored.items():
-        header = _complete(job, kind, one, gathering)
-        layout, digests = write_sidecar(folder, header, one.tensors, shard_bytes)
-        layouts.append(layout)
-        files += digests
-        report.tensors += _rows(kind, one, job.shapes)
+    transposed = set() if gathering.inputs is None else gathering.inputs.transposed
+    layouts, files = write_kinds(
+        folder, job.header, job.shapes, job.wanted, stored, shard_bytes, report, transposed
+    )
     if bank is not None:
         layouts.append(bank.layout)
         files += bank.finish()
@@ -65,6 +61,37 @@ def finish(
         )
     if done.skipped:
         report.warnings.append(f"{done.skipped} examples were skipped: their loss is not finite")
+
+
+def write_kinds(
+    folder: Path,
+    header: FisherHeader,
+    shapes: Mapping[str, Sequence[int]],
+    wanted: Sequence[str],
+    stored: Mapping[str, Stored],
+    shard_bytes: int,
+    report: Report,
+    transposed: Collection[str] = (),
+) -> tuple[list[Layout], list[FileDigest]]:
+    """Write these kinds of a Fisher of the `wanted` tensors, and report on each tensor."""
+    layouts: list[Layout] = []
+    files: list[FileDigest] = []
+    for kind, one in stored.items():
+        complete = replace(
+            header,
+            kind=kind,
+            statistics=dict(one.statistics),
+            leaders=dict(one.leaders),
+            transposed=sorted(set(transposed) & one.leaders.keys()),
+            without=[name for name in wanted if name not in one.statistics],
+            group=1,
+        )
+        layout, digests = write_sidecar(folder, complete, one.tensors, shard_bytes)
+        layouts.append(layout)
+        files += digests
+        report.tensors += _rows(kind, one, shapes)
+    report.output = _output(layouts, files, "float32")
+    return layouts, files
 
 
 def write_part(
@@ -134,19 +161,6 @@ def _summary(job: Job, worker: Worker, stored: Mapping[str, Stored]) -> dict[str
         "by_autograd": sorted(done.by_autograd),
         "fingerprint": header.fingerprint,
     }
-
-
-def _complete(job: Job, kind: str, stored: Stored, gathering: Gathering) -> FisherHeader:
-    transposed = set() if gathering.inputs is None else gathering.inputs.transposed
-    return replace(
-        job.header,
-        kind=kind,
-        statistics=dict(stored.statistics),
-        leaders=dict(stored.leaders),
-        transposed=sorted(transposed & stored.leaders.keys()),
-        without=[name for name in job.wanted if name not in stored.statistics],
-        group=1,
-    )
 
 
 def _row(kind: str, name: str, shape: Sequence[int], dtype: str, **more: Any) -> dict[str, Any]:
