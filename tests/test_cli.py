@@ -165,7 +165,9 @@ def test_public_surface_of_the_command_line(cli: Cli) -> None:
     every = "--json --quiet --config --threads --device --report --trust-remote-code"
     writer = "--dry-run --overwrite --include --exclude --max-shard-size --allow-nonfinite --out"
     own = {
-        "estimate-fisher": f"{data} {writer} --kind --labels --draws --task",
+        "estimate-fisher": f"{data} {writer} --kind --labels --draws --task --target-column "
+        "--query-column --positive-column --negative-column --in-batch-negatives --scale "
+        "--mask-fraction --mask-prompt",
         "merge": f"{data.replace('--data ', '')} {writer} --method --weights --fisher --base "
         "--anchor --power --preset --set --head --search-weights --search-points --metric "
         "--evaluate-on --methods",

@@ -211,3 +211,139 @@ def test_is_the_mean_of_each_examples_squared_gradient(
             told = "pooler.dense.bias, pooler.dense.weight: no part of embedding"
             assert any(told in warning for warning in result.report["warnings"])
             assert any("taking their mean" in warning for warning in result.report["warnings"])
+
+
+@pytest.mark.parametrize("case", ["targets", "pairs"])
+def test_padding_is_in_no_input_moment(
+    cli: Cli, make_model: ModelMaker, case: str, tmp_path: Path
+) -> None:
+    """Encoder, decoder and cross-attention have inputs of different lengths; a text is a row."""
+    kind, head, make, flags = CASES[case]
+    folder = make_model("m", kind, spread=0.15, **({"head": head} if head else {}))
+    write_rows("d.jsonl", make()[0])
+    for batch_size, out in ((1, "one"), (8, "eight")):
+        result = cli(
+            "estimate-fisher", folder, "--data", "d.jsonl", *flags, "--kind", "activation",
+            "--batch-size", batch_size, "--out", out,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+    one, eight = (load_file(tmp_path / out / "activation.safetensors") for out in ("one", "eight"))
+    assert one.keys() == eight.keys() and len(one) > 5
+    for name, value in one.items():
+        torch.testing.assert_close(eight[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sampled_labels_do_not_depend_on_the_batch_size(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    """Of words, which --labels auto draws from the model; and of documents, also their mean."""
+    for case, labels in (("words", "auto"), ("pairs", "sampled"), ("pairs", "expected")):
+        kind, head, make, flags = CASES[case]
+        folder = make_model(case, kind, spread=0.15, head=head)
+        write_rows("d.jsonl", make()[0])
+        found = []
+        for batch_size in (1, 8):
+            result = cli(
+                "estimate-fisher", folder, "--data", "d.jsonl", *flags, "--labels", labels,
+                "--batch-size", batch_size, "--out", "f", "--overwrite", "--json",
+            )  # fmt: skip
+            assert result.code == 0, result.err
+            found.append(load_file(tmp_path / "f" / "diagonal.safetensors"))
+        wanted = "sampled" if labels == "auto" else labels
+        assert result.report["summary"]["labels"] == wanted
+        assert_same(found[1], {name: value.double() for name, value in found[0].items()}, 1e-4)
+
+
+def test_a_bfloat16_embedding_model(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
+    """Scores are float32; the layers, and what is held against autograd, are not."""
+    write_rows("d.jsonl", pairs()[0])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = make_model(f"{dtype}", head="Model", spread=0.15, dtype=dtype)
+        flags = ("--scale", 1, "--json")  # no score is so sharp that rounding decides it
+        result = cli("estimate-fisher", folder, "--data", "d.jsonl", *flags, "--out", f"f{dtype}")
+        assert result.code == 0, result.err
+        assert result.report["summary"]["by_autograd"] == []
+        found.append(load_file(tmp_path / f"f{dtype}" / "diagonal.safetensors"))
+    for name, value in found[0].items():
+        if "word_embeddings" in name or "intermediate.dense.weight" in name:
+            error = (found[1][name] - value).norm() / value.norm()
+            assert error < 0.15, (name, error)
+
+
+def test_long_texts_are_cut_and_counted(cli: Cli, make_model: ModelMaker) -> None:
+    """Of every task, at the model's 32 positions or where the flag says."""
+    long = make_text(0, 60)
+    rows: dict[str, dict[str, Any]] = {
+        "ForTokenClassification": {"text": long, "label": [0] * 60},
+        "ForMaskedLM": {"text": long},
+        "Model": {"query": "the cat", "positive": "a dog", "negative": [long, "a bird"]},
+        "": {"text": "the cat", "target": long},
+    }
+    for head, row in rows.items():
+        folder = make_model(
+            f"m{head}", "bert" if head else "t5", **({"head": head} if head else {})
+        )
+        write_rows("d.jsonl", [row])
+        flags = ("--data", "d.jsonl", "--out", f"f{head}", "--json", "--max-length", 40)
+        result = cli("estimate-fisher", folder, *flags)
+        assert result.code == 0, result.err
+        assert result.report["calibration"]["truncated"] == 1
+        assert result.report["calibration"]["max_length"] == 32
+
+
+REFUSED = [
+    ("ForTokenClassification", ["--labels", "expected"], 2, "token-classification is out of reach"),
+    (
+        "ForTokenClassification",
+        ["--task", "embedding"],
+        3,
+        "BertForTokenClassification, which may not fit",
+    ),
+    ("ForTokenClassification", ["--task", "sequence-to-sequence"], 3, "does not fit --task seq"),
+    ("ForTokenClassification", ["--scale", "3"], 2, "--scale is not for token-classification"),
+    (
+        "ForMaskedLM",
+        ["--task", "token-classification"],
+        3,
+        "BertForMaskedLM, which may not fit --task tok",
+    ),
+    ("ForMaskedLM", ["--mask-fraction", "0"], 2, "--mask-fraction 0.0"),
+    ("ForMaskedLM", ["--mask-prompt"], 2, "--mask-prompt is not for masked-lm"),
+    ("Model", ["--task", "causal-lm"], 3, "BertModel, which may not fit --task causal-lm"),
+    ("Model", ["--text-pair-column", "x"], 2, "--text-pair-column is not for embedding"),
+    ("Model", [], 3, "no column 'query'; it has text, label"),
+]
+
+
+@pytest.mark.parametrize(("head", "flags", "code", "told"), REFUSED)
+def test_refusals(
+    cli: Cli, make_model: ModelMaker, data: Path, head: str, flags: list[str], code: int, told: str
+) -> None:
+    model = make_model("m", head=head)
+    result = cli("estimate-fisher", model, "--data", data, "--out", "f", *flags)
+    assert (result.code, result.err.count("\n")) == (code, 1), result.err
+    assert told in result.err
+    assert not Path("f").exists()
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "Model"])
+def test_what_is_not_measured_yet_is_refused(
+    cli: Cli, make_model: ModelMaker, data: Path, head: str
+) -> None:
+    result = cli("evaluate", make_model("m", head=head), "--data", data)
+    assert result.code == 2
+    assert "is not measured yet; measured are sequence-classification, token" in result.err
+
+
+def test_words_are_measured(cli: Cli, make_model: ModelMaker) -> None:
+    rows, scores = labelled_words()
+    folder = make_model("m", head="ForTokenClassification", spread=0.15)
+    write_rows("d.jsonl", rows)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
+    summary = cli("evaluate", folder, "--data", "d.jsonl", "--json").report["summary"]
+    words = sum(len(row["label"]) for row in rows)
+    with torch.no_grad():
+        loss = -sum(float(score(model)) for score in scores) / words
+    assert summary["loss"] == pytest.approx(loss, rel=1e-5)
+    assert 0 <= summary["accuracy"] <= 1

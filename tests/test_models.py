@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fishertool.calibration import Example
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError, UsageError
+from fishertool.fisher.batches import micro_batches
 from fishertool.models.loading import LoadedModel, load_model, load_tokenizer
 from fishertool.models.names import head_names, parameters_by_disk_name, tied_names
 from fishertool.models.tasks import TASKS, collate, task_of
@@ -289,6 +290,30 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch.targets.tolist() == [1, 2, 0] and batch.scored.tolist() == [True] * 3
     assert list(batch.examples) == [2, 0, 1] and len(batch.inputs) == 3
+
+
+def test_queries_bring_their_documents_as_rows() -> None:
+    texts = [{"input_ids": ids} for ids in ([5], [6, 7, 8], [9])]
+    examples = [Example(texts[0], None, 0, candidates=texts[:n]) for n in (2, 3, 3)]
+    batch = collate(TASKS["embedding"], examples, [1, 2], 4, "cpu")
+    rows = [[5, 4, 4], [5, 4, 4], [6, 7, 8], [9, 4, 4]]
+    assert batch.inputs["input_ids"].tolist() == [rows, rows]
+    assert batch.inputs["attention_mask"].sum(2).tolist() == [[1, 1, 3, 1]] * 2
+    assert batch.targets.tolist() == [0, 0] and batch.rows_each == 4
+    assert (examples[1].size, examples[1].tokens) == (12, 6)
+    batches = micro_batches([9, 12, 12], rows_each=[3, 4, 4], size=2)
+    assert batches == [[1, 2], [0]]  # only as many texts together
+
+
+def test_an_encoder_and_a_decoder_never_have_as_many_columns() -> None:
+    for source, target, columns in ((1, 1, (2, 3)), (3, 3, (3, 4)), (4, 2, (4, 2)), (2, 3, (2, 3))):
+        inputs = {"input_ids": [5] * source, "labels": [6] * target}
+        batch = collate(TASKS["sequence-to-sequence"], [Example(inputs, None, 0)], [0], 0, "cpu")
+        assert batch.inputs["attention_mask"].tolist() == [
+            [1] * source + [0] * (columns[0] - source)
+        ]
+        assert batch.inputs["labels"].shape == batch.scored.shape == (1, columns[1])
+        assert int(batch.scored.sum()) == target
 
 
 def test_next_tokens_are_scored_within_each_text_alone() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cli, ModelMaker
+from conftest import Cli, ModelMaker, make_text, write_rows
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -25,6 +25,9 @@ def stage(cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path) -> Calla
         make_model("model-b", seed=2)
         for name in ("a", "b"):
             (tmp_path / f"{name}.jsonl").write_bytes(data.read_bytes())
+        make_model("embedder", head="Model")
+        pairs = [{"query": make_text(n, 2), "positive": make_text(n, 5)} for n in range(9)]
+        write_rows(tmp_path / "pairs.jsonl", pairs)
 
     return prepare
 

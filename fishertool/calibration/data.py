@@ -8,6 +8,8 @@ from typing import Any
 
 UNSCORED = -100
 """Stands for a target where nothing is predicted, as in transformers."""
+TOKEN_TYPES = "token_type_ids"
+"""The one input that holds no tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,6 @@ class Example:
     def size(self) -> int:
         """Tokens it takes in a batch: its texts, all padded to the longest."""
         return len(self.texts) * max(len(ids) for text in self.texts for ids in text.values())
-
-
-TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)

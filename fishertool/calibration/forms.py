@@ -1,7 +1,7 @@
 """The forms data have, one a task: which columns and flags, and how rows become examples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fishertool.calibration import prompts, ranking, texts
@@ -10,26 +10,24 @@ from fishertool.calibration.reader import Reader, length_limit
 from fishertool.calibration.rows import name_of, read_rows
 from fishertool.errors import InputError, UsageError
 
-OF_SOME_FORMS = (
-    "text_column", "text_pair_column", "chat_column", "label_column", "target_column",
-    "query_column", "positive_column", "negative_column", "mask_prompt", "mask_fraction",
-    "scale", "in_batch_negatives",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Form:
-    flags: Sequence[str]
-    """Fields of DataOptions it has a use for, of those not every form has."""
+    flags: Mapping[str, Any]
+    """Fields of DataOptions it has a use for, of those not every form has, and their defaults."""
     columns: Callable[[DataOptions], Sequence[str | None]]
     """Those that must be there; None is none."""
     read: Callable[[Reader], Iterator[Example]]
     why_unscored: str = ""
 
-    def check(self, options: DataOptions, task: str) -> None:
-        """Raises UsageError for a flag that this form has no use for, or a value out of range."""
+    def resolve(self, options: DataOptions, task: str) -> DataOptions:
+        """The options with this form's defaults.
+
+        Raises UsageError for a flag that the form has no use for, or a value out of range.
+        """
+        of_some_form = {name for form in FORMS.values() for name in form.flags}
         for field in fields(DataOptions):
-            foreign = field.name in OF_SOME_FORMS and field.name not in self.flags
+            foreign = field.name in of_some_form - set(self.flags)
             if foreign and getattr(options, field.name) != field.default:
                 uses = ", ".join(map(_flag, self.flags))
                 raise UsageError(f"{_flag(field.name)} is not for {task}, which takes {uses}")
@@ -45,44 +43,49 @@ class Form:
                 "--mask-prompt: give --chat-column, or --text-pair-column with the completion of "
                 "--text-column"
             )
+        missing = [name for name in self.flags if getattr(options, name) is None]
+        return replace(options, **{name: self.flags[name] for name in missing})
 
 
+TEXT = {"text_column": "text"}
 FORMS = {
     "labelled texts": Form(
-        ("text_column", "text_pair_column", "chat_column", "label_column"),
+        {**TEXT, "text_pair_column": None, "chat_column": None, "label_column": "label"},
         lambda options: (options.chat_column or options.text_column, options.text_pair_column),
         texts.whole,
     ),
     "labelled words": Form(
-        ("text_column", "label_column"),
+        {**TEXT, "label_column": "label"},
         lambda options: (options.text_column,),
         texts.words,
         "they have no word within the maximum length",
     ),
     "masked texts": Form(
-        ("text_column", "text_pair_column", "mask_fraction"),
+        {**TEXT, "text_pair_column": None, "mask_fraction": 0.15},
         lambda options: (options.text_column, options.text_pair_column),
         texts.masked,
         "they have no token that could be masked",
     ),
     "texts": Form(
-        ("text_column", "text_pair_column", "chat_column", "mask_prompt"),
+        {**TEXT, "text_pair_column": None, "chat_column": None, "mask_prompt": False},
         lambda options: (options.chat_column or options.text_column, options.text_pair_column),
         lambda reader: (prompts.completed if reader.options.mask_prompt else texts.whole)(reader),
         "they have no completion, or none within the maximum length",
     ),
     "texts and targets": Form(
-        ("text_column", "target_column"),
-        lambda options: (options.text_column, options.target_column or texts.TARGET),
+        {**TEXT, "target_column": "target"},
+        lambda options: (options.text_column, options.target_column),
         texts.targeted,
     ),
     "queries": Form(
-        ("query_column", "positive_column", "negative_column", "in_batch_negatives", "scale"),
-        lambda options: (
-            options.query_column or ranking.QUERY,
-            options.positive_column or ranking.POSITIVE,
-            options.negative_column,
-        ),
+        {
+            "query_column": "query",
+            "positive_column": "positive",
+            "negative_column": None,  # `negative` where there is one
+            "in_batch_negatives": None,  # 8 where there is no negative column
+            "scale": 20.0,
+        },
+        lambda options: (options.query_column, options.positive_column, options.negative_column),
         ranking.queries,
         "their queries have no candidate besides the positive",
     ),
@@ -99,7 +102,7 @@ def load(
     need_labels: bool = False,
     long_texts: Literal["cut", "keep"] = "cut",
 ) -> CalibrationData:
-    """Read and tokenize the data.
+    """Read and tokenize the data, by options that the form has resolved.
 
     labels       class names -> ids of the model's head, or None if it has none
     need_labels  whether a missing label column is an error
@@ -119,8 +122,10 @@ def load(
     )
     examples = list(form.read(reader))
     if not examples:
-        why = f"; {reader.unscored} left out: {form.why_unscored}" if reader.unscored else ""
-        raise InputError(f"{options.data}: no rows with text in it{why}")
+        why = "no rows with text in it"
+        if reader.unscored:
+            why = f"nothing to score in its {reader.unscored} rows with text: {form.why_unscored}"
+        raise InputError(f"{options.data}: {why}")
     return CalibrationData(
         examples,
         name_of(options),

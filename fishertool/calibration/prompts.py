@@ -8,10 +8,10 @@ from fishertool.calibration.reader import Reader, inputs_of
 
 
 def completed(reader: Reader) -> Iterator[Example]:
-    """One text of prompt and completion; tokens that begin within the prompt are not scored.
+    """One text of prompt and completion; tokens that end within the prompt are not scored.
 
     A conversation ends with its last assistant message, which is the completion. In plain columns
-    the completion follows the prompt as it stands: it begins with its own white space.
+    the completion follows the prompt as it stands, so white space between them is in one of them.
     """
     reader.fast("--mask-prompt")
     chat = reader.options.chat_column
@@ -24,7 +24,7 @@ def completed(reader: Reader) -> Iterator[Example]:
         tokens = list(encoded["input_ids"])
         spans = enumerate(encoded["offset_mapping"])
         first = next(
-            (place for place, (start, stop) in spans if start >= len(prompt) and stop > start),
+            (place for place, (start, stop) in spans if stop > max(start, len(prompt))),
             len(tokens),
         )
         first = max(first, 1)  # nothing is before the first token to predict it from

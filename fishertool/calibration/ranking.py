@@ -7,7 +7,7 @@ from typing import Any
 from fishertool.calibration.data import Example
 from fishertool.calibration.reader import Reader, inputs_of
 
-QUERY, POSITIVE, NEGATIVE = "query", "positive", "negative"
+NEGATIVE = "negative"
 BLOCK = 8
 
 
@@ -53,8 +53,8 @@ def _rows(
     options = reader.options
     for row in reader:
         texts = [
-            reader.text(row, options.query_column or QUERY),
-            reader.text(row, options.positive_column or POSITIVE),
+            reader.text(row, str(options.query_column)),
+            reader.text(row, str(options.positive_column)),
         ]
         if not all(map(has_text, texts)):
             reader.empty += 1

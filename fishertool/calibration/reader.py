@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fishertool.calibration.data import DataOptions
+from fishertool.calibration.data import TOKEN_TYPES, DataOptions
 from fishertool.errors import InputError
 
 DEFAULT_MAX_LENGTH = 512
@@ -83,12 +83,9 @@ class Reader:
             f"{', '.join(f'{name} ({number})' for name, number in labels.items())}"
         )
 
-    def encode(
-        self, text: str | list[str] | None, pair: str | None = None, **more: Any
-    ) -> tuple[Any, bool]:
-        """What the tokenizer makes of a text or a list of words, and whether it was cut."""
+    def encode(self, text: str | None, pair: str | None = None, **more: Any) -> tuple[Any, bool]:
+        """What the tokenizer makes of a text, and whether it was cut."""
         settings: dict[str, Any] = {
-            "is_split_into_words": isinstance(text, list),
             "return_offsets_mapping": self.tokenizer.is_fast,
             "return_attention_mask": False,
             "padding": False,  # a stored tokenizer may carry both from its training
@@ -117,9 +114,7 @@ class Reader:
 
 def inputs_of(encoded: Any) -> dict[str, list[int]]:
     """The model's inputs among what a tokenizer gives."""
-    return {
-        name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded
-    }
+    return {name: list(encoded[name]) for name in ("input_ids", TOKEN_TYPES) if name in encoded}
 
 
 def length_limit(options: DataOptions, tokenizer: Any, model_limit: int | None) -> int:

@@ -8,9 +8,6 @@ from fishertool.calibration.data import UNSCORED, Example
 from fishertool.calibration.reader import Reader, inputs_of
 from fishertool.errors import InputError
 
-TARGET = "target"
-MASK_FRACTION = 0.15
-
 
 def whole(reader: Reader) -> Iterator[Example]:
     """A text or a conversation, perhaps a second text, and a label if the reader has labels."""
@@ -38,7 +35,8 @@ def whole(reader: Reader) -> Iterator[Example]:
 def words(reader: Reader) -> Iterator[Example]:
     """Words with a class each; the first token of a word is scored, the rest are not.
 
-    The words are a list, or a text cut at white space. Without labels every class is 0.
+    The words are a list, or a text cut at white space; the tokenizer gets them with a space
+    between. Without labels every class is 0.
     """
     reader.fast("token-classification")
     for row in reader:
@@ -49,11 +47,11 @@ def words(reader: Reader) -> Iterator[Example]:
         classes = [0] * len(listed)
         if reader.labels is not None:
             classes = _classes(reader, row, listed, reader.labels)
-        try:
-            encoded, cut = reader.encode(listed)
-        except (AssertionError, ValueError) as error:  # byte-level tokenizers, unless told
-            raise InputError(f"the tokenizer takes no list of words: {error}") from error
-        word_of = encoded.word_ids()
+        encoded, cut = reader.encode(" ".join(listed))
+        owner = [n for n, word in enumerate(listed) for _ in range(len(word) + 1)]
+        word_of = [
+            owner[stop - 1] if stop > start else None for start, stop in encoded["offset_mapping"]
+        ]
         targets = [
             UNSCORED if word is None or word == before else classes[word]
             for before, word in zip([None, *word_of], word_of, strict=False)
@@ -75,7 +73,7 @@ def masked(reader: Reader) -> Iterator[Example]:
     options, tokenizer = reader.options, reader.tokenizer
     if tokenizer.mask_token_id is None:
         raise InputError("the tokenizer has no mask token, so masked-lm cannot be scored")
-    fraction = MASK_FRACTION if options.mask_fraction is None else options.mask_fraction
+    fraction, special = options.mask_fraction or 0.0, set(tokenizer.all_special_ids)
     for row in reader:
         text = reader.text(row, options.text_column)
         pair = reader.pair(row)
@@ -85,7 +83,6 @@ def masked(reader: Reader) -> Iterator[Example]:
         encoded, cut = reader.encode(text, pair)
         inputs = inputs_of(encoded)
         ids = inputs["input_ids"]
-        special = set(tokenizer.all_special_ids)
         places = [place for place, token in enumerate(ids) if token not in special]
         if not places:
             reader.unscored += 1
@@ -103,7 +100,7 @@ def targeted(reader: Reader) -> Iterator[Example]:
     options = reader.options
     for row in reader:
         text = reader.text(row, options.text_column)
-        target = reader.text(row, options.target_column or TARGET)
+        target = reader.text(row, str(options.target_column))
         source, source_cut = reader.encode(text)
         wanted, target_cut = reader.encode(None, text_target=target)
         inputs = inputs_of(source) | {"labels": list(wanted["input_ids"])}

@@ -79,7 +79,8 @@ def estimate_fisher(
         folder = transformer_folder(hub.resolve(model))
         checkpoint = opened.enter_context(open_checkpoint(folder))
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
-        chosen.form.check(data, chosen.name)
+        data = chosen.form.resolve(data, chosen.name)
+        report.options |= options_of({"data": data})
         wanted = select(checkpoint, include, exclude)
         needed = bytes_of(settings, [checkpoint.info(name) for name in wanted], data.num_examples)
         if workers.first:
@@ -122,6 +123,7 @@ def estimate_fisher(
             draws=settings.draws if labels in ("sampled", "expected-signed") else 1,
             estimator=settings.estimator,
             group=settings.group,
+            scale=loaded.scale,
             without=[name for name in buffers if name in wanted],
         )
         job = Job(

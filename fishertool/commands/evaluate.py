@@ -12,6 +12,7 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
 from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.models.loading import check_device, load_model
+from fishertool.models.sentence import transformer_folder
 from fishertool.models.tasks import task_of
 from fishertool.progress import Track, silent
 from fishertool.registry import suggest
@@ -46,10 +47,12 @@ def evaluate(
     _check_gates(gates, against is not None)
     device = check_device(device)
     torch.set_num_threads(threads)
-    with report.phase("open"), open_checkpoint(hub.resolve(model)) as checkpoint:
+    with (
+        report.phase("open"),
+        open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint,
+    ):
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
-        check_measured(chosen)
-        chosen.form.check(data, chosen.name)
+        data = check_measured(chosen, data)
         report.inputs.append(
             Files(public_name(model), "model", list(map(asdict, checkpoint.digests())))
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fishertool.calibration import CalibrationData
+from fishertool.calibration import CalibrationData, DataOptions
 from fishertool.errors import InputError, UsageError
 from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
@@ -25,14 +25,19 @@ HIGHER_IS_BETTER = {
     "bits_per_byte": False,
     "kl": False,
 }
-
-
 MEASURED = ("sequence-classification", "token-classification", "causal-lm")
 
 
-def check_measured(task: Task) -> None:
+def check_measured(task: Task, options: DataOptions) -> DataOptions:
+    """The options as the task resolves them.
+
+    Raises UsageError for a task that is not measured, and for flags it has no use for.
+    """
     if task.name not in MEASURED:
         raise UsageError(f"{task.name} is not measured yet; measured are {', '.join(MEASURED)}")
+    if options.mask_prompt:
+        raise UsageError("--mask-prompt is not for measuring, which scores whole texts")
+    return task.form.resolve(options, task.name)
 
 
 def prepare(task: Task, data: CalibrationData) -> CalibrationData:

@@ -116,8 +116,9 @@ def estimate(
     q is one at the data's label (`empirical`), 1/draws at each of `draws` labels drawn from the
     model (`sampled`; independently at every position of a sequence), or p itself (`expected`,
     classes only; `expected-signed`, in expectation over random signs, for any vocabulary). A
-    sequence is one example: log p is summed over its positions before anything is squared. The
-    model is put in eval mode; nothing depends on how examples are batched.
+    sequence is one example: log p is summed over its positions before anything is squared; so is
+    a query with its documents, whose texts are rows of one example. The model is put in eval
+    mode; nothing depends on how examples are batched.
 
     units       runs of batches; after each one the statistics are complete, and `after` is
                 called, which stops the pass by True

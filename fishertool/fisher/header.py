@@ -43,6 +43,8 @@ class FisherHeader:
     unit: str = "example"
     estimator: str = "exact"
     format: int = FORMAT
+    scale: float | None = None
+    """What an embedding model's cosines are multiplied by."""
     group: int = 1
     """Examples whose mean gradient is one member of a bank."""
     leaders: dict[str, str] = field(default_factory=dict)

@@ -125,7 +125,7 @@ def _computes(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
     try:
         with torch.no_grad():
             y = module(x)
-    except (TypeError, RuntimeError, IndexError):
+    except (TypeError, ValueError, RuntimeError, IndexError):
         return False
     return isinstance(y, Tensor) and y.shape == expected.shape and _close(y, expected)
 

@@ -12,7 +12,7 @@ from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
-from fishertool.models.tasks import Task
+from fishertool.models.tasks import Task, fits_decoder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
@@ -28,6 +28,11 @@ class LoadedModel:
     max_length: int | None
     """Positions the model has, where it says so."""
     warnings: Sequence[str] = ()
+
+    @property
+    def scale(self) -> float | None:
+        """Of an embedding model's cosines."""
+        return self.module.scale if isinstance(self.module, SentenceScorer) else None
 
     @property
     def pretrained(self) -> nn.Module:
@@ -50,6 +55,10 @@ def load_model(
     import transformers
 
     config = checkpoint.config()
+    if not fits_decoder(task, config):
+        raise InputError(
+            f"{checkpoint.folder}: {_architecture(config)} does not fit --task {task.name}"
+        )
     _quieten(transformers)
     half = any(checkpoint.info(name).dtype == "F16" for name in checkpoint)
     try:
@@ -85,7 +94,7 @@ def load_model(
         if names:
             raise InputError(
                 f"{checkpoint.folder}: {fault} as {type(module).__name__}: {some(names)}; "
-                f"{_architecture(config)} does not fit --task {task.name}"
+                f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
             )
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
     pad_id = next(
@@ -138,11 +147,8 @@ def _scorer(loaded: LoadedModel, folder: Path, scale: float | None) -> LoadedMod
 def _class_name(task: Task, config: Mapping[str, Any]) -> str:
     """An encoder alone, as T5EncoderModel, is no AutoModel of its configuration."""
     name = _architecture(config)
-    return (
-        name
-        if task.auto_class == "AutoModel" and name.endswith("EncoderModel")
-        else task.auto_class
-    )
+    alone = task.auto_class == "AutoModel" and name.endswith("EncoderModel")
+    return name if alone else task.auto_class
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -65,10 +65,11 @@ def pipeline_of(folder: Path) -> Pipeline | None:
     Raises InputError for a module that is not served, by its name.
     """
     for top in (folder, folder.parent):
-        if (top / "modules.json").is_file():
-            pipeline = Pipeline(top, _modules(top / "modules.json"))
-            if folder in (top, pipeline.transformer):
-                return pipeline
+        path = top / "modules.json"
+        if path.is_file():
+            entries = _entries(path)
+            if top == folder or (entries and top / entries[0][1] == folder):
+                return Pipeline(top, _modules(path, entries))
     return None
 
 
@@ -154,7 +155,9 @@ MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         _mean(hidden, mask) * mask.sum(1, keepdim=True).sqrt()
     ),
     "weightedmean": lambda hidden, mask: _mean(hidden, mask * mask.cumsum(1)),
-    "lasttoken": lambda hidden, mask: hidden[torch.arange(len(hidden)), mask.sum(1).long() - 1],
+    "lasttoken": lambda hidden, mask: hidden[
+        torch.arange(len(hidden), device=hidden.device), mask.sum(1).long() - 1
+    ],
 }
 FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -167,12 +170,15 @@ FLAGS = {
 """How pooling modes are written before version 5, in the order in which they are concatenated."""
 
 
-def _modules(path: Path) -> list[tuple[str, Path]]:
-    listed = parse_json(path)
+def _entries(path: Path) -> list[tuple[str, str]]:
+    """Type and path of each module that modules.json lists."""
     try:
-        entries = [(str(module["type"]), str(module["path"])) for module in listed]
+        return [(str(module["type"]), str(module["path"])) for module in parse_json(path)]
     except (TypeError, KeyError) as error:
         raise InputError(f"{path}: not a list of modules: {error!r}") from error
+
+
+def _modules(path: Path, entries: Sequence[tuple[str, str]]) -> list[tuple[str, Path]]:
     modules = []
     for number, (name, place) in enumerate(entries):
         kind = name.rpartition(".")[2]

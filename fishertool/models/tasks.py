@@ -1,6 +1,6 @@
 """What a checkpoint predicts, and how its data become batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from fishertool.errors import InputError, UsageError
 from fishertool.fisher.estimate import Batch
 from fishertool.models.sentence import pipeline_of
 from fishertool.registry import suggest
+
+LABELS = "labels"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def _one_class(examples: Sequence[Example]) -> Tensor:
 
 def _in_place(examples: Sequence[Example]) -> Tensor:
     """A target for every token of the text."""
-    return _padded([list(example.targets or ()) for example in examples], UNSCORED)
+    return _padded([list(one.targets or ()) for one in examples], UNSCORED, _time(examples))
 
 
 def _next_tokens(examples: Sequence[Example]) -> Tensor:
@@ -47,18 +49,17 @@ def _next_tokens(examples: Sequence[Example]) -> Tensor:
         example.inputs["input_ids"] if example.targets is None else list(example.targets)
         for example in examples
     ]
-    targets = _padded(tokens, UNSCORED).roll(-1, dims=1)
+    targets = _padded(tokens, UNSCORED, _time(examples)).roll(-1, dims=1)
     targets[:, -1] = UNSCORED
     return targets
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:
-    """The decoder's targets, [example, time]. They have two columns at least, and never as many as
-    the encoder's input has: so tensors of the two are told apart, and from those without time."""
-    time = max(example.length for example in examples)
-    labels = [example.inputs["labels"] for example in examples]
+    """The decoder's targets, [example, time]: never as many columns as the encoder's input has,
+    which is how tensors of the two are told apart."""
+    labels = [example.inputs[LABELS] for example in examples]
     longest = max(2, *map(len, labels))
-    return _padded(labels, UNSCORED, longest + (longest == time))
+    return _padded(labels, UNSCORED, longest + (longest == _time(examples)))
 
 
 def _the_positive(examples: Sequence[Example]) -> Tensor:
@@ -140,14 +141,22 @@ def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
         return TASKS["embedding"]
     architectures = config.get("architectures") or []
     for task in TASKS.values():
-        if task.auto_class == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
-            continue  # models of images and text are called so too
-        if any(name.endswith(task.architecture_suffixes) for name in architectures):
+        fits = any(name.endswith(task.architecture_suffixes) for name in architectures)
+        if fits and fits_decoder(task, config):
             return task
     raise InputError(
         f"{folder}: no task follows from its architecture ({', '.join(architectures) or 'none given'})"
         f"; tasks so far: {', '.join(TASKS)}"
     )
+
+
+def fits_decoder(task: Task, config: Mapping[str, Any]) -> bool:
+    """Whether the model has a decoder behind its encoder if the task needs one, and none if it
+    cannot use one. Models of images and text are ForConditionalGeneration too, without."""
+    alone = any(name.endswith("EncoderModel") for name in config.get("architectures") or [])
+    both = bool(config.get("is_encoder_decoder")) and not alone
+    needed = {"sequence-to-sequence": True, "embedding": False}
+    return needed.get(task.name, both) == both
 
 
 def collate(
@@ -157,15 +166,16 @@ def collate(
     prediction [example]; inputs of queries [example, text, time], with as many texts each)."""
     chosen = [examples[index] for index in indices]
     texts = [text for example in chosen for text in example.texts]
+    time = _time(chosen)
     inputs = {
-        name: _padded([text[name] for text in texts], pad_id if name == "input_ids" else 0)
+        name: _padded([text[name] for text in texts], pad_id if name == "input_ids" else 0, time)
         for name in texts[0]
-        if name != "labels"
+        if name != LABELS
     }
-    inputs["attention_mask"] = _mask([text["input_ids"] for text in texts])
-    if "labels" in texts[0]:
-        inputs["labels"] = _labels(chosen)
-        inputs["decoder_attention_mask"] = (inputs["labels"] != UNSCORED).long()
+    inputs["attention_mask"] = _padded([[1] * len(text["input_ids"]) for text in texts], 0, time)
+    if LABELS in texts[0]:
+        inputs[LABELS] = _labels(chosen)
+        inputs["decoder_attention_mask"] = (inputs[LABELS] != UNSCORED).long()
     if chosen[0].candidates:
         inputs = {
             name: tensor.reshape(len(chosen), -1, tensor.shape[1])
@@ -181,11 +191,12 @@ def collate(
     )
 
 
-def _padded(lists: Sequence[list[int]], fill: int, time: int = 0) -> Tensor:
-    time = time or max(map(len, lists))
+def _time(examples: Sequence[Example]) -> int:
+    """Columns of the input: two at least for the models that may have a position bias as T5's,
+    which with one column would look like position ids that all rows share."""
+    least = 2 if LABELS in examples[0].inputs or examples[0].candidates else 0
+    return max(least, *(len(text["input_ids"]) for one in examples for text in one.texts))
+
+
+def _padded(lists: Sequence[list[int]], fill: int, time: int) -> Tensor:
     return torch.tensor([ids + [fill] * (time - len(ids)) for ids in lists])
-
-
-def _mask(lists: Sequence[list[int]]) -> Tensor:
-    lengths = torch.tensor([len(ids) for ids in lists])
-    return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()

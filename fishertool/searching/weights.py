@@ -32,8 +32,7 @@ class Judge:
     ):
         first = plan.models[0]
         self.task = task_of(first.config(), first.folder)
-        check_measured(self.task)
-        self.task.form.check(options, self.task.name)
+        options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
         loaded = load_model(first, self.task, device, trust_remote_code)
