@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
 from fishertool.fisher.diagonal import Diagonal
+from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
 from fishertool.fisher.kronecker import InputMoments
 from fishertool.fisher.labels import Labels
@@ -58,6 +59,8 @@ class Pass:
     one_by_one: bool = False
     by_autograd: list[str] = field(default_factory=list)
     """Parameters no layer rule serves; exact all the same."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """How many tokens each expert's weight saw, padding not counted."""
     untouched: list[str] = field(default_factory=list)
     """Parameters that take no part in what is scored: their gradient is zero."""
 
@@ -68,7 +71,7 @@ class Pass:
 
 def estimate(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     collate: Callable[[Sequence[int]], Batch],
     batches: Sequence[Sequence[int]],
     statistics: Sequence[Statistic],
@@ -89,7 +92,8 @@ def estimate(
     model (`sampled`; independently at every position of a sequence), or p itself (`expected`,
     classes only). A sequence is one example: log p is summed over its positions before anything
     is squared. The model is put in eval mode; nothing depends on how examples are batched.
-    `inputs` sees the forward passes; with no other statistic, only those are run.
+    `inputs` sees the forward passes; with no other statistic, only those are run. `parameters` are
+    the model's, or views of parts of them, by name.
 
     Raises InputError naming the example whose loss is not finite. Source: Matena and Raffel 2022,
     arXiv 2111.09832, section 3; Kunstner et al. 2019, arXiv 1905.12558 on the label choices.
@@ -99,10 +103,12 @@ def estimate(
     untouched = set(parameters) if statistics else set()
     with ExitStack() as hooks:
         gradients = None
+        calls = hooks.enter_context(FunctionCalls(model, parameters))
         if inputs is not None:
+            inputs.watch(calls)
             hooks.enter_context(inputs)
         if statistics:
-            gradients = hooks.enter_context(PerExampleGradients(model, parameters))
+            gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
         else:
             hooks.enter_context(torch.no_grad())
 
@@ -112,19 +118,20 @@ def estimate(
                 statistic.add(name, parts)
 
         if gradients is not None:
-            shortest = batches[-1][-1]
+            telling = _telling(batches, collate)
             gradients.check(
-                lambda copies: logits_of(model, collate([shortest] * copies)),
-                collate([shortest]).rows_each,
+                lambda copies: logits_of(model, collate([telling] * copies)),
+                collate([telling]).rows_each,
             )
         for indices in batches:
             for batch in map(collate, _split(indices, gradients)):
                 for statistic in statistics:
                     statistic.begin(batch.examples)
-                if gradients is not None:
-                    gradients.begin(len(batch.examples), batch.rows_each)
+                masks = [batch.inputs[name] for name in MASKS if name in batch.inputs]
+                watching = calls if gradients is None else gradients
+                watching.begin(len(batch.examples), batch.rows_each, masks)
                 if inputs is not None:
-                    inputs.begin([batch.inputs[name] for name in MASKS if name in batch.inputs])
+                    inputs.begin(masks)
                 logits = logits_of(model, batch)
                 if inputs is not None:
                     inputs.end()
@@ -145,6 +152,7 @@ def estimate(
     done.untouched = sorted(untouched)
     if not done.scored:
         raise InputError("nothing is predicted in the data: no text has two tokens")
+    done.tokens = calls.tokens_by_name(parameters)
     if gradients is not None:
         done.one_by_one, done.by_autograd = gradients.one_by_one, sorted(gradients.by_autograd)
     return done
@@ -158,7 +166,7 @@ class Estimate(Pass):
 
 def estimate_diagonal(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     collate: Callable[[Sequence[int]], Batch],
     order: Sequence[int],
     batch_size: int,
@@ -169,6 +177,15 @@ def estimate_diagonal(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done = estimate(model, parameters, collate, batches, [diagonal], **options)
     return Estimate(**vars(done), diagonal=diagonal.mean(done.examples))
+
+
+def _telling(batches: Sequence[Sequence[int]], collate: Callable[[Sequence[int]], Batch]) -> int:
+    """The last example with more than one position, by which layouts of a batch can be told apart."""
+    latest_first = (index for indices in reversed(batches) for index in reversed(indices))
+    for index in latest_first:
+        if any(value.numel() > 1 for value in collate([index]).inputs.values()):
+            return index
+    return batches[-1][-1]
 
 
 def _split(
