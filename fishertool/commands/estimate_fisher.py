@@ -2,14 +2,14 @@
 
 import errno
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fishertool import calibration, hub
 from fishertool.calibration import CalibrationData, DataOptions
@@ -26,6 +26,7 @@ from fishertool.fisher.header import FisherHeader, TensorStatistics
 from fishertool.fisher.kinds import KINDS, Gathering, Stored
 from fishertool.fisher.kronecker import MAX_SIDE
 from fishertool.fisher.labels import Labels
+from fishertool.models.adapters import Adapter, open_adapter
 from fishertool.models.loading import LoadedModel, check_device, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.sentence import transformer_folder
@@ -48,6 +49,7 @@ EXPECTED_UP_TO_CLASSES = 8
 """`--labels auto` takes the exact mean over classes while it costs so few backward passes."""
 BANK_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 ACCUMULATOR_BYTES = 8
+ADAPTER_FISHERS = ("merged", "adapter")
 
 
 def estimate_fisher(
@@ -62,6 +64,8 @@ def estimate_fisher(
     bank_dtype: str = "bfloat16",
     task: str = "auto",
     batch_size: str = "auto",
+    adapter: str | None = None,
+    adapter_fisher: str = "merged",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_size: str = "5GB",
@@ -76,29 +80,45 @@ def estimate_fisher(
     """Estimate the Fisher of every selected weight and write it as a sidecar in `out`.
 
     `kind` names one kind or several, with commas; all are gathered in one pass over the data.
+    With a LoRA `adapter`, of the weights it is merged into, or (`adapter_fisher` "adapter") of its
+    own.
     """
     report = Report(
         "estimate-fisher", options_of(locals()), environment=environment(threads, device)
     )
     kinds = _kinds(kind, labels, draws, group, bank_dtype)
+    _check_adapter(adapter, adapter_fisher)
     size = _batch_size(batch_size)
     device = check_device(device)
     torch.set_num_threads(threads)
-    with open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint:
+    with (
+        open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint,
+        open_adapter(hub.resolve(adapter)) if adapter else nullcontext() as patch,
+    ):
+        subject = patch.tensors if patch and adapter_fisher == "adapter" else checkpoint
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
         chosen.form.check(data, chosen.name)
-        wanted = select(checkpoint, include, exclude)
-        infos = [checkpoint.info(name) for name in wanted]
+        wanted = select(subject, include, exclude)
+        infos = [subject.info(name) for name in wanted]
         needed = {one: _bytes_of(one, infos, data.num_examples, group, bank_dtype) for one in kinds}
         check_output(out, [checkpoint.folder], overwrite, sum(needed.values()))
         if dry_run:
-            return _plan(report, checkpoint, wanted, needed, out)
+            return _plan(report, subject, wanted, needed, out)
         with report.phase("open"):
-            loaded = load_model(checkpoint, chosen, device, trust_remote_code, data.scale)
+            loaded = load_model(
+                checkpoint, chosen, device, trust_remote_code, data.scale, watch_experts=True
+            )
             report.warnings += loaded.warnings
             if not allow_nonfinite:
                 _check_finite(checkpoint, loaded.pretrained)
             parameters, buffers = parameters_by_disk_name(loaded.pretrained, checkpoint)
+            if patch is not None:
+                patch.check(loaded.pretrained)
+                if subject is checkpoint:
+                    patch.merge_into(loaded.pretrained)
+                    report.warnings.append(f"{public_name(adapter or '')} is merged into the model")
+                else:
+                    parameters, buffers = patch.attach(loaded.pretrained), []
             parameters = {name: parameters[name] for name in wanted if name in parameters}
             if not parameters:
                 raise UsageError("--include and --exclude leave no parameter")
@@ -116,8 +136,8 @@ def estimate_fisher(
             kind="",
             labels=resolved,
             task=chosen.name,
-            model=public_name(model),
-            fingerprint=checkpoint.fingerprint(),
+            model="+".join(public_name(one) for one in (model, adapter) if one),
+            fingerprint=subject.fingerprint(),
             examples=len(texts.examples),
             tokens=texts.tokens,
             token_ids_sha256=texts.fingerprint(),
@@ -165,7 +185,7 @@ def estimate_fisher(
                     layout, digests = write_sidecar(folder, complete, one.tensors, shard_bytes)
                     layouts.append(layout)
                     files += digests
-                    report.tensors += _rows(name, one, parameters)
+                    report.tensors += _rows(name, one, parameters, done.tokens)
                 if bank is not None and bank_writer is not None:
                     layouts.append(bank_writer.layout)
                     files += bank_writer.finish()
@@ -179,6 +199,7 @@ def estimate_fisher(
                 inputs = list(map(asdict, checkpoint.digests()))
                 report.inputs += [
                     Files(public_name(model), "model", inputs),
+                    *_adapter_files(adapter, patch),
                     *data_files(data.data),
                 ]
             report.calibration = texts.describe() | {"labels": resolved, "seed": data.seed}
@@ -211,6 +232,19 @@ def _kinds(kind: str, labels: str, draws: int, group: int, bank_dtype: str) -> l
             "or empirical"
         )
     return [one for one in KINDS if one in asked]
+
+
+def _check_adapter(adapter: str | None, adapter_fisher: str) -> None:
+    if adapter_fisher not in ADAPTER_FISHERS:
+        raise UsageError(f"--adapter-fisher {suggest(adapter_fisher, ADAPTER_FISHERS)}")
+    if adapter is None and adapter_fisher != "merged":
+        raise UsageError("--adapter-fisher is for --adapter")
+
+
+def _adapter_files(adapter: str | None, patch: Adapter | None) -> list[Files]:
+    if adapter is None or patch is None:
+        return []
+    return [Files(public_name(adapter), "adapter", list(map(asdict, patch.tensors.digests())))]
 
 
 def _batch_size(text: str) -> int | None:
@@ -258,7 +292,7 @@ def _bytes_of(
 def _open_bank(
     folder: Path,
     header: FisherHeader,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     members: int,
     group: int,
     dtype: str,
@@ -360,7 +394,7 @@ def _check_estimate(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> Non
         )
 
 
-def _row(kind: str, name: str, parameter: nn.Parameter, dtype: str, **more: Any) -> dict[str, Any]:
+def _row(kind: str, name: str, parameter: Tensor, dtype: str, **more: Any) -> dict[str, Any]:
     shape = list(parameter.shape)
     return {
         "name": name,
@@ -373,7 +407,7 @@ def _row(kind: str, name: str, parameter: nn.Parameter, dtype: str, **more: Any)
 
 
 def _rows(
-    kind: str, stored: Stored, parameters: Mapping[str, nn.Parameter]
+    kind: str, stored: Stored, parameters: Mapping[str, Tensor], tokens: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     rows = []
     for name, statistic in stored.statistics.items():
@@ -384,12 +418,14 @@ def _rows(
             more["relative_error"] = statistic.standard_error / statistic.total
         if kind == "diagonal":
             more["zero_fraction"] = float((stored.tensors[name] == 0).double().mean())
+        if name in tokens:
+            more["tokens"] = tokens[name]
         rows.append(_row(kind, name, parameters[name], "F32", **more))
     return rows
 
 
 def _bank_rows(
-    bank: GradientBank, parameters: Mapping[str, nn.Parameter], members: int, dtype: str
+    bank: GradientBank, parameters: Mapping[str, Tensor], members: int, dtype: str
 ) -> list[dict[str, Any]]:
     """The relative error is that of rounding to the bank's dtype, in the norm of all its members."""
     return [
@@ -410,7 +446,7 @@ def _summary(
     done: Pass,
     header: FisherHeader,
     stored: Mapping[str, Stored],
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     with_targets: bool,
 ) -> dict[str, Any]:
     statistics = next((one.statistics for one in stored.values()), {}).values()
@@ -431,5 +467,6 @@ def _summary(
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "one_example_at_a_time": done.one_by_one,
         "by_autograd": done.by_autograd,
+        "expert_weights_without_tokens": sum(count == 0 for count in done.tokens.values()),
         "fingerprint": header.fingerprint,
     }
