@@ -274,9 +274,9 @@ MicroBatchSize = Annotated[
     str,
     _option("--batch-size", help="auto (by tokens) or a number; results do not depend on it."),
 ]
-Data = Annotated[
-    str, _option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
-]
+_DATA = _option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
+Data = Annotated[str, _DATA]
+OptionalData = Annotated[str | None, _DATA]
 Split = Annotated[str, _option("--split", help="Split of a Hub dataset, e.g. train[:1000].")]
 TextColumn = Annotated[str, _option("--text-column")]
 TextPairColumn = Annotated[
@@ -344,9 +344,10 @@ def _root(
 
 @app.command("estimate-fisher")
 def estimate_fisher(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
-    data: Data,
     out: Annotated[Path, _option("--out", help="Folder to write the sidecar to.")],
+    data: OptionalData = None,
     config: Config = None,
     kind: Annotated[
         str,
@@ -360,11 +361,39 @@ def estimate_fisher(
         _option(
             "--labels",
             help="empirical: the data's; sampled: drawn from the model; expected: exact mean over "
-            "classes; auto: expected for up to 8 classes, else sampled; empirical for text and "
-            "queries.",
+            "classes; expected-signed: its estimate by random signs, for any vocabulary; auto: "
+            "expected for up to 8 classes, else sampled; empirical for text and queries.",
         ),
     ] = "auto",
-    draws: Annotated[int, _option("--draws", min=1, help="Labels drawn per prediction.")] = 1,
+    draws: Annotated[
+        int, _option("--draws", min=1, help="Draws per prediction, of labels or signs.")
+    ] = 1,
+    max_classes: Annotated[
+        int, _option("--max-classes", min=2, help="The most classes for --labels expected.")
+    ] = 64,
+    estimator: Annotated[
+        str,
+        _option(
+            "--estimator",
+            help="exact: every example's gradient by itself; signed: one backward pass a batch "
+            "with random signs, unbiased, for models that exact cannot serve.",
+        ),
+    ] = "exact",
+    until_relative_error: Annotated[
+        float | None,
+        _option(
+            "--until-relative-error",
+            min=0.0,
+            help="Take examples in random order, and stop when every tensor's summed Fisher is "
+            "known this well (as a standard error).",
+        ),
+    ] = None,
+    skip_nonfinite: Annotated[
+        bool,
+        _option(
+            "--skip-nonfinite", help="Leave out, and count, examples whose loss is not finite."
+        ),
+    ] = False,
     group: Annotated[
         int,
         _option("--group", min=1, help="Examples whose mean is one gradient of a rank-one bank."),
@@ -401,6 +430,28 @@ def estimate_fisher(
     ] = "merged",
     shuffle: Shuffle = False,
     seed: Seed = 0,
+    from_optimizer: Annotated[
+        Path | None,
+        _option(
+            "--from-optimizer",
+            help="In place of --data: Adam's second moments (a saved optimizer or safetensors).",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        _option("--part", help="i/n: write the i-th of n partial results, for combine-fisher."),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        _option("--world-size", min=1, help="Fail unless so many processes run (torchrun)."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        _option("--checkpoint-every", min=1, help="Save the sums after every so many examples."),
+    ] = None,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on where a killed run last saved, if there was one.")
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     max_shard_size: MaxShardSize = "5GB",
@@ -420,8 +471,14 @@ def estimate_fisher(
     """
     from fishertool.calibration import DataOptions
 
+    if from_optimizer is not None:
+        _estimate_from_optimizer(context, model, from_optimizer, out)
+        return
+    if data is None:
+        raise UsageError("estimate-fisher needs --data, or --from-optimizer")
     with _importing([model], threads, dry_run):
         from fishertool.commands.estimate_fisher import estimate_fisher as command
+        from fishertool.estimation.settings import Settings
 
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
@@ -432,13 +489,15 @@ def estimate_fisher(
         model,
         options,
         out,
-        kind=kind,
-        labels=labels,
-        draws=draws,
-        group=group,
-        bank_dtype=bank_dtype,
+        settings=Settings(
+            kind, labels, draws, max_classes, estimator, group, bank_dtype,
+            until_relative_error, skip_nonfinite, batch_size,
+        ),
         task=task,
-        batch_size=batch_size,
+        part=part,
+        world_size=world_size,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
         adapter=adapter,
         adapter_fisher=adapter_fisher,
         include=include or [],
@@ -450,6 +509,67 @@ def estimate_fisher(
         trust_remote_code=trust_remote_code,
         threads=_threads(threads),
         device=device,
+        track=_track(quiet),
+    )  # fmt: skip
+    if report is not None:
+        _finish(report, as_json, quiet, report_file)
+
+
+def _estimate_from_optimizer(context: typer.Context, model: str, path: Path, out: Path) -> None:
+    """The flags that mean something without data; any other is refused."""
+    taken = "kind", "task", "max_shard_size", "overwrite", "dry_run", "trust_remote_code"
+    shown = "as_json", "quiet", "report_file", "threads", "device", "include", "exclude", "config"
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
+    }
+    known = {"model", "out", "from_optimizer", *taken, *shown}
+    if other := sorted(given.keys() - known):
+        raise UsageError(f"--{other[0].replace('_', '-')} means nothing with --from-optimizer")
+    from fishertool.commands.fisher_from_optimizer import fisher_from_optimizer as command
+
+    values = context.params
+    report = command(
+        model,
+        path,
+        out,
+        **{name: values[name] for name in taken},
+        include=values["include"] or [],
+        exclude=values["exclude"] or [],
+        threads=_threads(values["threads"]),
+    )
+    _finish(report, values["as_json"], values["quiet"], values["report_file"])
+
+
+@app.command("combine-fisher")
+def combine_fisher(
+    parts: Annotated[
+        list[Path], typer.Argument(help="Folders that estimate-fisher --part wrote, all n of n.")
+    ],
+    out: Annotated[Path, _option("--out", help="Folder to write the sidecar to.")],
+    config: Config = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    report_file: ReportFile = None,
+) -> None:
+    """Put the parts of one Fisher estimate together: the sidecar that one run would have written.
+
+    Example: fishertool combine-fisher part-1 part-2 --out model-fisher
+    """
+    from fishertool.commands.combine_fisher import combine_fisher as command
+
+    report = command(
+        parts,
+        out,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite,
         track=_track(quiet),
     )
     _finish(report, as_json, quiet, report_file)

@@ -17,8 +17,10 @@ from typing import Any
 from fishertool import __version__
 
 SCHEMA = "fishertool.report/1"
-NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "data", "out")
-DECIDES_NOTHING = ("track", "threads", "device", "overwrite")
+NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "parts", "data", "out")
+DECIDES_NOTHING = (
+    "track", "threads", "device", "overwrite", "world_size", "checkpoint_every", "resume"
+)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
 
 
@@ -139,7 +141,7 @@ def schema() -> dict[str, Any]:
     return document
 
 
-def environment(threads: int, device: str) -> dict[str, Any]:
+def environment(threads: int, device: str, world_size: int = 1) -> dict[str, Any]:
     """What a run ran on: the part of a report that may differ between runs of the same thing."""
     versions = {"fishertool": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
@@ -149,5 +151,5 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": threads,
         "device": device,
-        "world_size": 1,
+        "world_size": world_size,
     }

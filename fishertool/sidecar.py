@@ -4,6 +4,7 @@ A sidecar is a folder with `diagonal.safetensors`, `kronecker.safetensors`, ... 
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -41,19 +43,60 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
 def write_sidecar(
     folder: Path, header: FisherHeader, tensors: Mapping[str, Tensor], max_shard_bytes: int
 ) -> tuple[Layout, list[FileDigest]]:
-    """Write one kind, float32."""
-    infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
-    layout = lay_out(infos, max_shard_bytes, stem=header.kind, metadata=header.to_metadata())
+    """Write one kind."""
+    return write_tensors(folder, header.kind, header.to_metadata(), tensors, max_shard_bytes)
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    metadata: dict[str, str],
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int,
+) -> tuple[Layout, list[FileDigest]]:
+    """Write tensors in their own dtypes to `<stem>.safetensors`, or to shards of that name."""
+    infos = [
+        TensorInfo(name, NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
+    ]
+    layout = lay_out(infos, max_shard_bytes, stem=stem, metadata=metadata)
     with CheckpointWriter(folder, layout) as writer:
         for name, value in tensors.items():
             writer.write(name, value.cpu())
         return layout, writer.finish()
 
 
+class StoredGradients:
+    """The gradients of a rank-one sidecar, read from disk when asked for; all, or those of `names`.
+
+    What `fisher.rank_one.RankOneFisher` stands on. Raises InputError for tensors that have not
+    one and the same number of members, or cannot be computed with.
+    """
+
+    def __init__(self, tensors: Checkpoint, names: Sequence[str] | None = None):
+        self._tensors = tensors
+        infos = {name: tensors.info(name) for name in (tensors if names is None else names)}
+        first = next(iter(infos.values()))
+        for name, info in infos.items():
+            if info.dtype not in FLOATING or not info.shape or not info.shape[0]:
+                raise InputError(f"{tensors.where(name)}: {info} holds no gradients")
+            if info.shape[0] != first.shape[0]:
+                raise InputError(
+                    f"{tensors.where(name)}: has {info.shape[0]} members, {first.name} has "
+                    f"{first.shape[0]}; estimate it again"
+                )
+        self.members = first.shape[0]
+        self.sizes = {name: info.elements // self.members for name, info in infos.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one weight, flat: [member, stop - start], as stored."""
+        return self._tensors.read_columns(name, start, stop)
+
+
 class BankWriter:
     """Writes the members of a gradient bank as they come: each weight's are one tensor [member, ...].
 
-    Opening it reserves the disk space; `finish` checks that every member was written.
+    Opening it reserves the disk space, or with `reopen` goes on with what an earlier run left;
+    `finish` checks that every member was written.
     """
 
     def __init__(
@@ -64,13 +107,16 @@ class BankWriter:
         dtype: str,
         members: int,
         max_shard_bytes: int,
+        reopen: bool = False,
     ):
         infos = [TensorInfo(name, dtype, (members, *shape)) for name, shape in shapes.items()]
         metadata = header.to_metadata()
         self.layout = lay_out(infos, max_shard_bytes, stem=header.kind, metadata=metadata)
-        self._rows = {info.name: info.rows // members for info in infos}
         self._widths = {info.name: info.width for info in infos}
-        self._writer = CheckpointWriter(folder, self.layout)
+        self._rows = {
+            name: prod(shape) // max(self._widths[name], 1) for name, shape in shapes.items()
+        }
+        self._writer = CheckpointWriter(folder, self.layout, reopen)
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -87,6 +133,14 @@ class BankWriter:
     def write(self, name: str, member: int, gradient: Tensor) -> None:
         rows = gradient.reshape(-1, self._widths[name]).cpu()
         self._writer.write(name, rows, member * self._rows[name])
+
+    def count_written(self, member: int) -> None:
+        """This member is there from an earlier run."""
+        for name, rows in self._rows.items():
+            self._writer.count_written(name, member * rows, (member + 1) * rows)
+
+    def sync(self) -> None:
+        self._writer.sync()
 
     def finish(self) -> list[FileDigest]:
         return self._writer.finish()

@@ -15,7 +15,7 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-UPPER = LIBRARIES | {"merging", "models", "evaluation", "surgery", "searching"}
+UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "surgery", "searching"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "errors": set[str](),
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "merging": {"errors", "registry", "fisher", "merging"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
+    "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
     "surgery": LIBRARIES | {"merging", "models", "surgery"},
     "searching": UPPER,
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "cli": {"errors", "memory", "registry", "report", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "progress"}}
+LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress"}}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},

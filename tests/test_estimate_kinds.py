@@ -142,7 +142,7 @@ def test_bank_reports_its_rounding(cli: Cli, make_model: ModelMaker, data: Path)
 def test_bank_too_large_for_the_disk_is_refused_before_the_run(
     cli: Cli, make_model: ModelMaker, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("fishertool.commands.estimate_fisher.free_bytes", lambda folder: 1_000)
+    monkeypatch.setattr("fishertool.estimation.bank.free_bytes", lambda folder: 1_000)
     flags = ("--data", data, "--kind", "rank-one", "--out", "f")
     result = cli("estimate-fisher", make_model("a"), *flags)
     assert result.code == 5

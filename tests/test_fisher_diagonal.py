@@ -158,7 +158,7 @@ def test_is_the_mean_of_each_examples_squared_gradient(
     kind: str, labels: Literal["empirical", "expected"], batch_size: int
 ) -> None:
     estimate = _estimate(kind, labels, batch_size)
-    assert (estimate.examples, estimate.one_by_one, estimate.by_autograd) == (COUNT, False, [])
+    assert (estimate.examples, estimate.one_by_one, estimate.by_autograd) == (COUNT, False, set())
     assert_same(estimate.diagonal, _expected(kind, labels))
 
 
@@ -253,17 +253,18 @@ def test_the_example_without_a_finite_loss_is_named(batch_size: int) -> None:
         _estimate("gpt2", "empirical", batch_size, model)
 
 
-def test_data_in_which_nothing_is_predicted_is_refused() -> None:
+def test_data_in_which_nothing_is_predicted_scores_nothing() -> None:
     examples = [Example({"input_ids": [5]}, None, 0)] * 2
     model = _model("gpt2")
-    with pytest.raises(InputError):
-        estimate_diagonal(
-            model,
-            dict(model.named_parameters()),
-            lambda indices: collate(TASKS["causal-lm"], examples, indices, PAD, "cpu"),
-            range(2),
-            2,
-        )
+    estimate = estimate_diagonal(
+        model,
+        dict(model.named_parameters()),
+        lambda indices: collate(TASKS["causal-lm"], examples, indices, PAD, "cpu"),
+        range(2),
+        2,
+    )
+    assert estimate.scored == 0
+    assert not any(bool(value.any()) for value in estimate.diagonal.values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (1500, 900)], ids=str)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fishertool.fisher.estimate import Batch, estimate_diagonal
-from fishertool.fisher.labels import Labels, empirical, expected, log_probabilities, sampled
+from fishertool.fisher.labels import (
+    Labels,
+    empirical,
+    expected,
+    expected_signed,
+    log_probabilities,
+    sampled,
+)
 
 LOGITS = {
     "random": lambda classes: 2 * torch.randn(5, classes, generator=_generator()),
@@ -50,6 +57,41 @@ def test_expected_is_the_exact_mean_over_classes(kind: str, classes: int) -> Non
     assert len(cotangents) == classes - 1
     outer = sum((v.unsqueeze(-1) * v.unsqueeze(-2) for v in cotangents), torch.zeros(()))
     torch.testing.assert_close(outer, _covariance(log_p.exp()), rtol=1e-9, atol=1e-30)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_expected_signed_averages_to_the_exact_mean(
+    kind: str, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all sign vectors, each once: no statistics are needed."""
+    classes = 4
+    log_p = torch.log_softmax(LOGITS[kind](classes).double(), -1)
+    vectors = torch.cartesian_prod(*[torch.tensor([-1, 1], dtype=torch.int8)] * classes)
+    scored = torch.ones(len(log_p), dtype=torch.bool)
+    total = torch.zeros(len(log_p), classes, classes, dtype=torch.float64)
+    for vector in vectors:
+        monkeypatch.setattr(
+            "fishertool.fisher.labels.random_signs", lambda shape, _, v=vector: v.expand(*shape)
+        )
+        for v in expected_signed(log_p, scored, range(len(log_p)), draws):
+            total += v.unsqueeze(-1) * v.unsqueeze(-2)
+    torch.testing.assert_close(
+        total / len(vectors), _covariance(log_p.exp()), rtol=1e-9, atol=1e-15
+    )
+
+
+def test_expected_signed_does_not_depend_on_batching_and_skips_what_is_not_scored() -> None:
+    log_p = torch.log_softmax(torch.randn(3, 4, 5, generator=_generator()), -1)
+    scored = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    [together] = expected_signed(log_p, scored, [7, 8, 9], 1)
+    assert not together[~scored].any() and together[scored].any(-1).all()
+    for n in range(3):
+        [alone] = expected_signed(log_p[n : n + 1], scored[n : n + 1], [7 + n], 1)
+        assert torch.equal(alone[0], together[n])
+    [other] = expected_signed(log_p, scored, [1, 2, 3], 1)
+    assert not torch.equal(other, together)
+    torch.testing.assert_close(together.sum(-1), torch.zeros(3, 4), rtol=0, atol=1e-6)
 
 
 def test_expected_keeps_the_digits_of_a_near_certain_class_in_float32() -> None:

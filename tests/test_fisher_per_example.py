@@ -304,7 +304,7 @@ def test_is_exact(name: str, batch_size: int) -> None:
     toy = _toy(name)
     estimate = _estimate(toy, batch_size)
     assert_same(estimate.diagonal, _expected(toy))
-    assert (estimate.by_autograd, estimate.one_by_one) == TOYS[name][1:]
+    assert (sorted(estimate.by_autograd), estimate.one_by_one) == TOYS[name][1:]
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -337,7 +337,7 @@ def test_views_of_a_stack_are_exact(batch_size: int) -> None:
 
     estimate = estimate_diagonal(toy, views, batch, range(COUNT), batch_size)
     assert_same(estimate.diagonal, wanted)
-    assert (estimate.by_autograd, estimate.one_by_one) == ([], False)
+    assert (estimate.by_autograd, estimate.one_by_one) == (set(), False)
 
 
 def test_the_padding_id_gets_nothing_from_the_embedding() -> None:
@@ -359,7 +359,7 @@ def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
 
     with PerExampleGradients(toy, parameters) as gradients:
         gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
-        gradients.begin(COUNT)
+        gradients.begin(range(COUNT))
         logits: Tensor = toy(ids).logits
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         for retain in (True, False):  # a graph serves several passes
@@ -379,13 +379,13 @@ def test_examples_that_cannot_be_told_apart_are_refused_together() -> None:
     with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
         gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
         with pytest.raises(ValueError, match="one at a time"):
-            gradients.begin(2)
+            gradients.begin([0, 1])
 
 
 def test_an_input_changed_in_place_unseen_by_check_is_refused() -> None:
     toy, (ids, _) = _toy("input changed"), _data()
     with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
-        gradients.begin(COUNT)
+        gradients.begin(range(COUNT))
         logits: Tensor = toy(ids).logits
         with pytest.raises(FishertoolError, match="CopyingLinear had its input changed in place"):
             gradients.backward(logits, torch.ones_like(logits), lambda name, parts: None)

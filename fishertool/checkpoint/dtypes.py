@@ -50,6 +50,8 @@ TORCH = {
     "C64": torch.complex64,
 }
 
+NAMES = {dtype: name for name, dtype in TORCH.items()}
+
 FLOATING = frozenset(name for name, dtype in TORCH.items() if dtype.is_floating_point)
 
 

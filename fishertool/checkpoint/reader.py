@@ -120,9 +120,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `[start, stop)` of a tensor: `[row, width]`, or `[row]` if it is a vector or scalar."""
-        info = self.info(name)
-        if info.dtype not in TORCH:
-            raise InputError(f"{self.where(name)}: {info.dtype} cannot be computed with")
+        info, dtype = self.info(name), self._dtype(name)
         stop = info.rows if stop is None else stop
         if not 0 <= start <= stop <= info.rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {info.rows}")
@@ -130,8 +128,31 @@ class Checkpoint(Mapping[str, Tensor]):
         offset = info.start + start * row_bytes
         data = shard.read(offset, (stop - start) * row_bytes)
         shard.digest.feed(offset, as_bytes(data))
-        tensor = data.view(TORCH[info.dtype])
+        tensor = data.view(dtype)
         return tensor.reshape(stop - start, info.width) if len(info.shape) > 1 else tensor
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of each entry along a tensor's first dimension, flat.
+
+        `[first dimension, stop - start]`. Being strided, these reads leave the digest alone.
+        """
+        info, dtype = self.info(name), self._dtype(name)
+        entries = info.shape[0]
+        size = info.elements // max(entries, 1)
+        if not 0 <= start <= stop <= size:
+            raise IndexError(f"elements {start} to {stop} of {name}, whose entries have {size}")
+        columns = torch.empty(entries, stop - start, dtype=dtype)
+        for entry in range(entries):
+            offset = info.start + (entry * size + start) * dtype.itemsize
+            data = self._shard_of[name].read(offset, (stop - start) * dtype.itemsize)
+            columns[entry] = data.view(dtype)
+        return columns
+
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = self.info(name).dtype
+        if stored not in TORCH:
+            raise InputError(f"{self.where(name)}: {stored} cannot be computed with")
+        return TORCH[stored]
 
     def digests(self) -> list[FileDigest]:
         """SHA-256 of each file, from the bytes already read where they were read in order."""

@@ -55,23 +55,39 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(parent).free
 
 
+def resumable(out: Path) -> Path:
+    """Where a run that can be resumed works, until its output takes the place of `out`."""
+    out = out.resolve()
+    return out.parent / f".{out.name}.resumable"
+
+
 @contextmanager
-def staged(out: Path, overwrite: bool = True) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool = True, keep: str | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; it takes the place of `out` when the block ends well.
 
     Without `overwrite`, an `out` that came to be in the meantime stays: OutputExistsError.
     Everything in it is fsynced first. If the block raises (Ctrl-C and SIGTERM do), it is removed.
     What a killed run left is removed by the next run for the same output. Folders get the mode
     the umask asks for.
+
+    With `keep`, a pattern, the folder is `resumable(out)`, as it was left; it stays, if it has a
+    file of that pattern, when the block raises.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.staged-"
-    _sweep(out.parent, prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    if keep is None:
+        prefix = f".{out.name}.staged-"
+        _sweep(out.parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    else:
+        folder = resumable(out)
+        folder.mkdir(exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExistsError(f"{folder}: another run works there; wait for it") from None
         folder.chmod(0o777 & ~_umask())
         yield folder
         for path in folder.rglob("*"):
@@ -81,9 +97,13 @@ def staged(out: Path, overwrite: bool = True) -> Iterator[Path]:
             raise OutputExistsError(f"{out}: appeared during the run; choose another name")
         _take_place(folder, out)
         _fsync(out.parent)
+    except BaseException:
+        if keep is None or not any(folder.glob(keep)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_place(folder: Path, out: Path) -> None:

@@ -25,11 +25,13 @@ class CheckpointWriter:
     Opening it reserves the disk space. What is written goes to disk in the background and then
     leaves the page cache: an output of any size takes little of the machine's memory. `finish`
     checks that every byte was written and that the safetensors library reads the headers as meant.
+    With `reopen`, files of this layout that an earlier run left in the folder are gone on with.
     """
 
-    def __init__(self, folder: Path, layout: Layout):
+    def __init__(self, folder: Path, layout: Layout, reopen: bool = False):
         self.folder = folder
         self.layout = layout
+        self._reopen = reopen
         self._files: dict[str, int] = {}
         self._digests: dict[str, RunningDigest] = {}
         self._place: dict[str, tuple[str, TensorInfo]] = {}
@@ -81,6 +83,18 @@ class CheckpointWriter:
                 self._dirty[file] = 0
                 self._flushes.append(self._disk.submit(_flush, self._files[file]))
 
+    def count_written(self, name: str, start: int, stop: int) -> None:
+        """Rows `[start, stop)` of a tensor are there from an earlier run."""
+        file, info = self._place[name]
+        row_bytes = info.nbytes // max(info.rows, 1)
+        self._written[name].append((info.start + start * row_bytes, info.start + stop * row_bytes))
+        self._left[file] -= (stop - start) * row_bytes
+
+    def sync(self) -> None:
+        """Have on disk all that was written so far."""
+        for descriptor in self._files.values():
+            os.fsync(descriptor)
+
     def finish(self) -> list[FileDigest]:
         """Close the files, verify them, write the index; the SHA-256 of each file."""
         for name, (_, info) in self._place.items():
@@ -105,9 +119,10 @@ class CheckpointWriter:
 
     def _reserve(self, shard: ShardLayout) -> None:
         path = self.folder / shard.file
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        again = self._reopen and path.is_file() and path.stat().st_size == shard.nbytes
+        flags = os.O_WRONLY if again else os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._files[shard.file] = descriptor = os.open(path, flags, 0o666)
-        if hasattr(os, "posix_fallocate"):
+        if hasattr(os, "posix_fallocate") and not again:
             os.posix_fallocate(descriptor, 0, shard.nbytes)
         self._digests[shard.file] = RunningDigest(path)
         self._write(shard.file, 0, memoryview(shard.header))

@@ -15,6 +15,7 @@ from fishertool.fisher.gradients import (
     rows_of,
 )
 from fishertool.fisher.moments import TraceMoments
+from fishertool.fisher.sums import Groups
 
 TILE_ELEMENTS = 1 << 20
 
@@ -31,6 +32,7 @@ class Diagonal:
             for name, parameter in parameters.items()
         }
         self.traces = TraceMoments(parameters)
+        self.groups: Groups = {"diagonal": self.sums, **self.traces.groups}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
 
     def begin(self, examples: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
 from fishertool.fisher.kronecker import InputMoments
-from fishertool.fisher.labels import Labels
+from fishertool.fisher.labels import SEED_STRIDE, Labels
 from fishertool.fisher.per_example import PerExampleGradients
+from fishertool.fisher.signed import SignedGradients
+from fishertool.fisher.sums import Groups, Sums
 
-SEED_STRIDE = 1_000_003
+Estimator = Literal["exact", "signed"]
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -40,6 +42,10 @@ class Batch:
 class Statistic(Protocol):
     """What is gathered from per-example gradients."""
 
+    @property
+    def groups(self) -> Groups:
+        """All it knows, in sums that add up over workers; complete after `begin([])`."""
+
     def begin(self, examples: Sequence[int]) -> None:
         """Before each micro-batch: which examples it has. Once more, with none, after the last."""
 
@@ -47,39 +53,61 @@ class Statistic(Protocol):
         """A parameter's gradients, [example] of this micro-batch; several times for several labels."""
 
 
+def _counters() -> Sums:
+    names = ("examples", "scored", "nll", "skipped")
+    return {name: torch.zeros((), dtype=torch.float64) for name in names}
+
+
 @dataclass
 class Pass:
-    """What one pass over the data told besides the statistics."""
+    """What passes over the data told besides the statistics."""
 
-    examples: int = 0
-    scored: int = 0
-    """Predictions scored: examples, or tokens."""
-    nll: float = 0.0
-    """Sum of -log p(target) over what was scored."""
+    sums: Sums = field(default_factory=_counters)
     one_by_one: bool = False
-    by_autograd: list[str] = field(default_factory=list)
+    by_autograd: set[str] = field(default_factory=set)
     """Parameters no layer rule serves; exact all the same."""
-    tokens: dict[str, int] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+    """Parameters that take part in what is scored; the others have no gradient."""
+    tokens: Sums = field(default_factory=dict)
     """How many tokens each expert's weight saw, padding not counted."""
-    untouched: list[str] = field(default_factory=list)
-    """Parameters that take no part in what is scored: their gradient is zero."""
+
+    @property
+    def examples(self) -> int:
+        return int(self.sums["examples"])
+
+    @property
+    def scored(self) -> int:
+        """Predictions scored: examples, or tokens."""
+        return int(self.sums["scored"])
+
+    @property
+    def skipped(self) -> int:
+        """Examples left out because the loss on them is not finite."""
+        return int(self.sums["skipped"])
 
     @property
     def loss(self) -> float:
-        return self.nll / self.scored
+        """Mean of -log p(target) over what was scored, rounded to float32: the last bits depend on
+        how the work was divided."""
+        return float((self.sums["nll"] / self.sums["scored"]).float())
 
 
 def estimate(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     collate: Callable[[Sequence[int]], Batch],
-    batches: Sequence[Sequence[int]],
+    units: Iterable[Sequence[Sequence[int]]],
     statistics: Sequence[Statistic],
     *,
+    probe: int,
     inputs: InputMoments | None = None,
     labels: Labels = "empirical",
     draws: int = 1,
     seed: int = 0,
+    estimator: Estimator = "exact",
+    skip_nonfinite: bool = False,
+    done: Pass | None = None,
+    after: Callable[[Pass], bool] = lambda done: False,
     advance: Callable[[int], None] = lambda examples: None,
 ) -> Pass:
     """Run every batch forward and backward, and give `statistics` the per-example gradients of log p.
@@ -90,71 +118,87 @@ def estimate(
 
     q is one at the data's label (`empirical`), 1/draws at each of `draws` labels drawn from the
     model (`sampled`; independently at every position of a sequence), or p itself (`expected`,
-    classes only). A sequence is one example: log p is summed over its positions before anything
-    is squared. The model is put in eval mode; nothing depends on how examples are batched.
-    `inputs` sees the forward passes; with no other statistic, only those are run. `parameters` are
-    the model's, or views of parts of them, by name.
+    classes only; `expected-signed`, in expectation over random signs, for any vocabulary). A
+    sequence is one example: log p is summed over its positions before anything is squared. The
+    model is put in eval mode; nothing depends on how examples are batched.
+
+    parameters  the model's, or views of parts of them, by name
+    units       runs of batches; after each one the statistics are complete, and `after` is
+                called, which stops the pass by True
+    probe       an example (a short one) by which the layer rules are held against autograd
+    inputs      sees the forward passes; with no other statistic, only those are run
+    estimator   `signed`: one signed gradient a batch in place of every example's; unbiased
+    skip_nonfinite  leaves out examples whose loss is not finite, at the cost of a second forward
+                pass each batch
+    done        what earlier passes told, to be added to
 
     Raises InputError naming the example whose loss is not finite. Source: Matena and Raffel 2022,
     arXiv 2111.09832, section 3; Kunstner et al. 2019, arXiv 1905.12558 on the label choices.
     """
     model.eval()
-    done = Pass()
-    untouched = set(parameters) if statistics else set()
+    done = Pass() if done is None else done
     with ExitStack() as hooks:
-        gradients = None
+        gradients: PerExampleGradients | SignedGradients | None = None
         calls = hooks.enter_context(FunctionCalls(model, parameters))
         if inputs is not None:
             inputs.watch(calls)
             hooks.enter_context(inputs)
-        if statistics:
-            gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
-        else:
+        if not statistics:
             hooks.enter_context(torch.no_grad())
+        elif estimator == "signed":
+            gradients = hooks.enter_context(SignedGradients(model, parameters, seed))
+        else:
+            gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
 
         def consume(name: str, parts: Sequence[Gradient]) -> None:
-            untouched.discard(name)
+            done.touched.add(name)
             for statistic in statistics:
                 statistic.add(name, parts)
 
+        def run(batch: Batch) -> None:
+            masks = [batch.inputs[name] for name in MASKS if name in batch.inputs]
+            examples: Sequence[int] = batch.examples
+            calls.begin(len(examples), batch.rows_each, masks)
+            if gradients is not None:
+                examples = gradients.begin(batch.examples, batch.rows_each)
+            for statistic in statistics:
+                statistic.begin(examples)
+            if inputs is not None:
+                inputs.begin(masks)
+            logits = logits_of(model, batch)
+            if inputs is not None:
+                inputs.end()
+            log_p = label_rules.log_probabilities(logits)
+            losses = _losses(log_p, batch)
+            _check_finite(losses, batch)
+            done.sums["nll"] += losses.sum().cpu()
+            done.sums["scored"] += batch.scored.sum().cpu()
+            if gradients is not None:
+                cotangents = _cotangents(log_p, batch, labels, draws, seed)
+                del log_p
+                for cotangent, last in _mark_last(cotangents):
+                    gradients.backward(logits, cotangent, consume, retain_graph=not last)
+            done.sums["examples"] += len(batch.examples)
+
         if gradients is not None:
-            telling = _telling(batches, collate)
             gradients.check(
-                lambda copies: logits_of(model, collate([telling] * copies)),
-                collate([telling]).rows_each,
+                lambda copies: logits_of(model, collate([probe] * copies)),
+                collate([probe]).rows_each,
             )
-        for indices in batches:
-            for batch in map(collate, _split(indices, gradients)):
-                for statistic in statistics:
-                    statistic.begin(batch.examples)
-                masks = [batch.inputs[name] for name in MASKS if name in batch.inputs]
-                watching = calls if gradients is None else gradients
-                watching.begin(len(batch.examples), batch.rows_each, masks)
-                if inputs is not None:
-                    inputs.begin(masks)
-                logits = logits_of(model, batch)
-                if inputs is not None:
-                    inputs.end()
-                log_p = label_rules.log_probabilities(logits)
-                done.nll += _loss(log_p, batch)
-                done.scored += int(batch.scored.sum())
-                if gradients is not None:
-                    cotangents = _cotangents(log_p, batch, labels, draws, seed)
-                    del log_p
-                    for cotangent, last in _mark_last(cotangents):
-                        gradients.backward(logits, cotangent, consume, retain_graph=not last)
-                    del cotangents, cotangent
-                del logits  # or this graph would outlive the next forward pass
-                done.examples += len(batch.examples)
-                advance(len(batch.examples))
-    for statistic in statistics:
-        statistic.begin([])
-    done.untouched = sorted(untouched)
-    if not done.scored:
-        raise InputError("nothing is predicted in the data: no text has two tokens")
-    done.tokens = calls.tokens_by_name(parameters)
-    if gradients is not None:
-        done.one_by_one, done.by_autograd = gradients.one_by_one, sorted(gradients.by_autograd)
+            done.one_by_one |= gradients.one_by_one
+            done.by_autograd |= gradients.by_autograd
+        for unit in units:
+            for indices in unit:
+                finite = _finite_only(model, collate, indices) if skip_nonfinite else indices
+                done.sums["skipped"] += len(indices) - len(finite)
+                for part in _split(finite, gradients):
+                    run(collate(part))
+                advance(len(indices))
+            for statistic in statistics:
+                statistic.begin([])
+            calls.add_tokens(parameters, done.tokens)
+            if after(done):
+                break
     return done
 
 
@@ -175,23 +219,16 @@ def estimate_diagonal(
     """The diagonal alone, of the examples in this order; `options` are those of `estimate`."""
     diagonal = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = estimate(model, parameters, collate, batches, [diagonal], **options)
+    done = estimate(model, parameters, collate, [batches], [diagonal], probe=order[-1], **options)
     return Estimate(**vars(done), diagonal=diagonal.mean(done.examples))
 
 
-def _telling(batches: Sequence[Sequence[int]], collate: Callable[[Sequence[int]], Batch]) -> int:
-    """The last example with more than one position, by which layouts of a batch can be told apart."""
-    latest_first = (index for indices in reversed(batches) for index in reversed(indices))
-    for index in latest_first:
-        if any(value.numel() > 1 for value in collate([index]).inputs.values()):
-            return index
-    return batches[-1][-1]
-
-
 def _split(
-    indices: Sequence[int], gradients: PerExampleGradients | None
+    indices: Sequence[int], gradients: PerExampleGradients | SignedGradients | None
 ) -> Iterable[Sequence[int]]:
-    return [[i] for i in indices] if gradients is not None and gradients.one_by_one else [indices]
+    if gradients is not None and gradients.one_by_one:
+        return [[index] for index in indices]
+    return [indices] if indices else []
 
 
 def _cotangents(
@@ -199,10 +236,11 @@ def _cotangents(
 ) -> Iterable[Tensor]:
     if labels == "empirical":
         return [label_rules.empirical(log_p, batch.targets, batch.scored)]
-    if labels == "sampled":
-        seeds = [seed * SEED_STRIDE + example for example in batch.examples]
-        return label_rules.sampled(log_p, batch.scored, seeds, draws)
-    return label_rules.expected(log_p)
+    if labels == "expected":
+        return label_rules.expected(log_p)
+    seeds = [seed * SEED_STRIDE + example for example in batch.examples]
+    drawn = label_rules.sampled if labels == "sampled" else label_rules.expected_signed
+    return drawn(log_p, batch.scored, seeds, draws)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -210,13 +248,31 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _loss(log_p: Tensor, batch: Batch) -> float:
+def _losses(log_p: Tensor, batch: Batch) -> Tensor:
+    """-log p of the targets, float64, [example]; only what is scored."""
     values = -log_p.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-    values = torch.where(batch.scored, values, 0.0)
-    for example, value in zip(batch.examples, values, strict=True):
-        if not value.isfinite().all():
-            raise InputError(f"example {example}: the model's loss on it is not finite")
-    return float(values.double().sum())
+    scored = torch.where(batch.scored, values, 0.0).double()
+    return scored.reshape(len(scored), -1).sum(1)
+
+
+def _check_finite(losses: Tensor, batch: Batch) -> None:
+    if bool(losses.sum().isfinite()):
+        return
+    number = losses.isfinite().tolist().index(False)
+    raise InputError(
+        f"example {batch.examples[number]}: the model's loss on it is not finite; "
+        "--skip-nonfinite leaves such examples out and counts them"
+    )
+
+
+@torch.no_grad()
+def _finite_only(
+    model: nn.Module, collate: Callable[[Sequence[int]], Batch], indices: Sequence[int]
+) -> list[int]:
+    batch = collate(indices)
+    losses = _losses(label_rules.log_probabilities(logits_of(model, batch)), batch)
+    finite = losses.isfinite().tolist()
+    return [index for index, is_finite in zip(batch.examples, finite, strict=True) if is_finite]
 
 
 def _mark_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

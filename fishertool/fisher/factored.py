@@ -8,6 +8,7 @@ from torch import Tensor
 from fishertool.fisher.diagonal import add_squares, scattered_squares, tiles_of_squares, wide
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, rows_of
 from fishertool.fisher.moments import TraceMoments
+from fishertool.fisher.sums import Groups
 
 
 class Factored:
@@ -26,6 +27,11 @@ class Factored:
         self.rows = {name: zeros(sizes[name][0], p) for name, p in parameters.items()}
         self.columns = {name: zeros(sizes[name][1], p) for name, p in parameters.items()}
         self.traces = TraceMoments(parameters)
+        self.groups: Groups = {
+            "rows": self.rows,
+            "columns": self.columns,
+            **self.traces.groups,
+        }
 
     def begin(self, examples: Sequence[int]) -> None:
         self.traces.begin(len(examples))

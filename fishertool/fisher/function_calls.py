@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fishertool.fisher.functions import Argument, arguments
 from fishertool.fisher.gradients import rows_of
 from fishertool.fisher.layers import Rule, rule_for
+from fishertool.fisher.sums import Sums
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,16 @@ class FunctionCalls:
         self._examples, self._rows, self._counting = examples, examples * rows_each, counting
         self._masks = [mask.bool().flatten() for mask in masks if not bool(mask.all())]
 
-    def tokens_by_name(self, parameters: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many tokens met each of these tensors that is one matrix of a stack, or part of one."""
-        found = {}
+    def add_tokens(self, parameters: Mapping[str, Tensor], totals: Sums) -> None:
+        """Add to each tensor that is one matrix of a stack, or part of one, how many tokens met it
+        since the last time."""
         for name, tensor in parameters.items():
             stack = base_of(tensor)
             counts = self.tokens.get(id(stack))
             if counts is not None and tensor.numel() <= stack[0].numel():
-                found[name] = counts[offset_in(tensor) // stack[0].numel()]
-        return found
+                zero = torch.zeros((), dtype=torch.float64)
+                totals.setdefault(name, zero).add_(counts[offset_in(tensor) // stack[0].numel()])
+        self.tokens.clear()
 
     def _watching(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

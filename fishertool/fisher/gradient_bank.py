@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fishertool.fisher.diagonal import wide
 from fishertool.fisher.gradients import Gradient, dtype_of, examples_in, rows_of
+from fishertool.fisher.sums import Groups
 
 Write = Callable[[str, int, Tensor], None]
 """Take one member of the bank: a parameter's name, the member's number, its gradient [row, width]."""
@@ -26,8 +27,14 @@ class GradientBank:
     def __init__(
         self, parameters: Mapping[str, Tensor], write: Write, dtype: torch.dtype, group: int = 1
     ):
-        self.traces = dict.fromkeys(parameters, 0.0)
-        self.rounding = dict.fromkeys(parameters, 0.0)
+        def zeros() -> dict[str, Tensor]:
+            return {
+                name: torch.zeros((), dtype=torch.float64, device=value.device)
+                for name, value in parameters.items()
+            }
+
+        self.traces, self.rounding = zeros(), zeros()
+        self.groups: Groups = {"bank-traces": self.traces, "bank-rounding": self.rounding}
         self._parameters = dict(parameters)
         self._write = write
         self._dtype = dtype
@@ -75,8 +82,8 @@ class GradientBank:
     def _hand_on(self, name: str, member: int, gradient: Tensor) -> None:
         rounded = gradient.to(self._dtype)
         exact = wide(gradient)
-        self.traces[name] += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        self.traces[name] += torch.linalg.vector_norm(exact, dtype=torch.float64) ** 2
         if rounded.dtype != gradient.dtype:
             error = torch.linalg.vector_norm(exact - rounded, dtype=torch.float64)
-            self.rounding[name] += float(error) ** 2
+            self.rounding[name] += error**2
         self._write(name, member, rounded)

@@ -12,6 +12,7 @@ from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.header import TensorStatistics, statistics_of
 from fishertool.fisher.kronecker import InputMoments, OutputMoments, mirrored
 from fishertool.fisher.moments import TraceMoments
+from fishertool.fisher.sums import Groups
 
 KINDS = ("diagonal", "factored", "kronecker", "activation", "rank-one")
 
@@ -59,6 +60,18 @@ class Gathering:
         self.statistics: list[Statistic] = [
             one for one in (self._diagonal, self._outputs, bank) if one is not None
         ]
+        self.groups: Groups = {
+            group: sums
+            for one in (self.inputs, *self.statistics)
+            if one is not None
+            for group, sums in one.groups.items()
+        }
+
+    @property
+    def traces(self) -> TraceMoments:
+        """Those of a diagonal or factored Fisher; one of them must be among the kinds."""
+        assert self._diagonal is not None
+        return self._diagonal.traces
 
     def stored(self, examples: int) -> dict[str, Stored]:
         """By kind; a bank has been handed on already."""
@@ -75,13 +88,10 @@ class Gathering:
 
 
 def stored_diagonal(diagonal: Diagonal, examples: int) -> Stored:
-    tensors = diagonal.mean(examples)
+    tensors, errors = diagonal.mean(examples), diagonal.traces.standard_errors(examples)
     return Stored(
         tensors,
-        {
-            name: statistics_of(value, _error(diagonal.traces, name, examples))
-            for name, value in tensors.items()
-        },
+        {name: statistics_of(value, errors[name]) for name, value in tensors.items()},
     )
 
 
@@ -93,8 +103,9 @@ def stored_factored(source: Factored | Diagonal, examples: int) -> Stored:
         sums = {name: marginals(value) for name, value in source.mean(examples).items()}
     tensors: dict[str, Tensor] = {}
     statistics: dict[str, TensorStatistics] = {}
+    errors = source.traces.standard_errors(examples)
     for name, (rows, columns) in sums.items():
-        error = _error(source.traces, name, examples)
+        error = errors[name]
         if columns is None:
             tensors[name], statistics[name] = rows, statistics_of(rows, error)
             continue
@@ -112,7 +123,7 @@ def stored_kronecker(inputs: InputMoments, outputs: OutputMoments, examples: int
     statistics: dict[str, TensorStatistics] = {}
     for name, total in outputs.sums.items():
         leader = inputs.leader[name]
-        tokens = inputs.tokens[leader]
+        tokens = float(inputs.tokens[leader])
         a, b = mirrored(inputs.sums[leader], tokens), mirrored(total, tokens)
         tensors |= {f"{leader}#input": a, f"{name}#output": b}
         scale = tokens / examples
@@ -129,14 +140,9 @@ def stored_activation(inputs: InputMoments, elements: Mapping[str, int]) -> Stor
     """A alone; it is no Fisher, and has no trace."""
     return Stored(
         {
-            f"{name}#input": mirrored(total, inputs.tokens[name])
+            f"{name}#input": mirrored(total, float(inputs.tokens[name]))
             for name, total in inputs.sums.items()
         },
         {name: TensorStatistics(elements[name]) for name in inputs.leader},
         dict(inputs.leader),
     )
-
-
-def _error(traces: TraceMoments, name: str, examples: int) -> float | None:
-    error = traces.standard_error(name, examples)
-    return error if error < float("inf") else None

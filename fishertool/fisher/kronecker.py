@@ -14,6 +14,7 @@ from fishertool.fisher.diagonal import wide
 from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, OuterProducts, rows_of
 from fishertool.fisher.layers import linear, transposed_linear
+from fishertool.fisher.sums import Groups, Sums
 from fishertool.fisher.views import View, views_by_parameter
 
 MAX_SIDE = 16_384
@@ -35,12 +36,14 @@ class InputMoments:
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+        self.sums: Sums = {}
+        self.tokens: Sums = {}
+        self.groups: Groups = {"inputs": self.sums, "tokens": self.tokens}
         self.leader: dict[str, str] = {}
-        self.transposed: list[str] = []
+        self.transposed: set[str] = set()
         """Weights that are [in, out]."""
-        self._views = views_by_parameter(parameters)
+        self._views: Mapping[int, Sequence[View]] = {}
+        self._parameters = parameters
         self._make_calls = functools.partial(FunctionCalls, model, parameters)
         self._calls: FunctionCalls | None = None
         self._exit = ExitStack()
@@ -53,6 +56,7 @@ class InputMoments:
         self._calls = calls
 
     def __enter__(self) -> Self:
+        self._views = views_by_parameter(self._parameters)
         calls = self._calls or self._exit.enter_context(self._make_calls())
         for module, rule in calls.rules.items():
             if rule in (linear, transposed_linear):
@@ -105,8 +109,8 @@ class InputMoments:
         if not self._active or max(rows_of(view.tensor)) > MAX_SIDE:
             return
         x, name = x.detach(), view.name
-        if transposed and name not in self.transposed:
-            self.transposed.append(name)
+        if transposed:
+            self.transposed.add(name)
         if self._last is not None and x.data_ptr() == self._last[1].data_ptr():
             leader, last, version = self._last
             if x.shape == last.shape and x._version == version:
@@ -117,7 +121,7 @@ class InputMoments:
         rows = _unpadded(wide(x), masks)
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            self.tokens[name] = 0
+            self.tokens[name] = torch.zeros((), dtype=torch.float64)
         add_gram(self.sums[name], rows)
         self.tokens[name] += len(rows)
 
@@ -137,7 +141,8 @@ class OutputMoments:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: Sums = {}
+        self.groups: Groups = {"outputs": self.sums}
 
     def begin(self, examples: Sequence[int]) -> None:
         """Nothing is kept from batch to batch."""
@@ -167,7 +172,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
 
-def mirrored(total: Tensor, count: int) -> Tensor:
+def mirrored(total: Tensor, count: float) -> Tensor:
     """The mean [side, side], float32, symmetric, of a sum whose lower half is not kept."""
     upper = total.triu()
     return ((upper + upper.triu(1).T) / max(count, 1)).float()

@@ -5,50 +5,69 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fishertool.fisher.sums import Groups, absorb, flattened
+
 
 class TraceMoments:
-    """First and second moments over examples of t_n = |G_n|^2, whose mean is a tensor's Fisher trace.
+    """First and second moments of t_n = |G_n|^2, whose mean over examples is a tensor's Fisher trace.
 
-    An example's t_n may come in several parts (one a label); `begin` closes the batch before it.
+    n runs over units: examples, or what else has one gradient (a batch, for a signed sum). A
+    unit's t_n may come in several parts (one a label); `begin` closes the batch before it.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
-        self.sums = {
+        self._sums = {
             name: torch.zeros(2, dtype=torch.float64, device=parameter.device)
             for name, parameter in parameters.items()
         }
         """name -> sum of t_n, sum of t_n ** 2"""
+        self._units = {"all": torch.zeros((), dtype=torch.float64)}
+        self.groups: Groups = {"traces": self._sums, "units": self._units}
         self._batch: dict[str, Tensor] = {}
-        self._examples = 0
+        self._in_batch = 0
 
-    def begin(self, examples: int) -> None:
+    def copy(self) -> "TraceMoments":
+        found = TraceMoments(self._sums)
+        absorb(found.groups, flattened(self.groups))
+        return found
+
+    def begin(self, units: int) -> None:
         """Before each batch, and after the last."""
         for name, traces in self._batch.items():
-            self.sums[name] += torch.stack([traces.sum(), traces.square().sum()])
+            self._sums[name] += torch.stack([traces.sum(), traces.square().sum()])
         self._batch.clear()
-        self._examples = examples
+        self._in_batch = units
+        self._units["all"] += units
 
     def of_batch(self, name: str) -> Tensor:
-        """The current batch's t_n of a tensor, [example], float64, to be added to."""
+        """The current batch's t_n of a tensor, [unit], float64, to be added to."""
         if name not in self._batch:
-            self._batch[name] = self.sums[name].new_zeros(self._examples)
+            self._batch[name] = self._sums[name].new_zeros(self._in_batch)
         return self._batch[name]
 
-    def standard_error(self, name: str, examples: int) -> float:
-        """Of the mean of t_n, by the sample variance; infinite for fewer than two examples."""
-        if examples < 2:
-            return float("inf")
-        total, squares = self.sums[name].tolist()
-        variance = max(squares / examples - (total / examples) ** 2, 0.0) * examples
-        return float((variance / (examples - 1) / examples) ** 0.5)
+    def standard_errors(self, examples: int) -> dict[str, float | None]:
+        """Of each tensor's trace, by the sample variance; None for fewer than two units.
+
+        Rounded to float32: the last bits depend on how the work was divided.
+        """
+        units = float(self._units["all"])
+        errors: dict[str, float | None] = {}
+        for name, sums in self._sums.items():
+            total, squares = sums.tolist()
+            if units < 2:
+                errors[name] = None
+                continue
+            spread = max(squares - total**2 / units, 0.0) * units / (units - 1)
+            errors[name] = torch.tensor(spread**0.5 / examples).item()
+        return errors
 
     def relative_error(self, examples: int) -> float:
-        """The largest standard error of a tensor's trace, relative to the trace; of those not zero."""
-        return max(
-            (
-                self.standard_error(name, examples) * examples / float(sums[0])
-                for name, sums in self.sums.items()
-                if float(sums[0]) > 0
-            ),
-            default=0.0,
-        )
+        """The largest standard error of a tensor's trace, relative to the trace; of those not zero.
+
+        Infinite where it is not known.
+        """
+        found = [0.0]
+        for name, error in self.standard_errors(examples).items():
+            if (total := float(self._sums[name][0])) > 0:
+                found.append(float("inf") if error is None else error * examples / total)
+        return max(found)

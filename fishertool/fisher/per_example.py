@@ -89,12 +89,11 @@ class PerExampleGradients:
             parameter.grad = None
 
     def check(self, forward: Forward, rows_each: int = 1) -> None:
-        """Hold every rule against plain autograd, on two examples together.
+        """Hold every rule against plain autograd, on two examples together, of `rows_each` rows.
 
         They are the same but for their cotangents, so a layer in which they cannot be told apart
-        gives gradients that differ from autograd's; then examples go one by one. A parameter
-        whose gradient differs even so (no rule fits what is done with it, its layer is bypassed
-        or has its input changed in place) is left to autograd. Each has `rows_each` rows.
+        gives gradients that differ; then examples go one by one. A parameter whose gradient
+        differs even so (its layer is bypassed or has its input changed) is left to autograd.
         """
         parameters = {key: views[0].parameter for key, views in self._views.items()}
         for parameter in parameters.values():
@@ -174,13 +173,15 @@ class PerExampleGradients:
                 parameter.grad = None
                 self._give(key, [part])
 
-    def begin(self, examples: int, rows_each: int = 1, masks: Sequence[Tensor] = ()) -> None:
-        """Before each forward pass: how many examples the batch has, how many rows each, and masks
-        with zeros where those are padded."""
-        if self.one_by_one and examples != 1:
+    def begin(self, examples: Sequence[int], rows_each: int = 1) -> Sequence[int]:
+        """Before each forward pass: which examples the batch has, with how many rows each; an
+        example is a unit of its own."""
+        if self.one_by_one and len(examples) != 1:
             raise ValueError("this model's examples can only be told apart one at a time")
-        self._begin(examples, rows_each)
-        self.calls.begin(examples, rows_each, masks)
+        self._begin(len(examples), rows_each)
+        if self._own_calls:  # others are told by whom they belong to
+            self.calls.begin(len(examples), rows_each)
+        return examples
 
     def _begin(self, examples: int, rows_each: int) -> None:
         self.examples, self.rows = examples, examples * rows_each

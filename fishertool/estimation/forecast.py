@@ -1,0 +1,66 @@
+"""What an estimate will take, from headers alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fishertool.checkpoint.dtypes import BITS
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.staging import free_bytes
+from fishertool.estimation.settings import BANK_DTYPES, Settings
+from fishertool.fisher.kronecker import MAX_SIDE
+from fishertool.report import Report
+
+ACCUMULATOR_BYTES = 8
+
+
+def bytes_of(
+    settings: Settings, infos: Sequence[TensorInfo], examples: int | None
+) -> dict[str, int]:
+    """What each kind takes on disk, at most; of a bank, what is known from headers."""
+    return {kind: _bytes_of(kind, settings, infos, examples) for kind in settings.kinds}
+
+
+def _bytes_of(
+    kind: str, settings: Settings, infos: Sequence[TensorInfo], examples: int | None
+) -> int:
+    if kind == "rank-one":
+        members = -(-(examples or 1) // settings.group)
+        bits = BITS[BANK_DTYPES[settings.bank_dtype]]
+        return members * sum(info.elements for info in infos) * bits // 8
+    if kind == "diagonal":
+        return sum(4 * info.elements for info in infos)
+    matrices = [info for info in infos if len(info.shape) > 1]
+    if kind == "factored":
+        rest = sum(info.elements for info in infos if len(info.shape) < 2)
+        return 4 * (rest + sum(info.rows + info.width for info in matrices))
+    sides = [
+        info.shape for info in matrices if len(info.shape) == 2 and max(info.shape) <= MAX_SIDE
+    ]
+    return 4 * sum(a * a + (b * b if kind == "kronecker" else 0) for a, b in sides)
+
+
+def forecast(
+    report: Report,
+    checkpoint: Checkpoint,
+    wanted: Sequence[str],
+    needed: Mapping[str, int],
+    out: Path,
+) -> Report:
+    """The report of a dry run."""
+    stored = sum(info.nbytes for info in checkpoint.infos().values())
+    elements = sum(checkpoint.info(name).elements for name in wanted)
+    sums = {kind: size // 4 * ACCUMULATOR_BYTES for kind, size in needed.items()}
+    sums["rank-one"] = 0
+    report.status = "dry-run"
+    report.summary = {
+        "tensors": len(wanted),
+        "bytes_to_read": stored,
+        "bytes_to_write": sum(needed.values()),
+        "bytes_by_kind": dict(needed),
+        "free_bytes": free_bytes(out),
+        "estimated_peak_bytes": stored + 4 * elements + sum(sums.values()),
+    }
+    if "rank-one" in needed and report.options["data"]["num_examples"] is None:
+        report.warnings.append("the bank's bytes are for one example; give --num-examples for all")
+    return report

@@ -1,0 +1,118 @@
+"""Several processes on one estimate: each has a share of the examples, and their sums are added once."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from fishertool.errors import UsageError
+from fishertool.estimation.settings import Settings
+from fishertool.estimation.work import Share, parse_share
+from fishertool.estimation.worker import Worker
+from fishertool.fisher.moments import TraceMoments
+from fishertool.fisher.sums import Sums, absorb, flattened
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that `torchrun`, `accelerate launch` or Slurm started together; or one alone."""
+
+    share: Share
+    device: torch.device
+
+    @property
+    def alone(self) -> bool:
+        return self.share.of == 1
+
+    @property
+    def first(self) -> bool:
+        return self.share.number == 0
+
+    def add_up(self, worker: Worker) -> None:
+        """Make everyone's sums those of all workers."""
+        if self.alone:
+            return
+        sums = flattened(worker.groups)
+        others = self._gather((worker.progress(), {n: tuple(s.shape) for n, s in sums.items()}))
+        for progress, shapes in others:
+            worker.take_notes(progress)
+            missing = {
+                name: torch.zeros(shape, dtype=torch.float64)
+                for name, shape in shapes.items()
+                if name not in sums
+            }
+            absorb(worker.groups, missing)
+            sums = flattened(worker.groups)
+        self._add(sums)
+
+    def relative_error(self, worker: Worker, traces: TraceMoments) -> float:
+        """Of the worst-known trace, by what all workers have so far."""
+        total, examples = traces.copy(), worker.done.sums["examples"].clone()
+        self._add({"examples": examples, **flattened(total.groups)})
+        return total.relative_error(int(examples))
+
+    def _gather(self, item: Any) -> list[Any]:
+        """Everyone's item, in the order of the workers."""
+        items = [None] * self.share.of
+        distributed.all_gather_object(items, item)
+        return items
+
+    def _add(self, sums: Sums) -> None:
+        """Make every tensor, in place, its sum over the workers; all must have the same names."""
+        for name in sorted(sums) if not self.alone else ():
+            moved = sums[name].to(self.device)
+            distributed.all_reduce(moved)
+            sums[name].copy_(moved)
+
+    def wait(self) -> None:
+        if not self.alone:
+            distributed.barrier()
+
+
+@contextmanager
+def joined(asked: int | None, device: str) -> Iterator[Workers]:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, as torchrun sets them).
+
+    `asked` is how many there must be. Raises UsageError where there are others: a launcher that
+    started one process of several would otherwise go unnoticed.
+    """
+    of = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and asked != of:
+        raise UsageError(
+            f"--world-size {asked}: this run has {of}; start it with "
+            f"torchrun --nproc-per-node {asked} -m fishertool ..."
+        )
+    if of == 1:
+        yield Workers(Share(), torch.device(device))
+        return
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Workers(Share(distributed.get_rank(), distributed.get_world_size()), place)
+    finally:
+        distributed.destroy_process_group()
+
+
+def share_of(part: str | None, workers: Workers, settings: Settings) -> Share:
+    """This process's share of the work. Raises UsageError for what cannot be shared so."""
+    if part is None:
+        if not workers.alone and "rank-one" in settings.kinds:
+            raise UsageError(
+                "--kind rank-one under several processes: run them as --part 1/n ... n/n, and "
+                "combine-fisher puts the members together"
+            )
+        return workers.share
+    if not workers.alone:
+        raise UsageError("--part is for processes that know nothing of each other, not torchrun's")
+    if settings.until_relative_error is not None:
+        raise UsageError(
+            "--until-relative-error needs the sums of all parts; --part has only its own"
+        )
+    return parse_share(part)

@@ -1,0 +1,251 @@
+"""Parts, processes, interruptions: whatever did the work, the sidecar is the one of a single run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli, ModelMaker, make_text
+
+from fishertool.commands import estimate_fisher as command
+from fishertool.models import tasks
+
+SUMS = "diagonal,factored,kronecker,activation"
+EVERY = f"{SUMS},rank-one"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": make_text(n, 2 + n % 9)} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def weights_in(folder: Path) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert found
+    return found
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [sys.executable, *start, "-m", "fishertool", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "group", "batch"),
+    [(1, 1, 4), (3, 1, 4), (3, 4, 2), (2, 1, "auto")],
+    ids=["alone", "three", "groups", "one-idle"],
+)
+def test_parts_combine_to_the_same_bytes(
+    cli: Cli,
+    make_model: ModelMaker,
+    texts: Path,
+    tmp_path: Path,
+    parts: int,
+    group: int,
+    batch: int | str,
+) -> None:
+    model = make_model("g", "gpt2")
+    flags = ("--data", texts, "--kind", EVERY, "--group", group, "--batch-size", batch, "--quiet")
+    assert cli("estimate-fisher", model, *flags, "--out", "whole").code == 0
+    for n in range(1, parts + 1):
+        result = cli("estimate-fisher", model, *flags, "--part", f"{n}/{parts}", "--out", f"p{n}")
+        assert result.code == 0, result.err
+    folders = [f"p{n}" for n in range(parts, 0, -1)]
+    result = cli("combine-fisher", *folders, "--out", "sum", "--json")
+    assert result.code == 0, result.err
+    assert weights_in(tmp_path / "sum") == weights_in(tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "fishertool_report.json").read_text())
+    for key in ("calibration", "summary", "tensors"):
+        assert result.report[key] == whole[key]
+
+
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        (["p1"], "p1: one of 3 parts, of which 2, 3 are not given"),
+        (["p1", "p2"], "p1: one of 3 parts, of which 3 is not given"),
+        (["p1", "p2", "p2", "p3"], "p2: part 2/3 is given twice"),
+        (["p1", "p2", "other"], "other: is no part of the same estimate as"),
+        (["p1", "whole"], "whole: no partial.safetensors in it"),
+        (["p1", "g"], "g: no partial.safetensors in it"),
+    ],
+)
+def test_what_is_no_set_of_parts_is_refused(
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path, folders: list[str], told: str
+) -> None:
+    model = make_model("g", "gpt2")
+    base = ("estimate-fisher", model, "--data", texts, "--include", "*ln_f*", "--quiet")
+    for n in (1, 2, 3):
+        assert cli(*base, "--part", f"{n}/3", "--out", f"p{n}").code == 0
+    assert cli(*base, "--part", "3/3", "--seed", 1, "--out", "other").code == 0
+    assert cli(*base, "--out", "whole").code == 0
+    result = cli("combine-fisher", *folders, "--out", "sum")
+    assert (result.code, told in result.err) == (3, True), result.err
+    assert not (tmp_path / "sum").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--part", "0/2"), "--part '0/2': write i/n"),
+        (("--part", "3/2"), "--part '3/2': write i/n"),
+        (("--part", "half"), "--part 'half': write i/n"),
+        (
+            ("--part", "1/2", "--until-relative-error", "0.1"),
+            "--until-relative-error needs the sums",
+        ),
+        (("--world-size", "2"), "--world-size 2: this run has 1"),
+        (("--estimator", "sign"), "--estimator 'sign'"),
+        (("--estimator", "signed", "--kind", "kronecker"), "diagonal or factored Fisher, not kron"),
+        (("--until-relative-error", "0.1", "--kind", "activation"), "add one to --kind"),
+        (("--skip-nonfinite", "--kind", "rank-one"), "--skip-nonfinite and --until-relative-error"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    cli: Cli, make_model: ModelMaker, texts: Path, flags: tuple[str, ...], told: str
+) -> None:
+    model = make_model("g", "gpt2")
+    result = cli("estimate-fisher", model, "--data", texts, *flags, "--out", "f")
+    assert (result.code, told in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_write_the_same_bytes(
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path, processes: int
+) -> None:
+    model = make_model("g", "gpt2")
+    flags = ("--data", texts, "--kind", SUMS, "--batch-size", 4, "--threads", 1)
+    assert cli("estimate-fisher", model, *flags, "--out", "one").code == 0
+    more = ("--world-size", processes, "--json", "--out", tmp_path / "many")
+    done = torchrun(processes, "estimate-fisher", model, *flags, *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)  # one document: the others are silent
+    assert report["environment"]["world_size"] == processes
+    assert weights_in(tmp_path / "many") == weights_in(tmp_path / "one")
+
+
+def test_processes_stop_together_by_the_error(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model, texts = make_model("g", "gpt2"), tmp_path / "texts.jsonl"
+    rows = [{"text": make_text(n, 4 + n % 3)} for n in range(400)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ("--data", texts, "--until-relative-error", 0.2, "--threads", 1, "--json")
+    one = cli("estimate-fisher", model, *flags, "--out", "one")
+    assert one.code == 0, one.err
+    used = one.report["summary"]["examples"]
+    assert used % 64 == 0 and 64 <= used < 400
+    assert one.report["summary"]["largest_relative_error"] <= 0.2
+    done = torchrun(2, "estimate-fisher", model, *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["summary"] == one.report["summary"]
+    assert weights_in(tmp_path / "two") == weights_in(tmp_path / "one")
+
+
+Interrupt = Callable[[int], None]
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """Press Ctrl-C when so many batches have been made."""
+    real = tasks.collate
+
+    def after(batches: int) -> None:
+        left = batches
+
+        def collate(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(command, "collate", collate)
+
+    return after
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--kind", EVERY, "--batch-size", 2),
+        ("--kind", EVERY, "--group", 4, "--batch-size", 2),
+        ("--kind", SUMS, "--until-relative-error", 0.0, "--batch-size", 2),
+        ("--kind", EVERY, "--part", "2/2", "--batch-size", 2),
+    ],
+    ids=["bank", "group", "until", "part"],
+)
+def test_an_interrupted_run_is_resumed_to_the_same_bytes(
+    cli: Cli,
+    make_model: ModelMaker,
+    texts: Path,
+    tmp_path: Path,
+    interrupt: Interrupt,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[Any, ...],
+) -> None:
+    monkeypatch.setattr("fishertool.estimation.work.WINDOW", 6)
+    model = make_model("g", "gpt2")
+    run = ("estimate-fisher", model, "--data", texts, *flags, "--quiet")
+    assert cli(*run, "--out", "whole").code == 0
+    saving = (*run, "--checkpoint-every", 4, "--out", "f")
+    codes: list[int] = []
+    for _ in range(20):
+        interrupt(9)
+        result = cli(*saving, *(["--resume"] if codes else []))
+        codes.append(result.code)
+        if result.code == 0:
+            break
+        assert result.code == 130
+        assert not (tmp_path / "f").exists()
+        if len(codes) == 1:
+            again = cli(*saving)
+            assert again.code == 7 and "--resume goes on with it" in again.err
+            other = cli(*saving, "--resume", "--seed", 3)
+            assert other.code == 3 and "another" in other.err
+    assert codes[-1] == 0 and len(codes) > 1
+    assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
+    assert not list(tmp_path.glob(".f.*"))
+    assert cli(*saving, "--overwrite").code == 130  # nothing was left to go on with
+
+
+def test_a_killed_process_is_resumed(
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    run = ["estimate-fisher", str(model), "--data", str(texts), "--kind", EVERY, "--threads", "1"]
+    run += ["--batch-size", "1", "--checkpoint-every", "1", "--out"]
+    assert cli(*run, "whole").code == 0
+    process = subprocess.Popen([sys.executable, "-m", "fishertool", *run, str(tmp_path / "f")])
+    saved = tmp_path / ".f.resumable" / "worker-0.safetensors"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert cli(*run, "f", "--resume").code == 0
+    assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
+
+
+def test_resume_with_nothing_to_resume_begins(
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    flags = ("--data", texts, "--include", "*ln_f*", "--resume", "--out", "f")
+    assert cli("estimate-fisher", model, *flags).code == 0
+    assert not list(tmp_path.glob(".f.*"))
