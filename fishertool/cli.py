@@ -418,6 +418,16 @@ def estimate_fisher(
     num_examples: NumExamples = None,
     max_length: MaxLength = None,
     batch_size: MicroBatchSize = "auto",
+    adapter: Annotated[
+        str | None, _option("--adapter", help="A LoRA adapter on the model: folder or Hub id.")
+    ] = None,
+    adapter_fisher: Annotated[
+        str,
+        _option(
+            "--adapter-fisher",
+            help="Of what, with --adapter: merged, the model's weights with it; adapter, its own.",
+        ),
+    ] = "merged",
     shuffle: Shuffle = False,
     seed: Seed = 0,
     from_optimizer: Annotated[
@@ -488,6 +498,8 @@ def estimate_fisher(
         world_size=world_size,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        adapter=adapter,
+        adapter_fisher=adapter_fisher,
         include=include or [],
         exclude=exclude or [],
         max_shard_size=max_shard_size,

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from fishertool.cli import main
 from fishertool.report import schema
 
+torch.set_num_threads(1)  # tiny models gain nothing by more, and lose much where cores are few
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, ModelMaker
+from conftest import Cli, ModelMaker, make_tokenizer
 from safetensors.torch import load_file
+from tiny import ARCHITECTURES
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
@@ -75,6 +76,40 @@ def test_weights_of_gpt2_are_marked_as_transposed(
             (16, 16),
             (64, 64),
         )
+
+
+def test_experts_go_by_their_names_on_disk(cli: Cli, data: Path, tmp_path: Path) -> None:
+    """One text of few tokens leaves experts without any: zero, and counted."""
+    torch.manual_seed(0)
+    ARCHITECTURES["mixtral"]().save_pretrained(tmp_path / "moe")
+    make_tokenizer(template=False).save_pretrained(tmp_path / "moe")
+    flags = ("--data", data, "--num-examples", 1, "--kind", "diagonal,factored,rank-one", "--json")
+    result = cli("estimate-fisher", "moe", *flags, "--bank-dtype", "float32", "--out", "f")
+    assert result.code == 0, result.err
+    values = {kind: load_file(tmp_path / "f" / f"{kind}.safetensors") for kind in KINDS[:2]}
+    values["rank-one"] = load_file(tmp_path / "f" / "rank-one.safetensors")
+    with open_checkpoint(tmp_path / "moe") as checkpoint:
+        assert set(values["diagonal"]) == set(values["rank-one"]) == set(checkpoint)
+        for kind in values:
+            tensors, header = open_sidecar(tmp_path / "f", kind)
+            with tensors:
+                check_fits(tensors, header, checkpoint)
+    tokens = {
+        row["name"]: row["tokens"]
+        for row in result.report["tensors"]
+        if row["kind"] == "diagonal" and "tokens" in row
+    }
+    experts = {name for name in values["diagonal"] if ".experts." in name}
+    assert set(tokens) == experts and min(tokens.values()) == 0
+    for name in experts:
+        fisher = values["diagonal"][name]
+        assert tokens[name] or not fisher.any(), name
+        torch.testing.assert_close(values["rank-one"][name][0].square(), fisher)
+        torch.testing.assert_close(values["factored"][f"{name}#rows"], fisher.sum(1))
+    summary = result.report["summary"]
+    assert (summary["by_autograd"], summary["one_example_at_a_time"]) == ([], False)
+    without = summary["expert_weights_without_tokens"]
+    assert without == sum(count == 0 for count in tokens.values())
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 1, 5])

@@ -68,6 +68,46 @@ class ScaledEmbedding(nn.Embedding):
         return 3 * super().forward(ids)
 
 
+class Experts(nn.Module):
+    """Two of three matrices and biases for every token of a flat list, as transformers does it."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor] = functional.linear):
+        super().__init__()
+        self.product = product
+        self.stack = nn.Parameter(torch.zeros(3, WIDTH, WIDTH))
+        self.bias = nn.Parameter(torch.zeros(3, WIDTH))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number in range(len(self.stack)):
+            tokens = torch.where((chosen == number).any(1))[0]
+            y = y.index_add(
+                0, tokens, self.product(x[tokens], self.stack[number]) + self.bias[number]
+            )
+        return y
+
+
+class Offset(nn.Embedding):
+    """As OPT's positions: it makes the ids itself."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward((mask.cumsum(1) % 3) + 1)
+
+
+class Parameters(nn.Module):
+    """As ViT's embeddings: a token in front of all others, a position added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.positions = nn.Parameter(torch.zeros(1, TIME + 1, WIDTH))
+        self.patches = nn.Conv2d(1, WIDTH, (1, WIDTH), stride=(1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.patches(x.unsqueeze(1)).flatten(2).transpose(1, 2)
+        return torch.cat((self.front.expand(len(x), -1, -1), x), dim=1) + self.positions
+
+
 def mixed(x: Tensor) -> Tensor:
     """Make positions depend on each other, so that cross terms over time matter."""
     return torch.tanh(x + 0.5 * x.cumsum(1))
@@ -141,6 +181,17 @@ def output_ignored(toy: Toy, x: Tensor) -> Tensor:
     return y
 
 
+def routed(toy: Toy, x: Tensor) -> Tensor:
+    flat = x.flatten(0, 1)
+    chosen = flat[:, :3].topk(2, dim=1).indices
+    y: Tensor = toy.get_submodule("a")(flat, chosen)
+    return x + mixed(y.reshape(x.shape))
+
+
+def positioned(toy: Toy, x: Tensor) -> Tensor:
+    return mixed(x + toy.use("a", torch.ones(x.shape[:2]).long()))
+
+
 def linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH, bias=bias)
 
@@ -170,9 +221,10 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
     "tied": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH), tied=True), [], False),
     "padding": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH, PADDING)), [], False),
     "tied padding": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH, PADDING), True), [], False),
-    "scaled": (lambda: with_embedding(ScaledEmbedding(WORDS, WIDTH)), ["embed.weight"], True),
+    "scaled": (lambda: with_embedding(ScaledEmbedding(WORDS, WIDTH)), [], False),
     "positions": (lambda: Toy(shared_ids, a=nn.Embedding(TIME, WIDTH)), [], False),
     "in place": (lambda: Toy(activated_in_place, a=linear(bias=False), b=linear()), [], False),
+    "in place, bias": (lambda: Toy(activated_in_place, a=linear(), b=linear()), [], False),
     "input changed": (
         lambda: Toy(changed_afterwards, a=linear(bias=False), b=CopyingLinear()),
         ["b.weight"],
@@ -181,10 +233,17 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
     "bypassed": (lambda: Toy(bypassed, a=linear()), BOTH, True),
     "half bypassed": (lambda: Toy(half_bypassed, a=linear()), ["a.weight"], True),
     "bare": (lambda: Toy(bare, a=nn.Parameter(torch.ones(WIDTH, 2))), ["a"], True),
-    "conv": (lambda: Toy(second_dimension_last, a=nn.Conv1d(WIDTH, WIDTH, 1)), BOTH, True),
+    "conv": (lambda: Toy(second_dimension_last, a=nn.Conv1d(WIDTH, WIDTH, 1)), [], False),
+    "grouped conv": (
+        lambda: Toy(
+            second_dimension_last, a=nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2, bias=False)
+        ),
+        [],
+        False,
+    ),
     "over time": (lambda: Toy(second_dimension_last, a=nn.Linear(TIME, TIME)), [], False),
     "time first": (lambda: Toy(time_first, a=linear()), [], True),
-    "flattened": (lambda: Toy(flattened, a=linear()), [], True),
+    "flattened": (lambda: Toy(flattened, a=linear()), [], False),
     "pooled": (lambda: Toy(through_mean, a=linear()), [], False),
     "heads": (lambda: Toy(split_heads, a=nn.Linear(3, 3)), [], False),
     "unused": (lambda: Toy(lambda toy, x: x, a=linear()), [], False),
@@ -195,6 +254,15 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
     "layer norm": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH)), [], False),
     "layer norm, no bias": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH, bias=False)), [], False),
     "norm over time": (lambda: Toy(through_a, a=nn.LayerNorm([TIME, WIDTH])), BOTH, True),
+    "experts": (lambda: Toy(routed, a=Experts()), [], False),
+    "transposed experts": (lambda: Toy(routed, a=Experts(torch.matmul)), [], False),
+    "experts otherwise": (
+        lambda: Toy(routed, a=Experts(lambda x, w: torch.einsum("ti,oi->to", x, w))),
+        ["a.stack"],
+        True,
+    ),
+    "own ids": (lambda: Toy(positioned, a=Offset(TIME, WIDTH)), [], False),
+    "image": (lambda: Toy(through_a, a=Parameters()), [], False),
     "one slope": (lambda: Toy(through_a, a=nn.PReLU()), ["a.weight"], True),
 }
 
@@ -247,6 +315,31 @@ def test_each_parameter_alone_is_exact(name: str) -> None:
         assert_same(_estimate(toy, 3, only).diagonal, {only: expected})
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_views_of_a_stack_are_exact(batch_size: int) -> None:
+    """One expert's rows, and a transposed stack, of which no expert is a run of rows."""
+    toy = _toy("experts")
+    stack, exact = toy.get_parameter("a.stack"), _expected(toy)["a.stack"]
+    with torch.no_grad():
+        views = {
+            "one": stack[1],
+            "rows": stack[2, 1:4],
+            "turned": stack.mT,
+            "column": stack[0, :, 2],
+        }
+    wanted = {"one": exact[1], "rows": exact[2, 1:4], "turned": exact.mT, "column": exact[0, :, 2]}
+    ids, targets = _data()
+
+    def batch(indices: Sequence[int]) -> Batch:
+        chosen = list(indices)
+        scored = torch.ones(len(chosen), dtype=torch.bool)
+        return Batch({"ids": ids[chosen]}, targets[chosen], scored, chosen)
+
+    estimate = estimate_diagonal(toy, views, batch, range(COUNT), batch_size)
+    assert_same(estimate.diagonal, wanted)
+    assert (estimate.by_autograd, estimate.one_by_one) == (set(), False)
+
+
 def test_the_padding_id_gets_nothing_from_the_embedding() -> None:
     rows = _estimate(_toy("padding"), 3).diagonal["embed.weight"]
     assert not rows[PADDING].any() and rows.any(1).sum() == WORDS - 1
@@ -282,11 +375,11 @@ def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
 
 def test_examples_that_cannot_be_told_apart_are_refused_together() -> None:
     toy = _toy("bare")
-    with (
-        PerExampleGradients(toy, dict(toy.named_parameters())) as gradients,
-        pytest.raises(ValueError, match="one at a time"),
-    ):
-        gradients.begin([0, 1])
+    ids, _ = _data()
+    with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
+        gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
+        with pytest.raises(ValueError, match="one at a time"):
+            gradients.begin([0, 1])
 
 
 def test_an_input_changed_in_place_unseen_by_check_is_refused() -> None:

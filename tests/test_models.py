@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from conftest import VOCABULARY, ModelMaker, make_gpt2, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES
 from torch import Tensor, nn
 
 from fishertool.calibration import Example
@@ -26,12 +26,18 @@ EMBEDDING = "transformer.wte.weight"
 Change = Callable[[dict[str, Tensor]], Any]
 
 
+def make_mixtral(folder: Path) -> None:
+    torch.manual_seed(0)
+    ARCHITECTURES["mixtral"]().save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+
+
 def load(folder: Path, task: str) -> LoadedModel:
     with open_checkpoint(folder) as checkpoint:
         return load_model(checkpoint, TASKS[task])
 
 
-def by_name(folder: Path, task: str) -> tuple[dict[str, nn.Parameter], list[str], nn.Module]:
+def by_name(folder: Path, task: str) -> tuple[dict[str, Tensor], list[str], nn.Module]:
     with open_checkpoint(folder) as checkpoint:
         module = load_model(checkpoint, TASKS[task]).module
         return *parameters_by_disk_name(module, checkpoint), module
@@ -47,7 +53,7 @@ def edit(folder: Path, change: Change, **config: Any) -> Path:
     return folder
 
 
-def check_zips(folder: Path, task: str, apart: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+def check_zips(folder: Path, task: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Every tensor on disk has its own parameter, with the same values, in the disk's order."""
     found, rest, module = by_name(folder, task)
     stored = load_file(folder / "model.safetensors")
@@ -159,15 +165,53 @@ def test_a_parameter_that_is_not_on_disk_is_refused_by_name(
         parameters_by_disk_name(module, checkpoint)
 
 
-def test_experts_fused_on_load_are_refused_by_name(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        vocab_size=len(VOCABULARY), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    make_tokenizer(template=False).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\..*fused or split"):
-        by_name(tmp_path, CAUSAL)
+def test_experts_fused_on_load_are_views_of_the_stack(tmp_path: Path) -> None:
+    make_mixtral(tmp_path)
+    found, rest, module = by_name(tmp_path, CAUSAL)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert set(found) == set(stored) and rest == []
+    assert all(torch.equal(value, stored[name]) for name, value in found.items())
+    stack = module.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    assert found["model.layers.0.block_sparse_moe.experts.3.w3.weight"]._base is stack
+
+
+@pytest.mark.parametrize("change", ["swap", "drop"])
+def test_a_stack_that_is_not_what_is_on_disk_is_refused_by_name(
+    tmp_path: Path, change: str
+) -> None:
+    make_mixtral(tmp_path)
+    module = load(tmp_path, CAUSAL).module
+    one, other = (f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in (0, 1))
+
+    def swap(tensors: dict[str, Tensor]) -> None:
+        tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+
+    edit(tmp_path, swap if change == "swap" else lambda t: t.pop(one))
+    told = {
+        "swap": f"{one}, {other} did not arrive",
+        "drop": r"model's .*1\.mlp\.experts\.down_proj",
+    }
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(InputError, match=told[change]):
+        parameters_by_disk_name(module, checkpoint)
+
+
+def test_tensors_put_together_on_save_are_refused_by_name(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `save_pretrained` does for models whose query, key and value are split on load."""
+
+    def together(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = ["classifier.weight", "bert.pooler.dense.weight"]
+        return tensors | {names[0]: torch.cat([tensors.pop(name) for name in names])}
+
+    folder = make_model("m")
+    module = load(folder, CLASSIFY).module
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", together)
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(InputError, match=r"bert\.pooler\.dense\.weight, classifier\.weight, nor"),
+    ):
+        parameters_by_disk_name(module, checkpoint)
 
 
 def test_the_head_is_what_the_base_model_lacks(make_model: ModelMaker, tmp_path: Path) -> None:

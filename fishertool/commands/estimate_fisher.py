@@ -29,13 +29,17 @@ from fishertool.estimation.workers import joined, share_of
 from fishertool.fisher.estimate import Batch, Estimator, Pass, estimate
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import Gathering
+from fishertool.models.adapters import open_adapter
 from fishertool.models.loading import check_device, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.sentence import transformer_folder
 from fishertool.models.tasks import collate, task_of
 from fishertool.progress import Track, silent
+from fishertool.registry import suggest
 from fishertool.report import Files, Report, data_files, environment, options_of, public_name
 from fishertool.selection import select
+
+ADAPTER_FISHERS = ("merged", "adapter")
 
 
 def estimate_fisher(
@@ -49,6 +53,8 @@ def estimate_fisher(
     world_size: int | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    adapter: str | None = None,
+    adapter_fisher: str = "merged",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_size: str = "5GB",
@@ -64,12 +70,14 @@ def estimate_fisher(
 
     All kinds of `settings` are gathered in one pass over the data. With `part`, "i/n", what is
     written is the i-th of n partial results, for `combine_fisher`. Processes that `torchrun`
-    started share the examples; the first one writes, the others return None.
+    started share the examples; the first one writes, the others return None. With a LoRA
+    `adapter`, of the weights it is merged into, or (`adapter_fisher` "adapter") of its own.
     """
     settings = settings or Settings()
     report = Report("estimate-fisher", options_of(locals()))
     report.options |= report.options.pop("settings")
     check_settings(settings)
+    _check_adapter(adapter, adapter_fisher)
     device = check_device(device)
     torch.set_num_threads(threads)
     with ExitStack() as opened:
@@ -78,24 +86,34 @@ def estimate_fisher(
         share = share_of(part, workers, settings)
         folder = transformer_folder(hub.resolve(model))
         checkpoint = opened.enter_context(open_checkpoint(folder))
+        patch = opened.enter_context(open_adapter(hub.resolve(adapter))) if adapter else None
+        subject = patch.tensors if patch and adapter_fisher == "adapter" else checkpoint
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
         data = chosen.form.resolve(data, chosen.name)
         report.options |= options_of({"data": data})
-        wanted = select(checkpoint, include, exclude)
-        needed = bytes_of(settings, [checkpoint.info(name) for name in wanted], data.num_examples)
+        wanted = select(subject, include, exclude)
+        needed = bytes_of(settings, [subject.info(name) for name in wanted], data.num_examples)
         if workers.first:
             check_output(out, [checkpoint.folder], overwrite, sum(needed.values()))
             check_nothing_saved(out, resume, overwrite)
         if dry_run:
-            return forecast(report, checkpoint, wanted, needed, out) if workers.first else None
+            return forecast(report, subject, wanted, needed, out) if workers.first else None
         with report.phase("open"):
             loaded = load_model(
-                checkpoint, chosen, str(workers.device), trust_remote_code, data.scale
-            )
+                checkpoint, chosen, str(workers.device), trust_remote_code, data.scale,
+                watch_experts=True,
+            )  # fmt: skip
             report.warnings += loaded.warnings
             if not allow_nonfinite:
                 _check_finite(checkpoint, loaded.pretrained)
             named, buffers = parameters_by_disk_name(loaded.pretrained, checkpoint)
+            if patch is not None:
+                patch.check(loaded.pretrained)
+                if subject is checkpoint:
+                    patch.merge_into(loaded.pretrained)
+                    report.warnings.append(f"{public_name(adapter or '')} is merged into the model")
+                else:
+                    named, buffers = patch.attach(loaded.pretrained), []
             parameters = {name: named[name] for name in wanted if name in named}
             if not parameters:
                 raise UsageError("--include and --exclude leave no parameter")
@@ -114,8 +132,8 @@ def estimate_fisher(
             kind="",
             labels=labels,
             task=chosen.name,
-            model=public_name(model),
-            fingerprint=checkpoint.fingerprint(),
+            model="+".join(public_name(one) for one in (model, adapter) if one),
+            fingerprint=subject.fingerprint(),
             examples=len(texts.examples),
             tokens=texts.tokens,
             token_ids_sha256=texts.fingerprint(),
@@ -193,7 +211,11 @@ def estimate_fisher(
         saver.discard()
         with report.phase("write"):
             files = list(map(asdict, checkpoint.digests()))
-            report.inputs += [Files(public_name(model), "model", files), *data_files(data.data)]
+            report.inputs.append(Files(public_name(model), "model", files))
+            if adapter and patch:
+                files = list(map(asdict, patch.tensors.digests()))
+                report.inputs.append(Files(public_name(adapter), "adapter", files))
+            report.inputs += data_files(data.data)
             writer = None if bank is None else bank.writer
             if part is not None:
                 write_part(place, worker, writer, share, report)
@@ -207,6 +229,13 @@ def estimate_fisher(
                 )  # fmt: skip
             (place / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+def _check_adapter(adapter: str | None, adapter_fisher: str) -> None:
+    if adapter_fisher not in ADAPTER_FISHERS:
+        raise UsageError(f"--adapter-fisher {suggest(adapter_fisher, ADAPTER_FISHERS)}")
+    if adapter is None and adapter_fisher != "merged":
+        raise UsageError("--adapter-fisher is for --adapter")
 
 
 def _divide(texts: CalibrationData, settings: Settings, seed: int) -> Work:

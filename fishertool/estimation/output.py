@@ -4,7 +4,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import Layout
@@ -45,8 +48,9 @@ def finish(
         _check_finite(stored, job.header.model)
     transposed = set() if gathering.inputs is None else gathering.inputs.transposed
     layouts, files = write_kinds(
-        folder, job.header, job.shapes, job.wanted, stored, shard_bytes, report, transposed
-    )
+        folder, job.header, job.shapes, job.wanted, stored, shard_bytes, report, transposed,
+        done.tokens,
+    )  # fmt: skip
     if bank is not None:
         layouts.append(bank.layout)
         files += bank.finish()
@@ -72,8 +76,10 @@ def write_kinds(
     shard_bytes: int,
     report: Report,
     transposed: Collection[str] = (),
+    tokens: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[list[Layout], list[FileDigest]]:
-    """Write these kinds of a Fisher of the `wanted` tensors, and report on each tensor."""
+    """Write these kinds of a Fisher of the `wanted` tensors, and report on each tensor; `tokens` are
+    those that each expert's saw."""
     layouts: list[Layout] = []
     files: list[FileDigest] = []
     for kind, one in stored.items():
@@ -89,7 +95,7 @@ def write_kinds(
         layout, digests = write_sidecar(folder, complete, one.tensors, shard_bytes)
         layouts.append(layout)
         files += digests
-        report.tensors += _rows(kind, one, shapes)
+        report.tensors += _rows(kind, one, shapes, tokens)
     report.output = _output(layouts, files, "float32")
     return layouts, files
 
@@ -159,6 +165,7 @@ def _summary(job: Job, worker: Worker, stored: Mapping[str, Stored]) -> dict[str
         "parameters": sum(map(prod, job.shapes.values())),
         "one_example_at_a_time": done.one_by_one,
         "by_autograd": sorted(done.by_autograd),
+        "expert_weights_without_tokens": sum(not int(count) for count in done.tokens.values()),
         "fingerprint": header.fingerprint,
     }
 
@@ -169,7 +176,10 @@ def _row(kind: str, name: str, shape: Sequence[int], dtype: str, **more: Any) ->
 
 
 def _rows(
-    kind: str, stored: Stored, shapes: Mapping[str, Sequence[int]]
+    kind: str,
+    stored: Stored,
+    shapes: Mapping[str, Sequence[int]],
+    tokens: Mapping[str, Tensor],
 ) -> Iterator[dict[str, Any]]:
     for name, statistic in stored.statistics.items():
         more: dict[str, Any] = {}
@@ -179,6 +189,8 @@ def _rows(
             more["relative_error"] = statistic.standard_error / statistic.total
         if kind == "diagonal":
             more["zero_fraction"] = float((stored.tensors[name] == 0).double().mean())
+        if name in tokens:
+            more["tokens"] = int(tokens[name])
         yield _row(kind, name, shapes[name], "F32", **more)
 
 

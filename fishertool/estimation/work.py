@@ -42,7 +42,7 @@ class Work:
     """Whether units are windows, whose batches workers divide among them: all of them look at the
     error after each."""
     probe: int
-    """The shortest example."""
+    """The shortest example of two tokens or more: with one, no layout of a batch can be told."""
 
     def share(self, share: Share) -> list[Unit]:
         if self.windows:
@@ -65,7 +65,7 @@ def divide(
     shuffle_by  a seed: windows of examples in random order, so that those done so far are a
                 fair sample of all
     """
-    probe = min(range(len(sizes)), key=lambda index: sizes[index])
+    probe = min(range(len(sizes)), key=lambda index: (sizes[index] < 2, sizes[index]))
     if shuffle_by is not None:
         generator = torch.Generator().manual_seed(shuffle_by)
         order = torch.randperm(len(sizes), generator=generator).tolist()

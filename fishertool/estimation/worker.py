@@ -25,7 +25,8 @@ class Worker:
 
     @property
     def groups(self) -> Groups:
-        return {**self.gathering.groups, "pass": self.done.sums}
+        own = {"pass": self.done.sums, "expert-tokens": self.done.tokens}
+        return {**self.gathering.groups, **own}
 
     def progress(self) -> Progress:
         inputs = self.gathering.inputs

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fishertool.fisher.gradients import (
     Gradient,
+    OuterProducts,
     ScatteredRows,
     Whole,
     dtype_of,
@@ -67,7 +68,7 @@ def add_squares(total: Tensor, parts: Sequence[Gradient], norms: Tensor) -> None
                 norms[n] += squares.sum()
                 total.index_add_(0, touched, squares.double())
             return
-        if part.left.shape[1] == 1:
+        if isinstance(part, OuterProducts) and part.left.shape[1] == 1:
             left, right = wide(part.left[:, 0]).square(), wide(part.right[:, 0]).square()
             norms += left.sum(1) * right.sum(1)
             total += left.T @ right

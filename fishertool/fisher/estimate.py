@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
 from fishertool.fisher.diagonal import Diagonal
+from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
 from fishertool.fisher.kronecker import InputMoments
 from fishertool.fisher.labels import SEED_STRIDE, Labels
@@ -67,6 +68,8 @@ class Pass:
     """Parameters no layer rule serves; exact all the same."""
     touched: set[str] = field(default_factory=set)
     """Parameters that take part in what is scored; the others have no gradient."""
+    tokens: Sums = field(default_factory=dict)
+    """How many tokens each expert's weight saw, padding not counted."""
 
     @property
     def examples(self) -> int:
@@ -91,7 +94,7 @@ class Pass:
 
 def estimate(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     collate: Callable[[Sequence[int]], Batch],
     units: Iterable[Sequence[Sequence[int]]],
     statistics: Sequence[Statistic],
@@ -120,6 +123,7 @@ def estimate(
     a query with its documents, whose texts are rows of one example. The model is put in eval
     mode; nothing depends on how examples are batched.
 
+    parameters  the model's, or views of parts of them, by name
     units       runs of batches; after each one the statistics are complete, and `after` is
                 called, which stops the pass by True
     probe       an example (a short one) by which the layer rules are held against autograd
@@ -136,14 +140,16 @@ def estimate(
     done = Pass() if done is None else done
     with ExitStack() as hooks:
         gradients: PerExampleGradients | SignedGradients | None = None
+        calls = hooks.enter_context(FunctionCalls(model, parameters))
         if inputs is not None:
+            inputs.watch(calls)
             hooks.enter_context(inputs)
         if not statistics:
             hooks.enter_context(torch.no_grad())
         elif estimator == "signed":
             gradients = hooks.enter_context(SignedGradients(model, parameters, seed))
         else:
-            gradients = hooks.enter_context(PerExampleGradients(model, parameters))
+            gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
 
         def consume(name: str, parts: Sequence[Gradient]) -> None:
             done.touched.add(name)
@@ -151,13 +157,15 @@ def estimate(
                 statistic.add(name, parts)
 
         def run(batch: Batch) -> None:
+            masks = [batch.inputs[name] for name in MASKS if name in batch.inputs]
             examples: Sequence[int] = batch.examples
+            calls.begin(len(examples), batch.rows_each, masks)
             if gradients is not None:
                 examples = gradients.begin(batch.examples, batch.rows_each)
             for statistic in statistics:
                 statistic.begin(examples)
             if inputs is not None:
-                inputs.begin([batch.inputs[name] for name in MASKS if name in batch.inputs])
+                inputs.begin(masks)
             logits = logits_of(model, batch)
             if inputs is not None:
                 inputs.end()
@@ -189,6 +197,7 @@ def estimate(
                 advance(len(indices))
             for statistic in statistics:
                 statistic.begin([])
+            calls.add_tokens(parameters, done.tokens)
             if after(done):
                 break
     return done
@@ -202,7 +211,7 @@ class Estimate(Pass):
 
 def estimate_diagonal(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     collate: Callable[[Sequence[int]], Batch],
     order: Sequence[int],
     batch_size: int,

@@ -47,7 +47,7 @@ class ScatteredRows:
             buffer.zero_()
         ids = self.ids[example] - start
         here = (ids >= 0) & (ids < len(buffer))
-        buffer.index_add_(0, ids[here], self.values[example][here])
+        buffer.index_add_(0, ids[here], self.values[example][here].to(buffer.dtype))
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,38 @@ class Whole:
         buffer += self.values[example, start : start + len(buffer)]
 
 
-Gradient = OuterProducts | ScatteredRows | Whole
+@dataclass(frozen=True)
+class Placed:
+    """G_n is another gradient from row `first` on, zeros elsewhere: one expert's of a stack."""
+
+    part: "Gradient"
+    first: int
+    rows: int
+    """How many rows `part` has."""
+
+    def add_rows(self, buffer: Tensor, example: int, start: int, fresh: bool = False) -> None:
+        if fresh:
+            buffer.zero_()
+        begin = max(self.first, start)
+        end = min(self.first + self.rows, start + len(buffer))
+        if begin < end:
+            rows = buffer[begin - start : end - start]
+            self.part.add_rows(rows, example, begin - self.first)
+
+
+Gradient = OuterProducts | ScatteredRows | Whole | Placed
 
 
 def examples_in(gradient: Gradient) -> int:
+    if isinstance(gradient, Placed):
+        return examples_in(gradient.part)
     return len(gradient.left if isinstance(gradient, OuterProducts) else gradient.values)
 
 
 def dtype_of(parts: Sequence[Gradient]) -> torch.dtype:
     """In which the sum of these parts is formed: that of the products, which addmm cannot change."""
-    products = (part.left.dtype for part in parts if isinstance(part, OuterProducts))
+    inner = (part.part if isinstance(part, Placed) else part for part in parts)
+    products = (part.left.dtype for part in inner if isinstance(part, OuterProducts))
     return next(products, torch.float32)
 
 

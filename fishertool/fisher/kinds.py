@@ -40,7 +40,7 @@ class Gathering:
         self,
         kinds: Collection[str],
         model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         bank: GradientBank | None = None,
     ):
         values = {name: parameter.detach() for name, parameter in parameters.items()}

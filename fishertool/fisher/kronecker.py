@@ -1,6 +1,8 @@
 """Kronecker factors of linear layers: second moments of their inputs and of their outputs' gradients."""
 
+import functools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 
 from fishertool.errors import FishertoolError
 from fishertool.fisher.diagonal import wide
-from fishertool.fisher.gradients import Gradient, OuterProducts
-from fishertool.fisher.layers import linear, rule_for, transposed_linear
+from fishertool.fisher.function_calls import FunctionCalls, Use
+from fishertool.fisher.gradients import Gradient, OuterProducts, rows_of
+from fishertool.fisher.layers import linear, transposed_linear
 from fishertool.fisher.sums import Groups, Sums
+from fishertool.fisher.views import View, views_by_parameter
 
 MAX_SIDE = 16_384
 """A factor of a wider side (a language model's output layer) would not be kept: 2 GB in float64."""
@@ -31,29 +35,36 @@ class InputMoments:
     arXiv 1503.05671; the uncentred covariance of SparseGPT, RegMean and SVD-LLM.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
         self.sums: Sums = {}
         self.tokens: Sums = {}
         self.groups: Groups = {"inputs": self.sums, "tokens": self.tokens}
         self.leader: dict[str, str] = {}
         self.transposed: set[str] = set()
         """Weights that are [in, out]."""
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._model = model
-        self._handles: list[Any] = []
+        self._views: Mapping[int, Sequence[View]] = {}
+        self._parameters = parameters
+        self._make_calls = functools.partial(FunctionCalls, model, parameters)
+        self._calls: FunctionCalls | None = None
+        self._exit = ExitStack()
         self._masks: Sequence[Tensor] = ()
         self._active = False
         self._last: tuple[str, Tensor, int] | None = None
 
+    def watch(self, calls: FunctionCalls) -> None:
+        """Before `with`: use what another has entered."""
+        self._calls = calls
+
     def __enter__(self) -> Self:
-        for module in self._model.modules():
-            weight = getattr(module, "weight", None)
-            if weight is None or id(weight) not in self._names or max(weight.shape) > MAX_SIDE:
-                continue
-            if (rule := rule_for(module)) in (linear, transposed_linear):
-                if rule is transposed_linear:
-                    self.transposed.add(self._names[id(weight)])
-                self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        self._views = views_by_parameter(self._parameters)
+        calls = self._calls or self._exit.enter_context(self._make_calls())
+        for module, rule in calls.rules.items():
+            if rule in (linear, transposed_linear):
+                hook = functools.partial(self._after, rule is transposed_linear)
+                handle = module.register_forward_hook(hook, with_kwargs=True)
+                self._exit.callback(handle.remove)
+        calls.listeners.append(self._on_use)
+        self._exit.callback(calls.listeners.remove, self._on_use)
         return self
 
     def __exit__(
@@ -62,8 +73,7 @@ class InputMoments:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._exit.close()
 
     def begin(self, masks: Sequence[Tensor]) -> None:
         """Before each forward pass that counts: masks [..., time], zero at padding. An encoder and
@@ -74,12 +84,33 @@ class InputMoments:
         self._active, self._last = False, None
 
     def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any
+        self,
+        transposed: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Any,
     ) -> None:
-        if not self._active:
+        x = args[0] if args else next(iter(kwargs.values()))
+        for view in self._views.get(id(module.weight), ()):
+            self._see(view, x, self._masks, transposed)
+
+    def _on_use(self, use: Use, y: Tensor) -> Tensor:
+        x, transposed = use.argument.reads, use.argument.transposed
+        if use.argument.is_linear and x is not None:
+            masks = self._masks if use.example is None else ()  # an example alone has no padding
+            for view in self._views.get(id(use.parameter), ()):
+                start, stop = view.start - use.first, view.stop - use.first
+                if 0 <= start < stop <= use.rows:
+                    self._see(view, x[..., start:stop] if transposed else x, masks, transposed)
+        return y
+
+    def _see(self, view: View, x: Tensor, masks: Sequence[Tensor], transposed: bool) -> None:
+        if not self._active or max(rows_of(view.tensor)) > MAX_SIDE:
             return
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        name = self._names[id(module.weight)]
+        x, name = x.detach(), view.name
+        if transposed:
+            self.transposed.add(name)
         if self._last is not None and x.data_ptr() == self._last[1].data_ptr():
             leader, last, version = self._last
             if x.shape == last.shape and x._version == version:
@@ -87,7 +118,7 @@ class InputMoments:
                 return
         self._follow(name, name)
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
-        rows = _unpadded(wide(x), self._masks)
+        rows = _unpadded(wide(x), masks)
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
             self.tokens[name] = torch.zeros((), dtype=torch.float64)

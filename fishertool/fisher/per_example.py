@@ -5,9 +5,9 @@ layer's input and receive its output's gradient, and the layer's rule turns the 
 per-example gradients. They are handed on as soon as they are complete and then forgotten.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,69 +15,66 @@ import torch
 from torch import Tensor, nn
 
 from fishertool.errors import FishertoolError
+from fishertool.fisher.agreement import Agreement
+from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
-from fishertool.fisher.layers import Rule, rule_for
+from fishertool.fisher.outputs import Expected, Form, made
+from fishertool.fisher.views import Part, gradients_of, joined, views_by_parameter
 
 Forward = Callable[[int], Tensor]
 """Run the model on one and the same example, repeated so many times; return its logits."""
 Consume = Callable[[str, Sequence[Gradient]], None]
 
-AGREEMENT = 0.05
-
-
-class _Call:
-    """One forward call of one module: what its rule needs once the gradient comes."""
-
-    def __init__(self, module: nn.Module, x: Tensor):
-        self.module = module
-        self.x = x.detach()
-        self.version = x._version
+SECOND = -3.0
+"""In `check` the second example's cotangent is the first's times this."""
 
 
 class PerExampleGradients:
     """Hooks on a model, active inside `with`, that turn `backward` into per-example gradients.
 
-    parameters   the wanted ones by name, as `model.named_parameters()` gives them
-    one_by_one   True where some parameter can only be served with one example in a batch: its
-                 layer has no rule, or takes inputs in which examples cannot be told apart
-    by_autograd  the parameters no rule serves
+    parameters   the wanted ones by name: parameters of the model, or views of part of one
+    one_by_one   True where some parameter can only be served with one example in a batch: no rule
+                 fits it, or its layer takes inputs in which examples cannot be told apart
+    by_autograd  the names no rule serves
 
     Raises FishertoolError if a layer's input is changed in place, after `check` saw it was not.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], calls: FunctionCalls | None = None
+    ):
         self.model = model
-        self.parameters = dict(parameters)
         self.by_autograd: set[str] = set()
         self.one_by_one = False
+        self.calls = FunctionCalls(model, parameters) if calls is None else calls
         self.examples = 1
         self.rows = 1
         """Rows the batch has: its examples, each with as many rows, one after another."""
-        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._rules: dict[nn.Module, Rule] = {}
-        self._calls: dict[str, int] = defaultdict(int)
-        self._received: dict[str, list[tuple[int, Gradient]]] = defaultdict(list)
+        self._own_calls = calls is None
+        self._views = views_by_parameter(parameters)
+        self._left: set[int] = set()
+        """Parameters left to autograd."""
+        self._numbers: dict[int, int] = defaultdict(int)
+        self._received: dict[int, list[tuple[int, Part]]] = defaultdict(list)
         self._consume: Consume = lambda name, parts: None
-        self._handles: list[Any] = []
-        self._observe: Callable[[Tensor, Tensor], None] | None = None
-        self._paused = False
         self._checking = False
+        self._mixed = False
         self._retain = False
+        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
         self._required = {p: p.requires_grad for p in self.model.parameters()}
-        served: set[str] = set()
-        for module in self.model.modules():
-            own = self._own(module)
-            if own and (rule := rule_for(module)) is not None:
-                self._rules[module] = rule
-                served.update(own.values())
-                self._handles += [
-                    module.register_forward_pre_hook(self._before, with_kwargs=True),
-                    module.register_forward_hook(self._after, with_kwargs=True),
-                ]
+        if self._own_calls:
+            self._exit.enter_context(self.calls)
+        self.calls.listeners.append(self._on_use)
+        self._exit.callback(self.calls.listeners.remove, self._on_use)
+        for module in self.calls.rules:
+            for handle in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True),
+            ):
+                self._exit.callback(handle.remove)
         self.model.requires_grad_(False)
-        self._leave_to_autograd(set(self.parameters) - served)
         return self
 
     def __exit__(
@@ -86,64 +83,71 @@ class PerExampleGradients:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._exit.close()
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
             parameter.grad = None
 
     def check(self, forward: Forward, rows_each: int = 1) -> None:
-        """Find out which layers keep examples apart, and hold every rule against plain autograd.
+        """Hold every rule against plain autograd, on two examples together, of `rows_each` rows.
 
-        A rule whose layer's tensors do not have the batch in front (`rows_each` rows an example),
-        for a batch of 1 and of 2, serves one example at a time. A parameter whose gradient differs
-        from autograd's (its layer is bypassed, or has its input changed in place) is left to it.
+        They are the same but for their cotangents, so a layer in which they cannot be told apart
+        gives gradients that differ; then examples go one by one. A parameter whose gradient
+        differs even so (its layer is bypassed or has its input changed) is left to autograd.
         """
-        leading: dict[int, set[int]] = {1: set(), 2: set()}
-        self._observe = lambda x, y: leading[self.examples].update((x.shape[0], y.shape[0]))
-        with torch.no_grad():
-            self._forward(forward, 2, rows_each)
-        logits = self._forward(forward, 1, rows_each)
-        self._observe = None
-        self.one_by_one |= any(
-            sizes - {examples * rows_each} for examples, sizes in leading.items()
-        )
+        parameters = {key: views[0].parameter for key, views in self._views.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        self.calls.paused = True
+        logits = forward(1)
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(logits.shape, generator=generator).to(logits)
-        ours: dict[str, Tensor] = {}
-
-        def form(name: str, parts: Sequence[Gradient]) -> None:
-            parameter = self.parameters[name]
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            total = parameter.new_zeros(rows_of(parameter))
-            for part in parts:
-                if isinstance(part, Whole):
-                    total = total.to(dtype)
-                part.add_rows(total, 0, 0)
-            ours[name] = total
-
-        self._checking = True
-        self.backward(logits, cotangent, form)
-        self._checking = False
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-        self._paused = True
-        logits = self._forward(forward, 1, rows_each)
-        theirs: list[Tensor | None] = [None] * len(self.parameters)
+        theirs: list[Tensor | None] = [None] * len(parameters)
         if logits.requires_grad:
-            wanted = list(self.parameters.values())
+            wanted = list(parameters.values())
             theirs = list(torch.autograd.grad(logits, wanted, cotangent, allow_unused=True))
-        self._paused = False
+        self.calls.paused = False
         self.model.requires_grad_(False)
-        rms = _rms([gradient for gradient in theirs if gradient is not None])
-        differ = set()
-        for (name, parameter), gradient in zip(self.parameters.items(), theirs, strict=True):
-            expected = torch.zeros_like(parameter) if gradient is None else gradient
-            found = ours.get(name, torch.zeros_like(parameter)).reshape(parameter.shape)
-            slack = AGREEMENT * (_rms([expected]) + 1e-3 * rms)
-            if not _rms([found - expected]) <= slack:
-                differ.add(name)
-        self._leave_to_autograd(self.by_autograd | differ)
+        exact = {
+            view.name: view.of(gradient)
+            for views, gradient in zip(self._views.values(), theirs, strict=True)
+            for view in views
+            if gradient is not None
+        }
+        del logits, theirs
+        self._checking = True
+        if self._differing(forward, 2, rows_each, cotangent, exact) or self._mixed:
+            self.one_by_one = True
+            differing = self._differing(forward, 1, rows_each, cotangent, exact)
+            self._leave_to_autograd(differing)
+        self._checking = False
+
+    def _differing(
+        self,
+        forward: Forward,
+        examples: int,
+        rows_each: int,
+        cotangent: Tensor,
+        exact: Mapping[str, Tensor],
+    ) -> set[str]:
+        """The names whose gradients are not those of autograd, `exact`, and those that need a
+        function's rule and were in no call of one."""
+        named = {view.name: view.tensor for views in self._views.values() for view in views}
+        factors = [1.0, SECOND][:examples]
+        agreement = Agreement(exact, named, factors)
+        self._begin(examples, rows_each)
+        self.calls.begin(examples, rows_each, counting=False)
+        try:
+            logits = forward(examples)
+        except RuntimeError:  # repeated ids where examples have no dimension of their own
+            if examples == 1:
+                raise
+            return set(named)
+        self.backward(
+            logits, torch.cat([factor * cotangent for factor in factors]), agreement.consume
+        )
+        unseen = self.calls.watched & (self._views.keys() - self._numbers.keys())
+        return agreement.differing | {view.name for key in unseen for view in self._views[key]}
 
     def backward(
         self, logits: Tensor, cotangent: Tensor, consume: Consume, retain_graph: bool = False
@@ -159,41 +163,36 @@ class PerExampleGradients:
         if not logits.requires_grad:  # no wanted parameter takes part in it
             return
         logits.backward(cotangent.to(logits.dtype), retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        for name in list(self._received):
-            self._hand_on(name)
-        for name in self.by_autograd:
-            parameter = self.parameters[name]
+        for key in list(self._received):
+            self._hand_on(key)
+        for key in self._left:
+            parameter = self._views[key][0].parameter
             if parameter.grad is not None:
-                consume(name, [Whole(parameter.grad.reshape(1, *rows_of(parameter)))])
+                shape = rows_of(parameter)
+                part = Part(Whole(parameter.grad.reshape(1, *shape)), 0, shape[0])
                 parameter.grad = None
+                self._give(key, [part])
 
     def begin(self, examples: Sequence[int], rows_each: int = 1) -> Sequence[int]:
         """Before each forward pass: which examples the batch has, with how many rows each; an
         example is a unit of its own."""
         if self.one_by_one and len(examples) != 1:
             raise ValueError("this model's examples can only be told apart one at a time")
-        self.examples, self.rows = len(examples), len(examples) * rows_each
-        self._calls.clear()
+        self._begin(len(examples), rows_each)
+        if self._own_calls:  # others are told by whom they belong to
+            self.calls.begin(len(examples), rows_each)
         return examples
 
-    def _forward(self, forward: Forward, examples: int, rows_each: int) -> Tensor:
+    def _begin(self, examples: int, rows_each: int) -> None:
         self.examples, self.rows = examples, examples * rows_each
-        self._calls.clear()
-        return forward(examples)
+        self._numbers.clear()
 
     def _leave_to_autograd(self, names: set[str]) -> None:
-        self.by_autograd = names
-        self.one_by_one = self.one_by_one or bool(names)
-        for name in names:
-            self.parameters[name].requires_grad_(True)
-
-    def _own(self, module: nn.Module) -> dict[str, str]:
-        """The wanted parameters that are a module's own: their names there -> in the model."""
-        return {
-            own: self._names[id(parameter)]
-            for own, parameter in module.named_parameters(recurse=False)
-            if id(parameter) in self._names
-        }
+        for key, views in self._views.items():
+            if any(view.name in names for view in views):
+                self._left.add(key)
+                self.by_autograd.update(view.name for view in views)
+                views[0].parameter.requires_grad_(True)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -208,54 +207,94 @@ class PerExampleGradients:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self._paused:
+        if self.calls.paused or not torch.is_grad_enabled():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self._observe is not None:
-            self._observe(x, output)
-        if not torch.is_grad_enabled():
-            return None
-        first = not output.requires_grad
-        if first:  # the graph begins here; the sum keeps later in-place changes legal
-            output = output + output.new_zeros(()).requires_grad_()
-        served = [name for name in self._own(module).values() if name not in self.by_autograd]
-        call, number = _Call(module, x), self._calls[served[0]] if served else 0
-        for name in served:
-            self._calls[name] += 1
-        if served:
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda delta: self._receive(call, number, delta)
-            )
-        return output if first else None
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        own = {name: id(p) for name, p in module.named_parameters(recurse=False)}
+        own = {name: key for name, key in own.items() if key in self._views}
+        rule, examples = self.calls.rules[module], self.examples
 
-    def _receive(self, call: _Call, number: int, delta: Tensor) -> None:
-        if call.x._version != call.version:
+        def form(delta: Tensor) -> dict[int, Part]:
+            gradients = rule(module, x, delta, examples)
+            return {
+                key: Part(gradients[name], 0, rows_of(self._views[key][0].parameter)[0])
+                for name, key in own.items()
+            }
+
+        return self._expect(type(module).__name__, x, list(own.values()), form, output)
+
+    def _on_use(self, use: Use, output: Tensor) -> Tensor:
+        key = id(use.parameter)
+        if key not in self._views or not torch.is_grad_enabled():
+            return output
+        examples = self.examples if use.example is None else 1
+
+        def form(delta: Tensor) -> dict[int, Part]:
+            gradient = use.argument.form(delta, examples)
+            if isinstance(gradient, Whole):
+                width = rows_of(use.parameter)[1]
+                gradient = Whole(gradient.values.reshape(examples, use.rows, width))
+            return {key: Part(gradient, use.first, use.rows, use.example)}
+
+        what, reads = type(use.module).__name__, use.argument.reads
+        return self._expect(what, reads, [key], form, output, apart=use.example is not None)
+
+    def _expect(
+        self,
+        what: str,
+        reads: Tensor | None,
+        keys: Sequence[int],
+        form: Form,
+        output: Tensor,
+        apart: bool = False,
+    ) -> Tensor:
+        """Wait for the gradient of a layer's output; what the model is to go on with."""
+        if self._checking and not apart:
+            leading = [one.shape[0] for one in (reads, output) if one is not None and one.dim()]
+            self._mixed |= any(size % self.rows for size in leading)
+        keys = [key for key in keys if key not in self._left]
+        if not output.requires_grad:  # the graph begins here; the sum keeps in-place changes legal
+            output = output + output.new_zeros(()).requires_grad_()
+        if keys:
+            call = Expected(what, reads, {key: self._numbers[key] for key in keys}, form)
+            for key in keys:
+                self._numbers[key] += 1
+            shape = output.shape
+            made(output).register_hook(lambda delta: self._receive(call, delta.reshape(shape)))  # type: ignore[no-untyped-call]
+        return output
+
+    def _receive(self, call: Expected, delta: Tensor) -> None:
+        if call.is_stale:
             if self._checking:
                 return  # the missing gradient sends its parameters to autograd
             raise FishertoolError(
-                f"{type(call.module).__name__} had its input changed in place after reading it; "
+                f"{call.what} had its input changed in place after reading it; "
                 "its Fisher cannot be computed from the layer's input"
             )
-        self._paused = True
+        assert call.form is not None
+        self.calls.paused = True
         try:
-            gradients = self._rules[call.module](call.module, call.x, delta.detach(), self.examples)
+            parts = call.form(delta.detach())
+        except (RuntimeError, ValueError):
+            if not self._checking:
+                raise
+            return  # examples are not in front: likewise
         finally:
-            self._paused = False
+            self.calls.paused = False
         if not self._retain:
-            call.x = call.x.new_empty(0)  # as autograd frees what it saved, layer by layer
-        for own, name in self._own(call.module).items():
-            if name not in self.by_autograd:
-                self._received[name].append((number, gradients[own]))
-                if len(self._received[name]) == self._calls[name]:
-                    self._hand_on(name)
+            call.reads = call.form = None  # as autograd frees what it saved, layer by layer
+        for key, part in parts.items():
+            if key in call.numbers:
+                self._received[key].append((call.numbers[key], part))
+                if len(self._received[key]) == self._numbers[key]:
+                    self._hand_on(key)
 
-    def _hand_on(self, name: str) -> None:
+    def _hand_on(self, key: int) -> None:
         """In call order, so that rounding does not depend on the order autograd takes."""
-        parts = sorted(self._received.pop(name), key=lambda part: part[0])
-        self._consume(name, [part for _, part in parts])
+        parts = sorted(self._received.pop(key), key=lambda part: part[0])
+        self._give(key, joined([part for _, part in parts], self.examples))
 
-
-def _rms(tensors: Sequence[Tensor]) -> float:
-    count = sum(tensor.numel() for tensor in tensors)
-    norms = (torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors)
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms) / max(count, 1))
+    def _give(self, key: int, parts: Sequence[Part]) -> None:
+        for view in self._views[key]:
+            if gradients := gradients_of(view, parts):
+                self._consume(view.name, gradients)

@@ -46,10 +46,12 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     scale: float | None = None,
+    watch_experts: bool = False,
 ) -> LoadedModel:
     """Load in eval mode, in the stored dtype (float16 as float32: its squares would underflow).
 
-    `scale` is that of an embedding model's scores. Raises InputError, naming task and
+    `scale` is that of an embedding model's scores. With `watch_experts`, experts run one after
+    another, so that each one's products can be seen. Raises InputError, naming task and
     architecture, if transformers finds a tensor missing, of another shape, or left over.
     """
     import transformers
@@ -70,6 +72,7 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **({"experts_implementation": "eager"} if watch_experts else {}),
         )
     except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]

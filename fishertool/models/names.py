@@ -1,79 +1,113 @@
 """Names on disk <-> names in memory, as transformers itself translates them."""
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
+from fishertool.models.probes import Origin, origins
 
 
 def parameters_by_disk_name(
     module: nn.Module, checkpoint: Checkpoint
-) -> tuple[dict[str, nn.Parameter], list[str]]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Each floating-point tensor of the checkpoint with its parameter, and the names of buffers.
 
-    Raises InputError, listing the names, if a parameter is not on disk under one name, or a
-    tensor on disk is neither parameter nor buffer. Of tied names, the one on disk counts.
+    Where transformers fuses on load (one expert's matrix becomes a slice of a stack), the tensor's
+    part of the parameter: a view of it, shaped as on disk.
+
+    Raises InputError, listing the names, if a parameter is not on disk in whole, or a tensor on
+    disk is neither parameter nor buffer. Of tied names, the one on disk counts.
     """
-    found: dict[str, nn.Parameter] = {}
-    aliases: set[str] = set()
-    lost: list[str] = []
-    parameters: dict[int, tuple[nn.Parameter, list[str]]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        parameters.setdefault(id(parameter), (parameter, []))[1].append(name)
-    for parameter, names in parameters.values():
-        on_disk = [name for name in _disk_names(module, names) if name in checkpoint]
-        if not on_disk or checkpoint.info(on_disk[0]).shape != tuple(parameter.shape):
-            lost += names[:1]
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    on_disk = _origins_on_disk(module, checkpoint)
+    found: dict[str, Tensor] = {}
+    taken: dict[tuple[int, Origin], str] = {}
+    covered: dict[int, int] = defaultdict(int)
+    main = dict(module.named_parameters())
+    for name, origin in sorted(on_disk.items(), key=lambda item: item[1].name not in main):
+        if origin.name not in parameters:
             continue
-        found[on_disk[0]] = parameter
-        aliases.update(on_disk[1:])
+        parameter = parameters[origin.name]
+        place = id(parameter), replace(origin, name="")
+        if checkpoint.info(name).shape == origin.shape and place not in taken:
+            taken[place] = name
+            found[name] = origin.of(parameter)
+            covered[id(parameter)] += found[name].numel()
+    lost = [name for name, parameter in main.items() if covered[id(parameter)] != parameter.numel()]
     if lost:
         raise InputError(
             f"{checkpoint.folder}: has no tensor of the same name and shape for the model's "
-            f"{some(lost)}; checkpoints whose tensors are fused or split on load are not served yet"
+            f"{some(lost)}, nor parts that make it up; put together otherwise is not served yet"
         )
-    buffers = set(_disk_names(module, [name for name, _ in module.named_buffers()]))
+    aliases = {name for name, origin in on_disk.items() if origin.name in parameters}
     rest = [
         name
         for name in checkpoint
-        if name not in found and name not in aliases and checkpoint.info(name).dtype in FLOATING
+        if name not in aliases and checkpoint.info(name).dtype in FLOATING
     ]
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
     unknown = [
         name
         for name in rest
-        if name not in buffers and not any(re.search(pattern, name) for pattern in ignored)
+        if name not in on_disk and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if unknown:
         raise InputError(f"{checkpoint.folder}: the model has no parameter for {some(unknown)}")
     ordered = {name: found[name] for name in checkpoint if name in found}
+    _check_ends(ordered, checkpoint)
     return ordered, rest
 
 
-def _disk_names(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """The names these parameters may have on disk.
+def _origins_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Origin]:
+    """Names on disk -> where their tensors lie in the model.
 
-    First those that `save_pretrained` gives; then the same without the base model's prefix, for
-    the checkpoint of a base model loaded into one with a head, and with it, for the reverse.
+    A name is that which `save_pretrained` gives; or the same without the base model's prefix, for
+    the checkpoint of a base model loaded into one with a head, or with it, for the reverse.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    nothing = torch.empty(0)
-    saved: list[str] = []
-    for in_memory in names:
-        try:
-            saved += revert_weight_conversion(module, {in_memory: nothing})
-        except (IndexError, RuntimeError, ValueError):  # fused on load: no one name on disk
-            saved.append(in_memory)
+    tensors = {
+        **dict(module.named_buffers()),
+        **dict(module.named_parameters(remove_duplicate=False)),
+    }
+    try:
+        saved = origins(module, tensors)
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint.folder}: transformers cannot tell how it saves a "
+            f"{type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    bare = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
-    return saved + bare + [prefix + name for name in saved]
+    bare = {name.removeprefix(prefix): origin for name, origin in saved.items()}
+    full = {prefix + name: origin for name, origin in saved.items()}
+    names = full | bare | saved
+    return {name: one for name, one in names.items() if one and name in checkpoint}
+
+
+def _check_ends(views: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """The first and last row of every part of a parameter, against the file: a wrong order shows."""
+    wrong = []
+    for name, view in views.items():
+        rows = checkpoint.info(name).rows
+        if isinstance(view, nn.Parameter) or not rows:
+            continue
+        for ours, row in ((0, 0), (-1, rows - 1)):
+            stored = checkpoint.read(name, row, row + 1).flatten().to(view.dtype)
+            loaded = view[(ours,) * max(view.dim() - 1, 1)].detach().flatten().cpu()
+            if not torch.equal(stored.nan_to_num(), loaded.nan_to_num()):
+                wrong.append(name)
+                break
+    if wrong:
+        raise InputError(
+            f"{checkpoint.folder}: {some(wrong)} did not arrive where transformers would save it "
+            "from; its parts of the model cannot be told apart"
+        )
 
 
 def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> list[str]:
