@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Cli, ModelMaker, make_text
 
-from fishertool.commands import estimate_fisher as command
+from fishertool.estimation import subject
 from fishertool.models import tasks
 
 SUMS = "diagonal,factored,kronecker,activation"
@@ -175,7 +175,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
                 raise KeyboardInterrupt
             return real(*arguments)
 
-        monkeypatch.setattr(command, "collate", collate)
+        monkeypatch.setattr(subject, "collate", collate)
 
     return after
 

@@ -1,45 +1,31 @@
 """`fishertool estimate-fisher`: calibration data -> Fisher sidecar."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
-from fishertool import calibration, hub
-from fishertool.calibration import CalibrationData, DataOptions
-from fishertool.checkpoint.layout import parse_size
-from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.layout import parse_size, show_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, resumable, staged
-from fishertool.errors import InputError, UsageError
 from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.forecast import bytes_of, forecast
 from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.partial import Job
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved
-from fishertool.estimation.settings import Settings, check_settings, resolve_labels
+from fishertool.estimation.settings import Settings, check_settings
+from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
 from fishertool.estimation.work import Unit, Work, divide
 from fishertool.estimation.worker import Worker
-from fishertool.estimation.workers import joined, share_of
+from fishertool.estimation.workers import Workers, joined, share_of
 from fishertool.fisher.estimate import Batch, Estimator, Pass, estimate
-from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import Gathering
-from fishertool.models.adapters import open_adapter
-from fishertool.models.loading import check_device, load_model
-from fishertool.models.names import parameters_by_disk_name
-from fishertool.models.sentence import transformer_folder
-from fishertool.models.tasks import collate, task_of
-from fishertool.progress import Track, silent
-from fishertool.registry import suggest
-from fishertool.report import Files, Report, data_files, environment, options_of, public_name
-from fishertool.selection import select
-
-ADAPTER_FISHERS = ("merged", "adapter")
+from fishertool.models.loading import check_device
+from fishertool.progress import Advance, Track, silent
+from fishertool.report import Report, environment, options_of
 
 
 def estimate_fisher(
@@ -49,12 +35,12 @@ def estimate_fisher(
     *,
     settings: Settings | None = None,
     task: str = "auto",
+    adapter: str | None = None,
+    adapter_fisher: str = "merged",
     part: str | None = None,
     world_size: int | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
-    adapter: str | None = None,
-    adapter_fisher: str = "merged",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_size: str = "5GB",
@@ -77,86 +63,30 @@ def estimate_fisher(
     report = Report("estimate-fisher", options_of(locals()))
     report.options |= report.options.pop("settings")
     check_settings(settings)
-    _check_adapter(adapter, adapter_fisher)
     device = check_device(device)
     torch.set_num_threads(threads)
+    shard_bytes = parse_size(max_shard_size)
+    source = Source(model, task, adapter, adapter_fisher, include, exclude, trust_remote_code)
     with ExitStack() as opened:
         workers = opened.enter_context(joined(world_size, device))
         report.environment = environment(threads, device, workers.share.of)
         share = share_of(part, workers, settings)
-        folder = transformer_folder(hub.resolve(model))
-        checkpoint = opened.enter_context(open_checkpoint(folder))
-        patch = opened.enter_context(open_adapter(hub.resolve(adapter))) if adapter else None
-        subject = patch.tensors if patch and adapter_fisher == "adapter" else checkpoint
-        chosen = task_of(checkpoint.config(), checkpoint.folder, task)
-        data = chosen.form.resolve(data, chosen.name)
-        report.options |= options_of({"data": data})
-        wanted = select(subject, include, exclude)
-        needed = bytes_of(settings, [subject.info(name) for name in wanted], data.num_examples)
+        subject = find_subject(opened, source, data)
+        report.options |= options_of({"data": subject.data})
+        needed = bytes_of(settings, subject.infos(), data.num_examples)
         if workers.first:
-            check_output(out, [checkpoint.folder], overwrite, sum(needed.values()))
+            check_output(out, [subject.checkpoint.folder], overwrite, sum(needed.values()))
             check_nothing_saved(out, resume, overwrite)
         if dry_run:
-            return forecast(report, subject, wanted, needed, out) if workers.first else None
+            if not workers.first:
+                return None
+            return forecast(report, subject.checkpoint, subject.infos(), needed, out)
         with report.phase("open"):
-            loaded = load_model(
-                checkpoint, chosen, str(workers.device), trust_remote_code, data.scale,
-                watch_experts=True,
-            )  # fmt: skip
-            report.warnings += loaded.warnings
-            if not allow_nonfinite:
-                _check_finite(checkpoint, loaded.pretrained)
-            named, buffers = parameters_by_disk_name(loaded.pretrained, checkpoint)
-            if patch is not None:
-                patch.check(loaded.pretrained)
-                if subject is checkpoint:
-                    patch.merge_into(loaded.pretrained)
-                    report.warnings.append(f"{public_name(adapter or '')} is merged into the model")
-                else:
-                    named, buffers = patch.attach(loaded.pretrained), []
-            parameters = {name: named[name] for name in wanted if name in named}
-            if not parameters:
-                raise UsageError("--include and --exclude leave no parameter")
-            labels = resolve_labels(settings, chosen, len(loaded.labels or ()))
-            texts = calibration.load(
-                data,
-                loaded.tokenizer,
-                loaded.max_length,
-                loaded.labels,
-                chosen.form,
-                need_labels=chosen.has_labels and labels == "empirical",
-            )
-            report.warnings += texts.warnings()
-        work = _divide(texts, settings, data.seed)
-        header = FisherHeader(
-            kind="",
-            labels=labels,
-            task=chosen.name,
-            model="+".join(public_name(one) for one in (model, adapter) if one),
-            fingerprint=subject.fingerprint(),
-            examples=len(texts.examples),
-            tokens=texts.tokens,
-            token_ids_sha256=texts.fingerprint(),
-            seed=data.seed,
-            draws=settings.draws if labels in ("sampled", "expected-signed") else 1,
-            estimator=settings.estimator,
-            group=settings.group,
-            scale=loaded.scale,
-            without=[name for name in buffers if name in wanted],
-        )
-        job = Job(
-            header=header,
-            kinds=settings.kinds,
-            shapes={name: list(value.shape) for name, value in parameters.items()},
-            wanted=list(wanted),
-            bank_dtype=settings.bank_dtype,
-            workers=share.of,
-            units=len(work.units),
-            batches_sha256=hashlib.sha256(json.dumps(work.units).encode()).hexdigest(),
-            calibration=texts.describe() | {"labels": labels, "seed": data.seed},
-            labelled=texts.labelled,
-        )
-        mine, shard_bytes = work.share(share), parse_size(max_shard_size)
+            loaded = load_subject(subject, settings, str(workers.device), not allow_nonfinite)
+        report.warnings += loaded.warnings
+        work = _divide(loaded, settings)
+        mine = work.share(share)
+        job = _job(loaded, settings, work, share.of)
         place = resumable(out)
         if workers.first:
             saved = SAVED if checkpoint_every is not None or resume else None
@@ -166,63 +96,33 @@ def estimate_fisher(
         if "rank-one" in settings.kinds:
             members = members_of(mine, settings.group)
             bank = opened.enter_context(
-                open_bank(place, job, parameters, members, shard_bytes, resume)
+                open_bank(place, job, loaded.parameters, members, shard_bytes, resume)
             )
         gathering = Gathering(
-            settings.kinds, loaded.module, parameters, None if bank is None else bank.statistic
+            settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
         )
-        worker = Worker(job, share.number, gathering, () if bank is None else bank.members)
+        worker = Worker(job, share.number, gathering, bank.members if bank else ())
         saver = Saver(place, worker, checkpoint_every, bank)
         if resume:
             saver.resume(mine)
-
-        def batch_of(indices: Sequence[int]) -> Batch:
-            return collate(chosen, texts.examples, indices, loaded.pad_id, str(workers.device))
-
-        def after_unit(done: Pass) -> bool:
-            saver.after_unit()
-            return settings.until_relative_error is not None and (
-                workers.relative_error(worker, gathering.traces) <= settings.until_relative_error
-            )
-
         shown = track if workers.first else silent
-        with report.phase("estimate"), shown("Estimating", _count(mine), "examples") as advance:
+        doing = "Estimating" + (
+            f" (bank of {show_size(bank.writer.layout.nbytes)})" if bank else ""
+        )
+        with report.phase("estimate"), shown(doing, _count(mine), "examples") as advance:
             advance(_count(mine[: worker.units]))
-            estimate(
-                loaded.module,
-                parameters,
-                batch_of,
-                mine[worker.units :],
-                gathering.statistics,
-                probe=work.probe,
-                inputs=gathering.inputs,
-                labels=labels,
-                draws=settings.draws,
-                seed=data.seed,
-                estimator=cast(Estimator, settings.estimator),
-                skip_nonfinite=settings.skip_nonfinite,
-                done=worker.done,
-                after=after_unit,
-                advance=advance,
-            )
+            _run(loaded, settings, work, mine, worker, workers, saver, advance)
         workers.add_up(worker)
         if not workers.first:
             return None
         saver.discard()
+        writer = bank.writer if bank else None
         with report.phase("write"):
-            files = list(map(asdict, checkpoint.digests()))
-            report.inputs.append(Files(public_name(model), "model", files))
-            if adapter and patch:
-                files = list(map(asdict, patch.tensors.digests()))
-                report.inputs.append(Files(public_name(adapter), "adapter", files))
-            report.inputs += data_files(data.data)
-            writer = None if bank is None else bank.writer
+            report.inputs += subject.files()
             if part is not None:
                 write_part(place, worker, writer, share, report)
             else:
-                worker.job = replace(
-                    job, header=replace(header, tokens=_tokens(work, worker, texts))
-                )
+                worker.job = _with_tokens(worker, work, loaded)
                 finish(
                     place, worker, writer, report,
                     shard_bytes=shard_bytes, check=not allow_nonfinite,
@@ -231,39 +131,81 @@ def estimate_fisher(
     return report
 
 
-def _check_adapter(adapter: str | None, adapter_fisher: str) -> None:
-    if adapter_fisher not in ADAPTER_FISHERS:
-        raise UsageError(f"--adapter-fisher {suggest(adapter_fisher, ADAPTER_FISHERS)}")
-    if adapter is None and adapter_fisher != "merged":
-        raise UsageError("--adapter-fisher is for --adapter")
+def _run(
+    loaded: LoadedSubject,
+    settings: Settings,
+    work: Work,
+    mine: Sequence[Unit],
+    worker: Worker,
+    workers: Workers,
+    saver: Saver,
+    advance: Advance,
+) -> None:
+    """Do what is left of this worker's share."""
+    until = settings.until_relative_error
 
+    def batch_of(examples: Sequence[int]) -> Batch:
+        return loaded.batch(examples, str(workers.device))
 
-def _divide(texts: CalibrationData, settings: Settings, seed: int) -> Work:
-    return divide(
-        [example.size for example in texts.examples],
-        [len(example.texts) for example in texts.examples],
-        size=settings.examples_a_batch,
-        group=settings.group,
-        shuffle_by=None if settings.until_relative_error is None else seed,
+    def after_unit(done: Pass) -> bool:
+        saver.after_unit()
+        if until is None:
+            return False
+        return workers.relative_error(worker, worker.gathering.traces) <= until
+
+    estimate(
+        loaded.module,
+        loaded.parameters,
+        batch_of,
+        mine[worker.units :],
+        worker.gathering.statistics,
+        probe=work.probe,
+        inputs=worker.gathering.inputs,
+        labels=loaded.labels,
+        draws=settings.draws,
+        seed=loaded.subject.data.seed,
+        estimator=cast(Estimator, settings.estimator),
+        skip_nonfinite=settings.skip_nonfinite,
+        done=worker.done,
+        after=after_unit,
+        advance=advance,
     )
 
 
-def _tokens(work: Work, worker: Worker, texts: CalibrationData) -> int:
-    """Of the examples that took part: a run may stop before the last."""
-    if not work.windows:
-        return texts.tokens
-    done = work.units[: worker.units]
-    return sum(texts.examples[n].tokens for unit in done for batch in unit for n in batch)
+def _divide(loaded: LoadedSubject, settings: Settings) -> Work:
+    examples = loaded.texts.examples
+    return divide(
+        [example.size for example in examples],
+        [len(example.texts) for example in examples],
+        size=settings.examples_a_batch,
+        group=settings.group,
+        shuffle_by=None if settings.until_relative_error is None else loaded.subject.data.seed,
+    )
+
+
+def _job(loaded: LoadedSubject, settings: Settings, work: Work, workers: int) -> Job:
+    about = {"labels": loaded.labels, "seed": loaded.subject.data.seed}
+    return Job(
+        header=loaded.header(settings),
+        kinds=settings.kinds,
+        shapes={name: list(value.shape) for name, value in loaded.parameters.items()},
+        wanted=loaded.subject.wanted,
+        bank_dtype=settings.bank_dtype,
+        workers=workers,
+        units=len(work.units),
+        batches_sha256=work.sha256(),
+        calibration=loaded.texts.describe() | about,
+        labelled=loaded.texts.labelled,
+    )
+
+
+def _with_tokens(worker: Worker, work: Work, loaded: LoadedSubject) -> Job:
+    """Count the tokens of the examples that took part: a run may stop before the last."""
+    done = work.units[: worker.units] if work.windows else work.units
+    examples = loaded.texts.examples
+    tokens = sum(examples[n].tokens for unit in done for batch in unit for n in batch)
+    return replace(worker.job, header=replace(worker.job.header, tokens=tokens))
 
 
 def _count(units: Sequence[Unit]) -> int:
     return sum(len(batch) for unit in units for batch in unit)
-
-
-def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InputError(
-                f"{checkpoint.folder}: tensor {name} has NaN or Inf; repair it, "
-                "or go on with --allow-nonfinite"
-            )

@@ -64,10 +64,11 @@ def fisher_from_optimizer(
     with open_checkpoint(folder) as checkpoint:
         chosen = task_of(checkpoint.config(), checkpoint.folder, task)
         wanted = select(checkpoint, include, exclude)
-        needed = bytes_of(settings, [checkpoint.info(name) for name in wanted], None)
+        infos = [checkpoint.info(name) for name in wanted]
+        needed = bytes_of(settings, infos, None)
         check_output(out, [checkpoint.folder], overwrite, sum(needed.values()))
         if dry_run:
-            return forecast(report, checkpoint, wanted, needed, out)
+            return forecast(report, checkpoint, infos, needed, out)
         with report.phase("open"):
             loaded = load_model(checkpoint, chosen, "cpu", trust_remote_code)
             named, _ = parameters_by_disk_name(loaded.pretrained, checkpoint)

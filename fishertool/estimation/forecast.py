@@ -42,19 +42,19 @@ def _bytes_of(
 
 def forecast(
     report: Report,
-    checkpoint: Checkpoint,
-    wanted: Sequence[str],
+    model: Checkpoint,
+    infos: Sequence[TensorInfo],
     needed: Mapping[str, int],
     out: Path,
 ) -> Report:
-    """The report of a dry run."""
-    stored = sum(info.nbytes for info in checkpoint.infos().values())
-    elements = sum(checkpoint.info(name).elements for name in wanted)
+    """The report of a dry run that would estimate the Fisher of these tensors."""
+    stored = sum(info.nbytes for info in model.infos().values())
+    elements = sum(info.elements for info in infos)
     sums = {kind: size // 4 * ACCUMULATOR_BYTES for kind, size in needed.items()}
     sums["rank-one"] = 0
     report.status = "dry-run"
     report.summary = {
-        "tensors": len(wanted),
+        "tensors": len(infos),
         "bytes_to_read": stored,
         "bytes_to_write": sum(needed.values()),
         "bytes_by_kind": dict(needed),

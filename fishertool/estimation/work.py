@@ -1,5 +1,7 @@
 """The work of an estimate: all micro-batches, the same for any number of workers, and their shares."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,10 @@ class Work:
     error after each."""
     probe: int
     """The shortest example of two tokens or more: with one, no layout of a batch can be told."""
+
+    def sha256(self) -> str:
+        """Of who runs with whom: what is equal here can be resumed and combined."""
+        return hashlib.sha256(json.dumps(self.units).encode()).hexdigest()
 
     def share(self, share: Share) -> list[Unit]:
         if self.windows:

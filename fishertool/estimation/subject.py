@@ -1,0 +1,177 @@
+"""What an estimate is of: a model, perhaps with an adapter, on some data."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fishertool import calibration, hub
+from fishertool.calibration import CalibrationData, DataOptions
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.errors import InputError, UsageError
+from fishertool.estimation.settings import Settings, resolve_labels
+from fishertool.fisher.estimate import Batch
+from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.labels import Labels
+from fishertool.models.adapters import Adapter, open_adapter
+from fishertool.models.loading import LoadedModel, load_model
+from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.sentence import transformer_folder
+from fishertool.models.tasks import Task, collate, task_of
+from fishertool.registry import suggest
+from fishertool.report import Files, data_files, public_name
+from fishertool.selection import select
+
+ADAPTER_FISHERS = ("merged", "adapter")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where it comes from, as the command line says it."""
+
+    model: str
+    task: str = "auto"
+    adapter: str | None = None
+    adapter_fisher: str = "merged"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known from headers and flags."""
+
+    source: Source
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    tensors: Checkpoint
+    """Whose tensors the Fisher is of: the model's, or the adapter's own."""
+    task: Task
+    data: DataOptions
+    wanted: list[str]
+
+    @property
+    def name(self) -> str:
+        parts = (self.source.model, self.source.adapter)
+        return "+".join(public_name(part) for part in parts if part)
+
+    def infos(self) -> list[TensorInfo]:
+        return [self.tensors.info(name) for name in self.wanted]
+
+    def files(self) -> list[Files]:
+        """All that was read, with digests."""
+        found = [Files(public_name(self.source.model), "model", _digests(self.checkpoint))]
+        if self.source.adapter and self.adapter:
+            name = public_name(self.source.adapter)
+            found.append(Files(name, "adapter", _digests(self.adapter.tensors)))
+        return [*found, *data_files(self.data.data)]
+
+
+@dataclass(frozen=True)
+class LoadedSubject:
+    subject: Subject
+    model: LoadedModel
+    parameters: dict[str, Tensor]
+    """The wanted ones, by name on disk."""
+    buffers: list[str]
+    labels: Labels
+    texts: CalibrationData
+    warnings: list[str]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def batch(self, examples: Sequence[int], device: str) -> Batch:
+        texts = self.texts.examples
+        return collate(self.subject.task, texts, examples, self.model.pad_id, device)
+
+    def header(self, settings: Settings) -> FisherHeader:
+        subject = self.subject
+        drawn = self.labels in ("sampled", "expected-signed")
+        return FisherHeader(
+            kind="",
+            labels=self.labels,
+            task=subject.task.name,
+            model=subject.name,
+            fingerprint=subject.tensors.fingerprint(),
+            examples=len(self.texts.examples),
+            tokens=self.texts.tokens,
+            token_ids_sha256=self.texts.fingerprint(),
+            seed=subject.data.seed,
+            draws=settings.draws if drawn else 1,
+            estimator=settings.estimator,
+            group=settings.group,
+            scale=self.model.scale,
+            without=[name for name in self.buffers if name in subject.wanted],
+        )
+
+
+def find_subject(opened: ExitStack, source: Source, data: DataOptions) -> Subject:
+    """Open the checkpoints and hold the flags against them; headers are all that is read."""
+    if source.adapter_fisher not in ADAPTER_FISHERS:
+        raise UsageError(f"--adapter-fisher {suggest(source.adapter_fisher, ADAPTER_FISHERS)}")
+    if source.adapter is None and source.adapter_fisher != "merged":
+        raise UsageError("--adapter-fisher is for --adapter")
+    folder = transformer_folder(hub.resolve(source.model))
+    checkpoint = opened.enter_context(open_checkpoint(folder))
+    adapter = None
+    if source.adapter is not None:
+        adapter = opened.enter_context(open_adapter(hub.resolve(source.adapter)))
+    own = adapter is not None and source.adapter_fisher == "adapter"
+    tensors = adapter.tensors if adapter is not None and own else checkpoint
+    task = task_of(checkpoint.config(), checkpoint.folder, source.task)
+    data = task.form.resolve(data, task.name)
+    wanted = select(tensors, source.include, source.exclude)
+    return Subject(source, checkpoint, adapter, tensors, task, data, wanted)
+
+
+def load_subject(
+    subject: Subject, settings: Settings, device: str, check_finite: bool
+) -> LoadedSubject:
+    """Load the model, put the adapter in its place, and read the data."""
+    checkpoint, task, data = subject.checkpoint, subject.task, subject.data
+    remote = subject.source.trust_remote_code
+    model = load_model(checkpoint, task, device, remote, data.scale, watch_experts=True)
+    warnings = list(model.warnings)
+    if check_finite:
+        _check_finite(checkpoint, model.pretrained)
+    named, buffers = parameters_by_disk_name(model.pretrained, checkpoint)
+    if (adapter := subject.adapter) is not None:
+        adapter.check(model.pretrained)
+        if subject.tensors is checkpoint:
+            adapter.merge_into(model.pretrained)
+            warnings.append(f"{public_name(subject.source.adapter or '')} is merged into the model")
+        else:
+            named, buffers = adapter.attach(model.pretrained), []
+    parameters = {name: named[name] for name in subject.wanted if name in named}
+    if not parameters:
+        raise UsageError("--include and --exclude leave no parameter")
+    labels = resolve_labels(settings, task, len(model.labels or ()))
+    texts = calibration.load(
+        data,
+        model.tokenizer,
+        model.max_length,
+        model.labels,
+        task.form,
+        need_labels=task.has_labels and labels == "empirical",
+    )
+    warnings += texts.warnings()
+    return LoadedSubject(subject, model, parameters, buffers, labels, texts, warnings)
+
+
+def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(
+                f"{checkpoint.folder}: tensor {name} has NaN or Inf; repair it, "
+                "or go on with --allow-nonfinite"
+            )
+
+
+def _digests(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    return list(map(asdict, checkpoint.digests()))
