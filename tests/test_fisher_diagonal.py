@@ -240,17 +240,36 @@ def test_model_is_left_in_eval_mode_and_otherwise_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_example_without_a_finite_loss_is_named(batch_size: int) -> None:
+def _broken_gpt2() -> tuple[nn.Module, list[int]]:
+    """One whose loss is NaN wherever a certain token is predicted from, and those examples."""
     model = _model("gpt2")
     token = _examples()[2].inputs["input_ids"][-1]
     texts = [e.inputs["input_ids"] for e in _examples()]
-    first = next(n for n, ids in enumerate(texts) if token in ids and len(ids) > 1)
     with torch.no_grad():
         model.get_parameter("transformer.wte.weight")[token] = float("nan")
         model.lm_head = nn.Linear(16, len(VOCABULARY), bias=False)  # or the NaN is in every logit
-    with pytest.raises(InputError, match=f"example {first}: .* not finite"):
+    return model, [n for n, ids in enumerate(texts) if token in ids and len(ids) > 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_example_without_a_finite_loss_is_named(batch_size: int) -> None:
+    model, broken = _broken_gpt2()
+    with pytest.raises(InputError, match=f"example {broken[0]}: .* not finite; --skip-nonfinite"):
         _estimate("gpt2", "empirical", batch_size, model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_examples_without_a_finite_loss_can_be_skipped(batch_size: int) -> None:
+    model, broken = _broken_gpt2()
+    found = _estimate("gpt2", "empirical", batch_size, model, skip_nonfinite=True)
+    assert 0 < len(broken) < COUNT
+    assert (found.skipped, found.examples) == (len(broken), COUNT - len(broken))
+    rest = [n for n in range(COUNT) if n not in broken]
+    expected = estimate_diagonal(
+        model, dict(model.named_parameters()), _collate("gpt2"), rest, batch_size
+    )
+    assert_same(found.diagonal, expected.diagonal)
+    assert found.loss == pytest.approx(expected.loss)
 
 
 def test_data_in_which_nothing_is_predicted_scores_nothing() -> None:
@@ -293,4 +312,4 @@ def test_add_squares_of_every_form(shape: tuple[int, int], time: int) -> None:
         add_squares(total, [forms[name][0] for name in names], norms)
         dense = sum((forms[name][1] for name in names), torch.zeros(()))
         torch.testing.assert_close(total, 1 + dense.square().sum(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(norms, 1 + dense.square().sum((1, 2)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norms, 1 + dense.square().sum((1, 2)), rtol=1e-4, atol=1e-5)

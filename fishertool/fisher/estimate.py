@@ -38,6 +38,11 @@ class Batch:
     rows_each: int = 1
     """Texts an example has. Where there are several, the model runs them as adjacent rows."""
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """[..., time], zero at padding: of the encoder, and of the decoder where there are both."""
+        return [self.inputs[name] for name in MASKS if name in self.inputs]
+
 
 class Statistic(Protocol):
     """What is gathered from per-example gradients."""
@@ -156,16 +161,25 @@ def estimate(
             for statistic in statistics:
                 statistic.add(name, parts)
 
+        def begin(batch: Batch, counting: bool = True) -> Sequence[int]:
+            calls.begin(len(batch.examples), batch.rows_each, batch.masks, counting)
+            if gradients is None:
+                return batch.examples
+            return gradients.begin(batch.examples, batch.rows_each)
+
+        def finite_of(batch: Batch) -> list[int]:
+            begin(batch, counting=False)
+            with torch.no_grad():
+                losses = _losses(label_rules.log_probabilities(logits_of(model, batch)), batch)
+            finite = losses.isfinite().tolist()
+            return [n for n, is_finite in zip(batch.examples, finite, strict=True) if is_finite]
+
         def run(batch: Batch) -> None:
-            masks = [batch.inputs[name] for name in MASKS if name in batch.inputs]
-            examples: Sequence[int] = batch.examples
-            calls.begin(len(examples), batch.rows_each, masks)
-            if gradients is not None:
-                examples = gradients.begin(batch.examples, batch.rows_each)
+            units_of_batch = begin(batch)
             for statistic in statistics:
-                statistic.begin(examples)
+                statistic.begin(units_of_batch)
             if inputs is not None:
-                inputs.begin(masks)
+                inputs.begin(batch.masks)
             logits = logits_of(model, batch)
             if inputs is not None:
                 inputs.end()
@@ -190,10 +204,11 @@ def estimate(
             done.by_autograd |= gradients.by_autograd
         for unit in units:
             for indices in unit:
-                finite = _finite_only(model, collate, indices) if skip_nonfinite else indices
-                done.sums["skipped"] += len(indices) - len(finite)
-                for part in _split(finite, gradients):
-                    run(collate(part))
+                for part in _split(indices, gradients):
+                    kept = finite_of(collate(part)) if skip_nonfinite else part
+                    done.sums["skipped"] += len(part) - len(kept)
+                    if kept:
+                        run(collate(kept))
                 advance(len(indices))
             for statistic in statistics:
                 statistic.begin([])
@@ -229,7 +244,7 @@ def _split(
 ) -> Iterable[Sequence[int]]:
     if gradients is not None and gradients.one_by_one:
         return [[index] for index in indices]
-    return [indices] if indices else []
+    return [indices]
 
 
 def _cotangents(
@@ -264,16 +279,6 @@ def _check_finite(losses: Tensor, batch: Batch) -> None:
         f"example {batch.examples[number]}: the model's loss on it is not finite; "
         "--skip-nonfinite leaves such examples out and counts them"
     )
-
-
-@torch.no_grad()
-def _finite_only(
-    model: nn.Module, collate: Callable[[Sequence[int]], Batch], indices: Sequence[int]
-) -> list[int]:
-    batch = collate(indices)
-    losses = _losses(label_rules.log_probabilities(logits_of(model, batch)), batch)
-    finite = losses.isfinite().tolist()
-    return [index for index, is_finite in zip(batch.examples, finite, strict=True) if is_finite]
 
 
 def _mark_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
