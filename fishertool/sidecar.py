@@ -18,6 +18,7 @@ from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
+from fishertool.fisher.factored import expand
 from fishertool.fisher.header import FisherHeader
 
 
@@ -38,6 +39,23 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
         tensors.close()
         raise
     return tensors, header
+
+
+def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
+    """Open what a sidecar tells of the diagonal: the diagonal itself, or else the factored Fisher.
+
+    Raises InputError as `open_sidecar` does.
+    """
+    has_diagonal = any(folder.glob("diagonal*.safetensors*"))
+    has_factored = any(folder.glob("factored*.safetensors*"))
+    return open_sidecar(folder, "factored" if has_factored and not has_diagonal else "diagonal")
+
+
+def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    """Rows `[start, stop)` of a weight's diagonal, or of its factored form multiplied out."""
+    if name in tensors:
+        return tensors.read(name, start, stop)
+    return expand(tensors.read(f"{name}#rows", start, stop), tensors.read(f"{name}#columns"))
 
 
 def write_sidecar(
@@ -160,11 +178,15 @@ def check_fits(tensors: Checkpoint, header: FisherHeader, model: Checkpoint) -> 
     for name in header.statistics:
         if name not in model:
             raise InputError(f"{tensors.folder}: tensor {name}: {model.folder} has no such tensor")
-        if name not in tensors:
+        stored = f"{name}#rows" if header.kind == "factored" and name not in tensors else name
+        if stored not in tensors:
             continue
-        mine, theirs = model.info(name).shape, tensors.info(name).shape
+        mine, theirs = model.info(name).shape, tensors.info(stored).shape
         if header.kind == "rank-one":
             theirs = theirs[1:]
+        elif stored != name:
+            theirs = (*theirs, *tensors.info(f"{name}#columns").shape)
+            mine = (model.info(name).rows, model.info(name).width)
         if mine != theirs:
             raise InputError(
                 f"{tensors.where(name)} is {list(theirs)}, but {list(mine)} in {model.folder}"

@@ -94,6 +94,38 @@ def test_fisher_merge_follows_the_definition(
         torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-8)
 
 
+def test_factored_sidecars_weight_by_the_product_of_their_sums(
+    cli: Cli, pair: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    merge = (
+        "merge",
+        *pair,
+        "--method",
+        "fisher",
+        "--set",
+        "floor=0",
+        "--set",
+        "normalization=none",
+    )
+    for model in pair:
+        for kind in ("diagonal", "factored"):
+            flags = ("--data", data, "--kind", kind, "--out", f"{kind}-{model.name}", "-q")
+            assert cli("estimate-fisher", model, *flags).code == 0
+    assert cli(*merge, "--fisher", "factored-a", "--fisher", "factored-b", "--out", "o").code == 0
+    models = [{k: v.double() for k, v in weights_of(folder).items()} for folder in pair]
+    fishers = [weights_of(tmp_path / f"diagonal-{model.name}") for model in pair]
+    for name, value in weights_of(tmp_path / "o").items():
+        amounts = [fisher[name].double() for fisher in fishers]
+        if value.dim() == 2:
+            amounts = [f.sum(1).outer(f.sum(0)) / f.sum().clamp(min=1e-300) for f in amounts]
+        total = amounts[0] + amounts[1]
+        known = total > 1e-6 * total.mean()
+        expected = (amounts[0] * models[0][name] + amounts[1] * models[1][name]) / total
+        torch.testing.assert_close(value.double()[known], expected[known], rtol=1e-4, atol=1e-7)
+    wrong = cli(*merge, "--fisher", "factored-b", "--fisher", "factored-a", "--out", "p")
+    assert (wrong.code, "was estimated on other weights" in wrong.err) == (3, True)
+
+
 def test_matena_keeps_the_first_head_and_survives_zero_weights(
     cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
 ) -> None:

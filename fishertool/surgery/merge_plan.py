@@ -17,7 +17,7 @@ from fishertool.fisher.header import FisherHeader
 from fishertool.models.names import head_names, tied_names
 from fishertool.registry import Method
 from fishertool.selection import select
-from fishertool.sidecar import check_fits, open_sidecar
+from fishertool.sidecar import check_fits, open_diagonal
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,16 @@ def plan_merge(
             check_same_shape(first, ancestor, name)
     sidecars = []
     for source, model in zip(fisher, models, strict=False):
-        tensors, header = open_sidecar(hub.resolve(source))
+        tensors, header = open_diagonal(hub.resolve(source))
         opened.enter_context(tensors)
         check_fits(tensors, header, model)
         sidecars.append((tensors, header))
         for name in merged:
             if name in header.without:
                 actions[name] = "average"
-        lost = [name for name in merged if actions[name] == "merge" and name not in tensors]
+        lost = [
+            name for name in merged if actions[name] == "merge" and name not in header.statistics
+        ]
         if lost:
             raise InputError(
                 f"{tensors.folder}: has no Fisher of {some(lost)}; estimate it of all tensors, "

@@ -18,6 +18,7 @@ from fishertool.fisher.header import FisherHeader
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher
 from fishertool.progress import Advance
+from fishertool.sidecar import read_diagonal
 from fishertool.surgery.merge_plan import MergePlan
 
 
@@ -124,7 +125,7 @@ def _fisher_piece(
     dtype: torch.dtype,
 ) -> Fisher:
     tensors, header = sidecar
-    values = tensors.read(piece.name, piece.start, piece.stop).to(dtype)
+    values = read_diagonal(tensors, piece.name, piece.start, piece.stop).to(dtype)
     if not bool((values >= 0).all()) or not _all_finite(values):
         raise InputError(f"{tensors.where(piece.name)}: a Fisher must be finite and not negative")
     statistic = header.statistics[piece.name]
