@@ -19,7 +19,8 @@ from fishertool import __version__
 SCHEMA = "fishertool.report/1"
 NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "parts", "data", "out")
 DECIDES_NOTHING = (
-    "track", "threads", "device", "overwrite", "world_size", "checkpoint_every", "resume"
+    "track", "threads", "device", "device_map", "accumulate_on", "overwrite", "world_size",
+    "checkpoint_every", "resume",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "surgery": LIBRARIES | {"merging", "models", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
-    "cli": {"errors", "memory", "registry", "report", ""},
+    "cli": {"cli", "errors", "memory", "registry", ""},
     "__main__": {"cli"},
 }
 LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress"}}

@@ -11,6 +11,7 @@ import torch
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.layout import parse_size, show_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, resumable, staged
+from fishertool.errors import UsageError
 from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.forecast import bytes_of, forecast
 from fishertool.estimation.output import finish, write_part
@@ -23,9 +24,12 @@ from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
 from fishertool.fisher.estimate import Batch, Estimator, Pass, estimate
 from fishertool.fisher.kinds import Gathering
-from fishertool.models.loading import check_device
+from fishertool.models.loading import check_device, check_spreading
 from fishertool.progress import Advance, Track, silent
+from fishertool.registry import suggest
 from fishertool.report import Report, environment, options_of
+
+ACCUMULATE_ON = ("weights", "cpu")
 
 
 def estimate_fisher(
@@ -50,6 +54,8 @@ def estimate_fisher(
     trust_remote_code: bool = False,
     threads: int = 1,
     device: str = "cpu",
+    device_map: str | None = None,
+    accumulate_on: str = "weights",
     track: Track = silent,
 ) -> Report | None:
     """Estimate the Fisher of every selected weight and write it as a sidecar in `out`.
@@ -57,18 +63,24 @@ def estimate_fisher(
     All kinds of `settings` are gathered in one pass over the data. With `part`, "i/n", what is
     written is the i-th of n partial results, for `combine_fisher`. Processes that `torchrun`
     started share the examples; the first one writes, the others return None. With a LoRA
-    `adapter`, of the weights it is merged into, or (`adapter_fisher` "adapter") of its own.
+    `adapter`, of the weights it is merged into, or (`adapter_fisher` "adapter") of its own. A
+    model may be spread over several devices by a `device_map` (of transformers), or over the
+    processes by the settings' `fsdp`. A diagonal's sums are kept where the `weights` are, or on
+    the `cpu`.
     """
     settings = settings or Settings()
     report = Report("estimate-fisher", options_of(locals()))
     report.options |= report.options.pop("settings")
     check_settings(settings)
+    _check_places(settings, device_map, accumulate_on, saves=resume or checkpoint_every is not None)
     device = check_device(device)
     torch.set_num_threads(threads)
     shard_bytes = parse_size(max_shard_size)
     source = Source(model, task, adapter, adapter_fisher, include, exclude, trust_remote_code)
     with ExitStack() as opened:
-        workers = opened.enter_context(joined(world_size, device))
+        workers = opened.enter_context(joined(world_size, device, settings.fsdp))
+        if device_map is not None and not workers.alone:
+            raise UsageError("--device-map is for one process; several shard a model with --fsdp")
         report.environment = environment(threads, device, workers.share.of)
         share = share_of(part, workers, settings)
         subject = find_subject(opened, source, data)
@@ -82,10 +94,11 @@ def estimate_fisher(
                 return None
             return forecast(report, subject.checkpoint, subject.infos(), needed, out)
         with report.phase("open"):
-            loaded = load_subject(subject, settings, str(workers.device), not allow_nonfinite)
+            loaded = load_subject(subject, settings, workers, device_map, not allow_nonfinite)
+        report.environment["device"] = ", ".join(loaded.model.devices)
         report.warnings += loaded.warnings
         work = _divide(loaded, settings)
-        mine = work.share(share)
+        mine = workers.units_of(work, share)
         job = _job(loaded, settings, work, share.of)
         place = resumable(out)
         if workers.first:
@@ -99,8 +112,13 @@ def estimate_fisher(
                 open_bank(place, job, loaded.parameters, members, shard_bytes, resume)
             )
         gathering = Gathering(
-            settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
+            settings.kinds,
+            loaded.module,
+            loaded.parameters,
+            bank.statistic if bank else None,
+            accumulate_on="cpu" if accumulate_on == "cpu" else None,
         )
+        workers.begin(gathering)
         worker = Worker(job, share.number, gathering, bank.members if bank else ())
         saver = Saver(place, worker, checkpoint_every, bank)
         if resume:
@@ -114,7 +132,9 @@ def estimate_fisher(
             _run(loaded, settings, work, mine, worker, workers, saver, advance)
         workers.add_up(worker)
         if not workers.first:
+            workers.serve(gathering)
             return None
+        opened.callback(workers.release)
         saver.discard()
         writer = bank.writer if bank else None
         with report.phase("write"):
@@ -125,10 +145,23 @@ def estimate_fisher(
                 worker.job = _with_tokens(worker, work, loaded)
                 finish(
                     place, worker, writer, report,
-                    shard_bytes=shard_bytes, check=not allow_nonfinite,
+                    shard_bytes=shard_bytes, check=not allow_nonfinite, complete=workers.complete,
                 )  # fmt: skip
             (place / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+def _check_places(
+    settings: Settings, device_map: str | None, accumulate_on: str, saves: bool
+) -> None:
+    check_spreading(device_map, settings.fsdp)
+    if accumulate_on not in ACCUMULATE_ON:
+        raise UsageError(f"--accumulate-on {suggest(accumulate_on, ACCUMULATE_ON)}")
+    if settings.fsdp and saves:
+        raise UsageError(
+            "--checkpoint-every and --resume: processes that share weights (--fsdp) cannot be "
+            "saved one by one; leave them out"
+        )
 
 
 def _run(
@@ -145,7 +178,7 @@ def _run(
     until = settings.until_relative_error
 
     def batch_of(examples: Sequence[int]) -> Batch:
-        return loaded.batch(examples, str(workers.device))
+        return loaded.batch(examples)
 
     def after_unit(done: Pass) -> bool:
         saver.after_unit()
@@ -165,6 +198,7 @@ def _run(
         draws=settings.draws,
         seed=loaded.subject.data.seed,
         estimator=cast(Estimator, settings.estimator),
+        shards=workers.shards,
         skip_nonfinite=settings.skip_nonfinite,
         done=worker.done,
         after=after_unit,

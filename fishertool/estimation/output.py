@@ -18,7 +18,7 @@ from fishertool.estimation.work import Share
 from fishertool.estimation.worker import Worker
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import Gathering, Stored
-from fishertool.fisher.sums import flattened
+from fishertool.fisher.sums import Complete, all_here, flattened
 from fishertool.report import Output, Report
 from fishertool.sidecar import BankWriter, write_sidecar
 
@@ -31,9 +31,11 @@ def finish(
     *,
     shard_bytes: int,
     check: bool,
+    complete: Complete = all_here,
 ) -> None:
     """Write every kind of the sidecar into `folder` (the bank's members are there), and report.
 
+    `complete` gives all rows of a weight whose shard is here.
     Raises InputError if nothing was scored, or, to `check`, if an entry is not finite.
     """
     done, gathering = worker.done, worker.gathering
@@ -43,7 +45,7 @@ def finish(
             "give texts of two tokens or more"
         )
     job = replace(worker.job, header=replace(worker.job.header, examples=done.examples))
-    stored = gathering.stored(done.examples)
+    stored = gathering.stored(done.examples, complete)
     if check:
         _check_finite(stored, job.header.model)
     transposed = set() if gathering.inputs is None else gathering.inputs.transposed

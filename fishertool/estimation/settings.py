@@ -35,6 +35,8 @@ class Settings:
     """Stop when every tensor's trace is known this well."""
     skip_nonfinite: bool = False
     batch_size: str = "auto"
+    fsdp: bool = False
+    """Shard the weights over the processes, all of whose batches make a unit of `signed`."""
 
     @property
     def kinds(self) -> list[str]:
@@ -75,6 +77,11 @@ def check_settings(settings: Settings) -> None:
                 raise UsageError(f"--{name} is for --kind rank-one, not {settings.kind}")
     if settings.estimator == "signed" and (other := _others(kinds, WITH_TRACES)):
         raise UsageError(f"--estimator signed estimates a diagonal or factored Fisher, not {other}")
+    if settings.fsdp and settings.estimator != "signed":
+        raise UsageError(
+            "--fsdp needs --estimator signed: no process sees a layer's whole weights, by which "
+            "examples are told apart"
+        )
     if settings.until_relative_error is not None and not set(kinds) & set(WITH_TRACES):
         raise UsageError(
             "--until-relative-error goes by the traces of a diagonal or factored Fisher; "

@@ -13,6 +13,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.estimation.settings import Settings, resolve_labels
+from fishertool.estimation.workers import Workers
 from fishertool.fisher.estimate import Batch
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.labels import Labels
@@ -20,6 +21,7 @@ from fishertool.models.adapters import Adapter, open_adapter
 from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.sentence import transformer_folder
+from fishertool.models.sharding import shard
 from fishertool.models.tasks import Task, collate, task_of
 from fishertool.registry import suggest
 from fishertool.report import Files, data_files, public_name
@@ -86,8 +88,8 @@ class LoadedSubject:
     def module(self) -> nn.Module:
         return self.model.module
 
-    def batch(self, examples: Sequence[int], device: str) -> Batch:
-        texts = self.texts.examples
+    def batch(self, examples: Sequence[int]) -> Batch:
+        texts, device = self.texts.examples, str(self.model.device)
         return collate(self.subject.task, texts, examples, self.model.pad_id, device)
 
     def header(self, settings: Settings) -> FisherHeader:
@@ -131,23 +133,38 @@ def find_subject(opened: ExitStack, source: Source, data: DataOptions) -> Subjec
 
 
 def load_subject(
-    subject: Subject, settings: Settings, device: str, check_finite: bool
+    subject: Subject,
+    settings: Settings,
+    workers: Workers,
+    device_map: str | None,
+    check_finite: bool,
 ) -> LoadedSubject:
     """Load the model, put the adapter in its place, and read the data."""
     checkpoint, task, data = subject.checkpoint, subject.task, subject.data
-    remote = subject.source.trust_remote_code
-    model = load_model(checkpoint, task, device, remote, data.scale, watch_experts=True)
+    model = load_model(
+        checkpoint,
+        task,
+        workers.loads_on,
+        subject.source.trust_remote_code,
+        data.scale,
+        watch_experts=True,
+        device_map=device_map,
+    )
     warnings = list(model.warnings)
     if check_finite:
         _check_finite(checkpoint, model.pretrained)
     named, buffers = parameters_by_disk_name(model.pretrained, checkpoint)
     if (adapter := subject.adapter) is not None:
         adapter.check(model.pretrained)
+        if settings.fsdp:
+            raise UsageError("--adapter and --fsdp: merge the adapter first, or leave one out")
         if subject.tensors is checkpoint:
             adapter.merge_into(model.pretrained)
             warnings.append(f"{public_name(subject.source.adapter or '')} is merged into the model")
         else:
             named, buffers = adapter.attach(model.pretrained), []
+    if settings.fsdp:
+        named = dict(shard(model, named, workers.device, workers.shards))
     parameters = {name: named[name] for name in subject.wanted if name in named}
     if not parameters:
         raise UsageError("--include and --exclude leave no parameter")
@@ -166,7 +183,7 @@ def load_subject(
 
 def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise InputError(
                 f"{checkpoint.folder}: tensor {name} has NaN or Inf; repair it, "
                 "or go on with --allow-nonfinite"

@@ -55,6 +55,17 @@ class Work:
             return [unit[share.number :: share.of] for unit in self.units]
         return self.units[share.number :: share.of]
 
+    def even_share(self, share: Share) -> list[Unit]:
+        """The same, with empty batches at the end of units, and units of them at the end, so that
+        every worker has as many."""
+        if self.windows:
+            most = [-(-len(unit) // share.of) for unit in self.units]
+        else:
+            most = [len(unit) for unit in self.units[:: share.of]]
+        mine = self.share(share)
+        mine += [[] for _ in most[len(mine) :]]
+        return [unit + [[]] * (n - len(unit)) for unit, n in zip(mine, most, strict=True)]
+
 
 def divide(
     sizes: Sequence[int],

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from fishertool.errors import UsageError
 from fishertool.estimation.settings import Settings
-from fishertool.estimation.work import Share, parse_share
+from fishertool.estimation.work import Share, Unit, Work, parse_share
 from fishertool.estimation.worker import Worker
+from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Sums, absorb, flattened
 
@@ -31,6 +32,22 @@ class Workers:
     @property
     def first(self) -> bool:
         return self.share.number == 0
+
+    @property
+    def shards(self) -> int:
+        """Into so many the weights are cut."""
+        return 1
+
+    @property
+    def loads_on(self) -> str:
+        """The device on which this process loads the model."""
+        return str(self.device)
+
+    def units_of(self, work: Work, share: Share) -> list[Unit]:
+        return work.share(share)
+
+    def begin(self, gathering: Gathering) -> None:
+        """Before the first batch."""
 
     def add_up(self, worker: Worker) -> None:
         """Make everyone's sums those of all workers."""
@@ -55,6 +72,16 @@ class Workers:
         self._add({"examples": examples, **flattened(total.groups)})
         return total.relative_error(int(examples))
 
+    def complete(self, name: str, rows: Tensor) -> Tensor:
+        """For the first process: a weight's rows from everyone's."""
+        return rows
+
+    def serve(self, gathering: Gathering) -> None:
+        """For the other processes: what the first one lacks, until it releases them."""
+
+    def release(self) -> None:
+        """For the first process: the others are done."""
+
     def _gather(self, item: Any) -> list[Any]:
         """Everyone's item, in the order of the workers."""
         items = [None] * self.share.of
@@ -73,18 +100,89 @@ class Workers:
             distributed.barrier()
 
 
+ADDITIVE = ("columns", "pass")
+"""Of the sums under FSDP: the others are spread over the processes by rows, or everyone's alike."""
+
+
+class ShardedWorkers(Workers):
+    """Workers of which each has a shard of every weight, and all run a step together.
+
+    At the end rows go to the first process when it asks for them, a tensor at a time: it never
+    holds more than one, besides its own shards.
+    """
+
+    @property
+    def shards(self) -> int:
+        return self.share.of
+
+    @property
+    def loads_on(self) -> str:
+        return "cpu" if self.first else "meta"
+
+    def units_of(self, work: Work, share: Share) -> list[Unit]:
+        return work.even_share(share)
+
+    def begin(self, gathering: Gathering) -> None:
+        gathering.traces.add_shards = lambda parts: self._add({"parts": parts})
+
+    def add_up(self, worker: Worker) -> None:
+        for progress in self._gather(worker.progress()):
+            worker.take_notes(progress)
+        groups = {name: sums for name, sums in worker.groups.items() if name in ADDITIVE}
+        self._add(flattened(groups))
+
+    def relative_error(self, worker: Worker, traces: TraceMoments) -> float:
+        examples = worker.done.sums["examples"].clone()
+        self._add({"examples": examples})
+        return traces.relative_error(int(examples))
+
+    def complete(self, name: str, rows: Tensor) -> Tensor:
+        distributed.broadcast_object_list([name])
+        sizes = self._gather(len(rows))
+        whole = torch.empty(sum(sizes), *rows.shape[1:], dtype=rows.dtype)
+        for number, part in enumerate(torch.split(whole, sizes)):
+            if number == 0:
+                part.copy_(rows)
+            elif len(part):
+                received = part.to(self.device)
+                distributed.recv(received, number)
+                part.copy_(received)
+        return whole
+
+    def serve(self, gathering: Gathering) -> None:
+        while (name := self._asked()) is not None:
+            rows = gathering.rows[name]
+            self._gather(len(rows))
+            if len(rows):
+                distributed.send(rows.to(self.device), 0)
+
+    def release(self) -> None:
+        distributed.broadcast_object_list([None])
+
+    def _asked(self) -> str | None:
+        asked: list[str | None] = [None]
+        distributed.broadcast_object_list(asked)
+        return asked[0]
+
+
 @contextmanager
-def joined(asked: int | None, device: str) -> Iterator[Workers]:
+def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Workers]:
     """Join the processes that the environment names (RANK, WORLD_SIZE, as torchrun sets them).
 
     `asked` is how many there must be. Raises UsageError where there are others: a launcher that
-    started one process of several would otherwise go unnoticed.
+    started one process of several would otherwise go unnoticed; or where there is nobody to share
+    the weights with, which are to be `sharded`.
     """
     of = int(os.environ.get("WORLD_SIZE", "1"))
     if asked is not None and asked != of:
         raise UsageError(
             f"--world-size {asked}: this run has {of}; start it with "
             f"torchrun --nproc-per-node {asked} -m fishertool ..."
+        )
+    if of == 1 and sharded:
+        raise UsageError(
+            "--fsdp shards the weights over several processes, and this run has one; start it "
+            "with torchrun --nproc-per-node N -m fishertool ..."
         )
     if of == 1:
         yield Workers(Share(), torch.device(device))
@@ -95,7 +193,8 @@ def joined(asked: int | None, device: str) -> Iterator[Workers]:
         torch.cuda.set_device(place)
     distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Workers(Share(distributed.get_rank(), distributed.get_world_size()), place)
+        share = Share(distributed.get_rank(), distributed.get_world_size())
+        yield ShardedWorkers(share, place) if sharded else Workers(share, place)
     finally:
         distributed.destroy_process_group()
 

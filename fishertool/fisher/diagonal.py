@@ -12,10 +12,11 @@ from fishertool.fisher.gradients import (
     Whole,
     dtype_of,
     examples_in,
+    local,
     rows_of,
 )
 from fishertool.fisher.moments import TraceMoments
-from fishertool.fisher.sums import Groups
+from fishertool.fisher.sums import Complete, Computed, Groups, all_here
 
 TILE_ELEMENTS = 1 << 20
 
@@ -23,15 +24,17 @@ TILE_ELEMENTS = 1 << 20
 class Diagonal:
     """Sums of squares by parameter name, in float64; `mean` divides by the number of examples.
 
-    `traces` knows how much each tensor's sum varies from example to example.
+    `traces` knows how much each tensor's sum varies from example to example. The sums lie where
+    their parameter does, or on `device`; of a sharded parameter, they are those of its shard.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]):
+    def __init__(self, parameters: Mapping[str, Tensor], device: str | None = None):
+        here = {name: local(parameter) for name, parameter in parameters.items()}
         self.sums = {
-            name: torch.zeros(rows_of(parameter), dtype=torch.float64, device=parameter.device)
-            for name, parameter in parameters.items()
+            name: torch.zeros(rows_of(part), dtype=torch.float64, device=device or part.device)
+            for name, part in here.items()
         }
-        self.traces = TraceMoments(parameters)
+        self.traces = TraceMoments(here)
         self.groups: Groups = {"diagonal": self.sums, **self.traces.groups}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
 
@@ -42,39 +45,42 @@ class Diagonal:
         """Add every example's squared gradient: the square of the sum of its parts."""
         add_squares(self.sums[name], gradients, self.traces.of_batch(name))
 
-    def mean(self, examples: int) -> dict[str, Tensor]:
-        """float32, shaped as the parameters."""
-        return {
-            name: (total / examples).float().reshape(self._shapes[name])
-            for name, total in self.sums.items()
-        }
+    def mean(self, examples: int, complete: Complete = all_here) -> Mapping[str, Tensor]:
+        """float32, shaped as the parameters; each is computed when it is asked for."""
+
+        def of(name: str) -> Tensor:
+            total = complete(name, self.sums[name])
+            return (total / examples).float().reshape(self._shapes[name])
+
+        return Computed(self.sums, of)
 
 
 def add_squares(total: Tensor, parts: Sequence[Gradient], norms: Tensor) -> None:
     """total += sum over examples of (sum of the parts of G_n) ** 2, elementwise; norms_n += |G_n|^2.
 
     `total` is [row, width] and `norms` [example], both in float64. Squares are formed and summed
-    over the batch in float32 (or the parts' own wider dtype), then added in float64.
+    over the batch in float32 (or the parts' own wider dtype), then added in float64, on the device
+    of `total`.
     """
     if len(parts) == 1:
         [part] = parts
         if isinstance(part, Whole):
             squares = wide(part.values).square()
             norms += squares.sum((1, 2))
-            total += squares.sum(0)
+            total += squares.sum(0).to(total.device)
             return
         if isinstance(part, ScatteredRows):
             for n, (touched, squares) in enumerate(scattered_squares(part)):
                 norms[n] += squares.sum()
-                total.index_add_(0, touched, squares.double())
+                total.index_add_(0, touched.to(total.device), squares.to(total))
             return
         if isinstance(part, OuterProducts) and part.left.shape[1] == 1:
             left, right = wide(part.left[:, 0]).square(), wide(part.right[:, 0]).square()
             norms += left.sum(1) * right.sum(1)
-            total += left.T @ right
+            total += (left.T @ right).to(total.device)
             return
     for start, squares in tiles_of_squares(parts, total.shape, norms):
-        total[start : start + len(squares)] += squares
+        total[start : start + len(squares)] += squares.to(total.device)
 
 
 def tiles_of_squares(
@@ -86,7 +92,7 @@ def tiles_of_squares(
     overwritten by the next.
     """
     rows, width = shape
-    step = min(rows, max(1, TILE_ELEMENTS // max(width, 1)))
+    step = max(1, min(rows, TILE_ELEMENTS // max(width, 1)))  # a shard may have no rows
     gradient = norms.new_empty(step, width, dtype=dtype_of(parts))
     squares = norms.new_empty(step, width, dtype=torch.promote_types(gradient.dtype, torch.float32))
     for start in range(0, rows, step):

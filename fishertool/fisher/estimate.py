@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,15 @@ class Batch:
     def masks(self) -> list[Tensor]:
         """[..., time], zero at padding: of the encoder, and of the decoder where there are both."""
         return [self.inputs[name] for name in MASKS if name in self.inputs]
+
+    def emptied(self) -> Self:
+        """The same inputs, of no example: nothing is predicted."""
+        return replace(self, scored=torch.zeros_like(self.scored), examples=())
+
+    def beside(self, logits: Tensor) -> Self:
+        """With targets on the logits' device, which need not be the inputs'."""
+        device = logits.device
+        return replace(self, targets=self.targets.to(device), scored=self.scored.to(device))
 
 
 class Statistic(Protocol):
@@ -110,6 +119,7 @@ def estimate(
     draws: int = 1,
     seed: int = 0,
     estimator: Estimator = "exact",
+    shards: int = 1,
     skip_nonfinite: bool = False,
     done: Pass | None = None,
     after: Callable[[Pass], bool] = lambda done: False,
@@ -134,6 +144,8 @@ def estimate(
     probe       an example (a short one) by which the layer rules are held against autograd
     inputs      sees the forward passes; with no other statistic, only those are run
     estimator   `signed`: one signed gradient a batch in place of every example's; unbiased
+    shards      processes over which the model is sharded. Each calls this with as many batches,
+                of which some may be empty; those of one step make one signed gradient
     skip_nonfinite  leaves out examples whose loss is not finite, at the cost of a second forward
                 pass each batch
     done        what earlier passes told, to be added to
@@ -145,14 +157,15 @@ def estimate(
     done = Pass() if done is None else done
     with ExitStack() as hooks:
         gradients: PerExampleGradients | SignedGradients | None = None
-        calls = hooks.enter_context(FunctionCalls(model, parameters))
+        watched = parameters if shards == 1 else {}  # layers in shards cannot be tried out
+        calls = hooks.enter_context(FunctionCalls(model, watched))
         if inputs is not None:
             inputs.watch(calls)
             hooks.enter_context(inputs)
         if not statistics:
             hooks.enter_context(torch.no_grad())
         elif estimator == "signed":
-            gradients = hooks.enter_context(SignedGradients(model, parameters, seed))
+            gradients = hooks.enter_context(SignedGradients(model, parameters, seed, shards))
         else:
             gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
 
@@ -170,9 +183,13 @@ def estimate(
         def finite_of(batch: Batch) -> list[int]:
             begin(batch, counting=False)
             with torch.no_grad():
-                losses = _losses(label_rules.log_probabilities(logits_of(model, batch)), batch)
-            finite = losses.isfinite().tolist()
-            return [n for n, is_finite in zip(batch.examples, finite, strict=True) if is_finite]
+                logits = logits_of(model, batch)
+            losses = _losses(label_rules.log_probabilities(logits), batch.beside(logits))
+            finite = losses.isfinite().tolist()  # one more than examples, where there are none
+            return [n for n, is_finite in zip(batch.examples, finite, strict=False) if is_finite]
+
+        def batch_of(indices: Sequence[int]) -> Batch:
+            return collate(indices) if indices else collate([probe]).emptied()
 
         def run(batch: Batch) -> None:
             units_of_batch = begin(batch)
@@ -181,6 +198,7 @@ def estimate(
             if inputs is not None:
                 inputs.begin(batch.masks)
             logits = logits_of(model, batch)
+            batch = batch.beside(logits)
             if inputs is not None:
                 inputs.end()
             log_p = label_rules.log_probabilities(logits)
@@ -204,11 +222,11 @@ def estimate(
             done.by_autograd |= gradients.by_autograd
         for unit in units:
             for indices in unit:
-                for part in _split(indices, gradients):
-                    kept = finite_of(collate(part)) if skip_nonfinite else part
+                for part in _split(indices, gradients, shards):
+                    kept = finite_of(batch_of(part)) if skip_nonfinite else part
                     done.sums["skipped"] += len(part) - len(kept)
-                    if kept:
-                        run(collate(kept))
+                    if kept or shards > 1:  # whoever shares a weight runs every step
+                        run(batch_of(kept))
                 advance(len(indices))
             for statistic in statistics:
                 statistic.begin([])
@@ -236,15 +254,15 @@ def estimate_diagonal(
     diagonal = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done = estimate(model, parameters, collate, [batches], [diagonal], probe=order[-1], **options)
-    return Estimate(**vars(done), diagonal=diagonal.mean(done.examples))
+    return Estimate(**vars(done), diagonal=dict(diagonal.mean(done.examples)))
 
 
 def _split(
-    indices: Sequence[int], gradients: PerExampleGradients | SignedGradients | None
+    indices: Sequence[int], gradients: PerExampleGradients | SignedGradients | None, shards: int
 ) -> Iterable[Sequence[int]]:
     if gradients is not None and gradients.one_by_one:
         return [[index] for index in indices]
-    return [indices]
+    return [indices] if indices or shards > 1 else []
 
 
 def _cotangents(

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from fishertool.fisher.diagonal import add_squares, scattered_squares, tiles_of_squares, wide
-from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, rows_of
+from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, local, rows_of
 from fishertool.fisher.moments import TraceMoments
-from fishertool.fisher.sums import Groups
+from fishertool.fisher.sums import Complete, Groups, all_here
 
 
 class Factored:
     """Row and column sums of squared per-example gradients, float64; vectors are kept whole.
 
     For a matrix [row, width] with F its diagonal Fisher, rows_i = sum_j F_ij and
-    columns_j = sum_i F_ij; `expand` is the matrix that has both.
+    columns_j = sum_i F_ij; `expand` is the matrix that has both. Of a sharded parameter, these are
+    the rows of its shard, and what they add to the columns.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -23,10 +24,10 @@ class Factored:
             return torch.zeros(size, dtype=torch.float64, device=like.device)
 
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        sizes = {name: rows_of(parameter) for name, parameter in parameters.items()}
-        self.rows = {name: zeros(sizes[name][0], p) for name, p in parameters.items()}
-        self.columns = {name: zeros(sizes[name][1], p) for name, p in parameters.items()}
-        self.traces = TraceMoments(parameters)
+        here = {name: local(parameter) for name, parameter in parameters.items()}
+        self.rows = {name: zeros(rows_of(part)[0], part) for name, part in here.items()}
+        self.columns = {name: zeros(rows_of(part)[1], part) for name, part in here.items()}
+        self.traces = TraceMoments(here)
         self.groups: Groups = {
             "rows": self.rows,
             "columns": self.columns,
@@ -58,14 +59,18 @@ class Factored:
             rows[start : start + len(squares)] += squares.sum(1, dtype=torch.float64)
             columns += squares.sum(0, dtype=torch.float64)
 
-    def mean(self, examples: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def mean(
+        self, examples: int, complete: Complete = all_here
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Rows and columns of every matrix, float32; the whole Fisher of a vector, and None."""
-        return {
-            name: ((self.rows[name] / examples).float().reshape(shape), None)
-            if len(shape) < 2
-            else ((self.rows[name] / examples).float(), (self.columns[name] / examples).float())
-            for name, shape in self._shapes.items()
-        }
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, shape in self._shapes.items():
+            rows = (complete(name, self.rows[name]) / examples).float()
+            if len(shape) < 2:
+                found[name] = rows.reshape(shape), None
+            else:
+                found[name] = rows, (self.columns[name] / examples).float()
+        return found
 
 
 def marginals(diagonal: Tensor) -> tuple[Tensor, Tensor | None]:

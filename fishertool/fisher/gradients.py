@@ -105,6 +105,12 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
     return parameter.numel() // parameter.shape[-1], parameter.shape[-1]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its shard under FSDP, by rows; else all of it."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
 def as_sequences(tensor: Tensor, examples: int) -> Tensor:
     """[example, ..., feature] -> [example, time, feature]; with one example, all else is its time."""
     return tensor.reshape(examples, -1, tensor.shape[-1])

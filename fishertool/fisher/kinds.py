@@ -12,7 +12,7 @@ from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.header import TensorStatistics, statistics_of
 from fishertool.fisher.kronecker import InputMoments, OutputMoments, mirrored
 from fishertool.fisher.moments import TraceMoments
-from fishertool.fisher.sums import Groups
+from fishertool.fisher.sums import Complete, Groups, Sums, all_here
 
 KINDS = ("diagonal", "factored", "kronecker", "activation", "rank-one")
 
@@ -33,7 +33,8 @@ class Stored:
 class Gathering:
     """The statistics that some kinds need, gathered in one pass over the data.
 
-    A factored Fisher costs nothing beside a diagonal, and is then taken from it.
+    A factored Fisher costs nothing beside a diagonal, and is then taken from it. The sums of a
+    diagonal may be kept elsewhere than its weights, `accumulate_on` a device.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Gathering:
         model: nn.Module,
         parameters: Mapping[str, Tensor],
         bank: GradientBank | None = None,
+        accumulate_on: str | None = None,
     ):
         values = {name: parameter.detach() for name, parameter in parameters.items()}
         self.kinds = kinds
@@ -50,7 +52,7 @@ class Gathering:
         self._diagonal: Diagonal | Factored | None = None
         self._outputs: OutputMoments | None = None
         if "diagonal" in kinds:
-            self._diagonal = Diagonal(values)
+            self._diagonal = Diagonal(values, accumulate_on)
         elif "factored" in kinds:
             self._diagonal = Factored(values)
         if "kronecker" in kinds or "activation" in kinds:
@@ -73,13 +75,20 @@ class Gathering:
         assert self._diagonal is not None
         return self._diagonal.traces
 
-    def stored(self, examples: int) -> dict[str, Stored]:
+    @property
+    def rows(self) -> Sums:
+        """Of these sums, a process has the rows of its shard where weights are sharded."""
+        diagonal = self._diagonal
+        assert diagonal is not None
+        return diagonal.sums if isinstance(diagonal, Diagonal) else diagonal.rows
+
+    def stored(self, examples: int, complete: Complete = all_here) -> dict[str, Stored]:
         """By kind; a bank has been handed on already."""
         found: dict[str, Stored] = {}
         if isinstance(self._diagonal, Diagonal):
-            found["diagonal"] = stored_diagonal(self._diagonal, examples)
+            found["diagonal"] = stored_diagonal(self._diagonal, examples, complete)
         if self._diagonal is not None and "factored" in self.kinds:
-            found["factored"] = stored_factored(self._diagonal, examples)
+            found["factored"] = stored_factored(self._diagonal, examples, complete)
         if self.inputs is not None and self._outputs is not None:
             found["kronecker"] = stored_kronecker(self.inputs, self._outputs, examples)
         if self.inputs is not None and "activation" in self.kinds:
@@ -87,20 +96,24 @@ class Gathering:
         return found
 
 
-def stored_diagonal(diagonal: Diagonal, examples: int) -> Stored:
-    tensors, errors = diagonal.mean(examples), diagonal.traces.standard_errors(examples)
+def stored_diagonal(diagonal: Diagonal, examples: int, complete: Complete = all_here) -> Stored:
+    tensors = diagonal.mean(examples, complete)
+    errors = diagonal.traces.standard_errors(examples)
     return Stored(
         tensors,
         {name: statistics_of(value, errors[name]) for name, value in tensors.items()},
     )
 
 
-def stored_factored(source: Factored | Diagonal, examples: int) -> Stored:
+def stored_factored(
+    source: Factored | Diagonal, examples: int, complete: Complete = all_here
+) -> Stored:
     """From its own sums, or from a diagonal of the same pass."""
     if isinstance(source, Factored):
-        sums = source.mean(examples)
+        sums = source.mean(examples, complete)
     else:
-        sums = {name: marginals(value) for name, value in source.mean(examples).items()}
+        means = source.mean(examples, complete)
+        sums = {name: marginals(value) for name, value in means.items()}
     tensors: dict[str, Tensor] = {}
     statistics: dict[str, TensorStatistics] = {}
     errors = source.traces.standard_errors(examples)

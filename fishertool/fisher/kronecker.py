@@ -182,4 +182,4 @@ def _unpadded(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """[..., time, feature], or all in one, -> [token, feature]; pooled inputs are all kept."""
     rows = x.reshape(-1, x.shape[-1])
     mask = next((mask for mask in masks if mask.numel() == len(rows)), None)
-    return rows if mask is None else rows[mask.flatten().bool()]
+    return rows if mask is None else rows[mask.flatten().bool().to(x.device)]

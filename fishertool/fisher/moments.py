@@ -1,6 +1,6 @@
 """How well an estimate is known: the spread of each tensor's squared gradient norm over examples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ class TraceMoments:
 
     n runs over units: examples, or what else has one gradient (a batch, for a signed sum). A
     unit's t_n may come in several parts (one a label); `begin` closes the batch before it.
+
+    add_shards   where weights are sharded, each process has the part of t_n that its shard gives:
+                 adds up, in place, those of all processes, [tensor, unit]; all then have the same
     """
+
+    add_shards: Callable[[Tensor], None] | None = None
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self._sums = {
@@ -33,6 +38,10 @@ class TraceMoments:
 
     def begin(self, units: int) -> None:
         """Before each batch, and after the last."""
+        if self._batch and self.add_shards is not None:
+            parts = torch.stack([self.of_batch(name) for name in self._sums])
+            self.add_shards(parts)
+            self._batch = dict(zip(self._sums, parts, strict=True))
         for name, traces in self._batch.items():
             self._sums[name] += torch.stack([traces.sum(), traces.square().sum()])
         self._batch.clear()

@@ -209,7 +209,7 @@ class PerExampleGradients:
     ) -> Tensor | None:
         if self.calls.paused or not torch.is_grad_enabled():
             return None
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = (args[0] if args else next(iter(kwargs.values()))).detach().to(output.device)
         own = {name: id(p) for name, p in module.named_parameters(recurse=False)}
         own = {name: key for name, key in own.items() if key in self._views}
         rule, examples = self.calls.rules[module], self.examples

@@ -1,5 +1,6 @@
 """Load a model and its tokenizer, or stop: never with weights that are not in the checkpoint."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
 from fishertool.models.tasks import Task, fits_decoder
+from fishertool.registry import suggest
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
 
@@ -28,6 +31,17 @@ class LoadedModel:
     max_length: int | None
     """Positions the model has, where it says so."""
     warnings: Sequence[str] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the input embeddings, where inputs go; other weights may lie on other devices."""
+        device: torch.device = self.pretrained.get_input_embeddings().weight.device  # type: ignore[operator]
+        return device
+
+    @property
+    def devices(self) -> list[str]:
+        """All that have weights."""
+        return sorted({str(parameter.device) for parameter in self.module.parameters()})
 
     @property
     def scale(self) -> float | None:
@@ -47,12 +61,15 @@ def load_model(
     trust_remote_code: bool = False,
     scale: float | None = None,
     watch_experts: bool = False,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load in eval mode, in the stored dtype (float16 as float32: its squares would underflow).
 
     `scale` is that of an embedding model's scores. With `watch_experts`, experts run one after
-    another, so that each one's products can be seen. Raises InputError, naming task and
-    architecture, if transformers finds a tensor missing, of another shape, or left over.
+    another, so that each one's products can be seen. With `device_map`, one of DEVICE_MAPS, the
+    layers go to several devices, in place of `device`; on device "meta" the weights have no values.
+    Raises InputError, naming task and architecture, if transformers finds a tensor missing, of
+    another shape, or left over; and for one that the device map has no device for.
     """
     import transformers
 
@@ -62,6 +79,8 @@ def load_model(
             f"{checkpoint.folder}: {_architecture(config)} does not fit --task {task.name}"
         )
     _quieten(transformers)
+    if device == "meta":
+        device_map = "meta"
     half = any(checkpoint.info(name).dtype == "F16" for name in checkpoint)
     try:
         module, found = getattr(transformers, _class_name(task, config)).from_pretrained(
@@ -72,6 +91,7 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
             **({"experts_implementation": "eager"} if watch_experts else {}),
         )
     except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
@@ -99,6 +119,12 @@ def load_model(
                 f"{checkpoint.folder}: {fault} as {type(module).__name__}: {some(names)}; "
                 f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
             )
+    off = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if off and device != "meta":
+        raise InputError(
+            f"{checkpoint.folder}: the devices of --device-map have no room for {some(off)}, and "
+            "offloaded weights are not served; shard the model over processes with --fsdp"
+        )
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
     pad_id = next(
         (
@@ -121,7 +147,7 @@ def load_model(
         )
     labels = {str(name): int(id_) for id_, name in module.config.id2label.items()}
     loaded = LoadedModel(
-        module.eval().to(device),
+        module.eval() if device_map is not None else module.eval().to(device),
         tokenizer,
         pad_id,
         labels if task.has_labels else None,
@@ -134,7 +160,7 @@ def _scorer(loaded: LoadedModel, folder: Path, scale: float | None) -> LoadedMod
     """The same with the modules behind the transformer, and their limit on texts."""
     pipeline = pipeline_of(folder)
     scorer = SentenceScorer(loaded.pretrained, pipeline, SCALE if scale is None else scale)
-    scorer.eval().to(next(loaded.pretrained.parameters()).device)
+    scorer.eval().steps.to(loaded.device)
     limits = [loaded.max_length, pipeline and pipeline.max_length()]
     no_pooling = (
         f"{folder.name}: no modules.json says how tokens become one vector; taking their mean"
@@ -182,6 +208,15 @@ def check_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_spreading(device_map: str | None, fsdp: bool) -> None:
+    """Raises UsageError for a device map that is not known, or without the package it needs."""
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        raise UsageError(f"--device-map {suggest(device_map, DEVICE_MAPS)}")
+    if (fsdp or device_map is not None) and importlib.util.find_spec("accelerate") is None:
+        flag = "--fsdp" if fsdp else "--device-map"
+        raise UsageError(f"{flag} needs the package accelerate: pip install 'fishertool[large]'")
 
 
 def _quieten(transformers: Any) -> None:

@@ -1,0 +1,183 @@
+"""Every flag that verbs have in common, declared once; and reading what was given."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fishertool.errors import UsageError
+
+
+def load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of this command's flags, so that flags win."""
+    if path is not None:
+        from fishertool.config import read_config
+
+        parameters = {
+            flag_name(parameter): parameter
+            for parameter in context.command.params
+            if parameter.name not in ("config", "help")
+        }
+        several = {
+            flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
+            for flag, parameter in parameters.items()
+        }
+        values = read_config(path, several)
+        context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
+    return path
+
+
+def flag_name(parameter: Any) -> str:
+    """The name a user types: `set` for the argument `settings`, `models` for a positional one."""
+    flags = [flag for flag in parameter.opts if flag.startswith("--")]
+    return str(flags[0][2:] if flags else parameter.name).replace("_", "-")
+
+
+def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
+    """key=value flags as a dict."""
+    pairs: dict[str, str] = {}
+    for item in given or []:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise UsageError(f"{flag} {item!r}: write key=value")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def limits(flag: str, given: list[str] | None) -> dict[str, float]:
+    return {name: number(f"{flag} {name}", value) for name, value in pairs(flag, given).items()}
+
+
+def number(where: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{where}: {text!r} is not a number") from None
+
+
+def thread_count(threads: int | None) -> int:
+    if threads is not None:
+        return threads
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Iterator[None]:
+    """Around the import of a command: importing torch takes seconds and one core of several."""
+    folders = [Path(source) for source in sources if not dry_run and thread_count(threads) > 1]
+    if not any(map(Path.is_dir, folders)):
+        yield
+        return
+    from fishertool.checkpoint.digest import head_start
+
+    with head_start(folders):
+        yield
+
+
+def option(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, **more)
+
+
+Config = Annotated[
+    Path | None,
+    option(
+        "--config",
+        is_eager=True,
+        callback=load_config,
+        help="YAML file with flag names as keys; flags on the command line win.",
+    ),
+]
+Json = Annotated[bool, option("--json", help="Print the report as one JSON document.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="Print only errors and warnings.")]
+ReportFile = Annotated[Path | None, option("--report", help="Also write the report here.")]
+Threads = Annotated[int | None, option("--threads", min=1, help="CPU threads [default: all].")]
+Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
+DryRun = Annotated[bool, option("--dry-run", help="Check and plan from headers; write nothing.")]
+Overwrite = Annotated[bool, option("--overwrite", help="Replace an output written before.")]
+Include = Annotated[
+    list[str] | None, option("--include", help="Glob of tensor names to work on; repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, option("--exclude", help="Glob of tensor names to leave alone; repeatable.")
+]
+MaxShardSize = Annotated[str, option("--max-shard-size", help="Largest output file.")]
+AllowNonfinite = Annotated[
+    bool, option("--allow-nonfinite", help="Take NaN and Inf in weights as they come.")
+]
+TrustRemoteCode = Annotated[
+    bool, option("--trust-remote-code", help="Let the checkpoint's own code run.")
+]
+Task = Annotated[
+    str,
+    option(
+        "--task",
+        help="auto, sequence-classification, token-classification, masked-lm, causal-lm, "
+        "sequence-to-sequence or embedding.",
+    ),
+]
+BatchSize = Annotated[int, option("--batch-size", min=1, help="Results do not depend on it.")]
+MicroBatchSize = Annotated[
+    str,
+    option("--batch-size", help="auto (by tokens) or a number; results do not depend on it."),
+]
+_DATA = option("--data", help="A json, jsonl, csv, tsv, parquet or txt file, or a Hub dataset.")
+Data = Annotated[str, _DATA]
+OptionalData = Annotated[str | None, _DATA]
+Split = Annotated[str, option("--split", help="Split of a Hub dataset, e.g. train[:1000].")]
+TextColumn = Annotated[str, option("--text-column")]
+TextPairColumn = Annotated[
+    str | None, option("--text-pair-column", help="The second text, where there are two.")
+]
+ChatColumn = Annotated[
+    str | None,
+    option("--chat-column", help="Conversations, rendered with the tokenizer's chat template."),
+]
+LabelColumn = Annotated[
+    str, option("--label-column", help="Class names or ids; for words, a list of them.")
+]
+TargetColumn = Annotated[
+    str | None,
+    option("--target-column", help="What a text becomes, sequence to sequence [default: target]."),
+]
+QueryColumn = Annotated[str | None, option("--query-column", help="[default: query]")]
+PositiveColumn = Annotated[
+    str | None, option("--positive-column", help="The query's document [default: positive].")
+]
+NegativeColumn = Annotated[
+    str | None,
+    option(
+        "--negative-column",
+        help="A document or a list of them that is not the query's [default: negative, if there].",
+    ),
+]
+InBatchNegatives = Annotated[
+    int | None,
+    option(
+        "--in-batch-negatives",
+        min=2,
+        help="Queries that lend each other their documents [default: 8 without a negative column].",
+    ),
+]
+Scale = Annotated[float | None, option("--scale", help="Of cosines of embeddings [default: 20].")]
+MaskFraction = Annotated[
+    float | None, option("--mask-fraction", help="Of tokens, for masked-lm [default: 0.15].")
+]
+MaskPrompt = Annotated[
+    bool,
+    option(
+        "--mask-prompt",
+        help="causal-lm: score the last assistant message of --chat-column, or the completion in "
+        "--text-pair-column, alone.",
+    ),
+]
+NumExamples = Annotated[int | None, option("--num-examples", min=1, help="[default: all]")]
+MaxLength = Annotated[
+    int | None,
+    option("--max-length", min=2, help="Tokens a text [default: 512, or the model's limit]."),
+]
+Shuffle = Annotated[bool, option("--shuffle", help="Shuffle before --num-examples, by --seed.")]
+Seed = Annotated[int, option("--seed", min=0)]

@@ -1,0 +1,59 @@
+"""What a command prints: a table or one JSON document on stdout, talk on stderr."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fishertool.errors import GateError
+
+
+def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) -> None:
+    """Print the report, write it where asked, and fail if a gate is not met."""
+    for warning in report.warnings:
+        print(f"fishertool: warning: {warning}", file=sys.stderr)
+    text = report.to_json()
+    if report_file is not None:
+        report_file.write_text(text, encoding="utf-8")
+    if as_json:
+        sys.stdout.write(text)
+    elif not quiet:
+        _print_table(report)
+    if unmet := [gate for gate in (report.evaluation or {}).get("gates", []) if not gate["met"]]:
+        told = ", ".join(
+            f"{gate['metric']} {gate['rule'].replace('_', '-')} {gate['limit']:g} "
+            f"(is {gate['value']:.6g})"
+            for gate in unmet
+        )
+        raise GateError(f"quality gate not met: {told}")
+
+
+def _print_table(report: Any) -> None:
+    rows = list(_flatten(report.summary))
+    width = max((len(name) for name, _ in rows), default=0)
+    against = (report.evaluation or {}).get("against") or {}
+    for name, value in rows:
+        other = f"  (against: {_show(against[name])})" if name in against else ""
+        print(f"{name:<{width}}  {_show(value)}{other}")
+    for name, value in ((report.evaluation or {}).get("metrics") or {}).items():
+        print(f"{name:<{width}}  {_show(value)}")
+
+
+def _flatten(summary: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif value not in ([], None):
+            yield f"{prefix}{name}", value
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def track_on_stderr(quiet: bool) -> Any:
+    from fishertool import progress
+
+    return progress.for_stderr(quiet)
