@@ -249,7 +249,7 @@ def test_bank_holds_each_members_gradient(kind: str, batches: int, group: int) -
 
     def write(name: str, member: int, gradient: Tensor) -> None:
         assert member not in members.setdefault(name, {})
-        members[name][member] = gradient
+        members[name][member] = gradient.clone()
 
     values = {name: value.detach() for name, value in _model(kind).named_parameters()}
     bank = GradientBank(values, write, torch.float32, group)
@@ -271,7 +271,7 @@ def test_bank_holds_each_members_gradient(kind: str, batches: int, group: int) -
 def test_bank_measures_what_rounding_costs() -> None:
     written: list[Tensor] = []
     values = {name: value.detach() for name, value in _model("bert").named_parameters()}
-    bank = GradientBank(values, lambda *member: written.append(member[2]), torch.bfloat16)
+    bank = GradientBank(values, lambda *member: written.append(member[2].clone()), torch.bfloat16)
     _gather("bert", ["rank-one"], BATCHES[1], bank)
     assert {gradient.dtype for gradient in written} == {torch.bfloat16}
     name = "bert.encoder.layer.0.output.dense.weight"

@@ -70,7 +70,8 @@ def add_squares(total: Tensor, parts: Sequence[Gradient], norms: Tensor) -> None
             total += squares.sum(0).to(total.device)
             return
         if isinstance(part, ScatteredRows):
-            for n, (touched, squares) in enumerate(scattered_squares(part)):
+            for n, (touched, summed) in enumerate(summed_rows(part)):
+                squares = summed.square_()
                 norms[n] += squares.sum()
                 total.index_add_(0, touched.to(total.device), squares.to(total))
             return
@@ -92,7 +93,7 @@ def tiles_of_squares(
     overwritten by the next.
     """
     rows, width = shape
-    step = max(1, min(rows, TILE_ELEMENTS // max(width, 1)))  # a shard may have no rows
+    step = tile_rows(rows, width)
     gradient = norms.new_empty(step, width, dtype=dtype_of(parts))
     squares = norms.new_empty(step, width, dtype=torch.promote_types(gradient.dtype, torch.float32))
     for start in range(0, rows, step):
@@ -110,12 +111,17 @@ def tiles_of_squares(
         yield start, sums
 
 
-def scattered_squares(part: ScatteredRows) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each example the rows it touches and their squares; equal ids are summed before squaring."""
+def tile_rows(rows: int, width: int) -> int:
+    """So many rows of a gradient stay in cache; at least one, though a shard may have none."""
+    return max(1, min(rows, TILE_ELEMENTS // max(width, 1)))
+
+
+def summed_rows(part: ScatteredRows) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each example the rows it touches, and the sums of the values at equal ids."""
     for ids, values in zip(part.ids, part.values, strict=True):
         touched, position = ids.unique(return_inverse=True)
         summed = wide(values).new_zeros(len(touched), values.shape[-1])
-        yield touched, summed.index_add_(0, position, wide(values)).square_()
+        yield touched, summed.index_add_(0, position, wide(values))
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fishertool.fisher.diagonal import add_squares, scattered_squares, tiles_of_squares, wide
+from fishertool.fisher.diagonal import add_squares, summed_rows, tiles_of_squares, wide
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, local, rows_of
 from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Complete, Groups, all_here
@@ -46,7 +46,8 @@ class Factored:
                 add_marginals(rows, columns, part, norms)
                 return
             if isinstance(part, ScatteredRows):
-                for n, (touched, squares) in enumerate(scattered_squares(part)):
+                for n, (touched, summed) in enumerate(summed_rows(part)):
+                    squares = summed.square_()
                     by_row = squares.sum(1, dtype=torch.float64)
                     norms[n] += by_row.sum()
                     rows.index_add_(0, touched, by_row)

@@ -5,12 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fishertool.fisher.diagonal import wide
-from fishertool.fisher.gradients import Gradient, dtype_of, examples_in, rows_of
+from fishertool.fisher.diagonal import summed_rows, tile_rows, wide
+from fishertool.fisher.gradients import (
+    Gradient,
+    ScatteredRows,
+    Whole,
+    dtype_of,
+    examples_in,
+    rows_of,
+)
 from fishertool.fisher.sums import Groups
 
 Write = Callable[[str, int, Tensor], None]
-"""Take one member of the bank: a parameter's name, the member's number, its gradient [row, width]."""
+"""Take one member of the bank: a parameter's name, the member's number, its gradient [row, width],
+which is overwritten afterwards."""
 
 
 class GradientBank:
@@ -55,18 +63,48 @@ class GradientBank:
         self._examples += len(examples)
 
     def add(self, name: str, gradients: Sequence[Gradient]) -> None:
+        self._handed.add(name)
+        if self._group == 1:
+            self._hand_on_each(name, gradients)
+            return
+        parameter = self._parameters[name]
         for n in range(examples_in(gradients[0])):
-            shape, device = rows_of(self._parameters[name]), self._parameters[name].device
-            gradient = torch.zeros(shape, dtype=dtype_of(gradients), device=device)
+            gradient = parameter.new_zeros(rows_of(parameter), dtype=dtype_of(gradients))
             for part in gradients:
                 part.add_rows(gradient, n, 0)
-            if self._group == 1:
-                self._hand_on(name, self._members[n], gradient)
-            elif name in self._open:
+            if name in self._open:
                 self._open[name] += gradient
             else:
                 self._open[name] = wide(gradient)
-        self._handed.add(name)
+
+    def _hand_on_each(self, name: str, gradients: Sequence[Gradient]) -> None:
+        """Every example's gradient is a member; formed and rounded in tiles that stay in cache."""
+        parameter = self._parameters[name]
+        rows, width = rows_of(parameter)
+        if len(gradients) == 1:
+            [part] = gradients
+            if isinstance(part, Whole):
+                rounded = self._rounded(name, part.values)
+                for number, values in zip(self._members, rounded, strict=True):
+                    self._write(name, number, values)
+                return
+            if isinstance(part, ScatteredRows):
+                member = parameter.new_zeros(rows, width, dtype=self._dtype)
+                for number, (touched, values) in zip(self._members, summed_rows(part), strict=True):
+                    member.index_copy_(0, touched, self._rounded(name, values))
+                    self._write(name, number, member)
+                    member.index_fill_(0, touched, 0)
+                return
+        step = tile_rows(rows, width)
+        exact = parameter.new_empty(step, width, dtype=dtype_of(gradients))
+        member = parameter.new_empty(rows, width, dtype=self._dtype)
+        for n, number in enumerate(self._members):
+            for start in range(0, rows, step):
+                tile = exact[: rows - start]
+                for place, part in enumerate(gradients):
+                    part.add_rows(tile, n, start, fresh=place == 0)
+                member[start : start + step] = self._rounded(name, tile)
+            self._write(name, number, member)
 
     def _close(self) -> None:
         """Hand on what is open, and zeros for parameters that took no part."""
@@ -80,10 +118,13 @@ class GradientBank:
         self._examples = 0
 
     def _hand_on(self, name: str, member: int, gradient: Tensor) -> None:
-        rounded = gradient.to(self._dtype)
+        self._write(name, member, self._rounded(name, gradient))
+
+    def _rounded(self, name: str, gradient: Tensor) -> Tensor:
         exact = wide(gradient)
-        self.traces[name] += torch.linalg.vector_norm(exact, dtype=torch.float64) ** 2
-        if rounded.dtype != gradient.dtype:
-            error = torch.linalg.vector_norm(exact - rounded, dtype=torch.float64)
-            self.rounding[name] += error**2
-        self._write(name, member, rounded)
+        rounded = exact.to(self._dtype)
+        self.traces[name] += torch.dot(exact.reshape(-1), exact.reshape(-1))
+        if rounded.dtype != exact.dtype:
+            error = (exact - rounded).reshape(-1)
+            self.rounding[name] += torch.dot(error, error)
+        return rounded
