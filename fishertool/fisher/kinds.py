@@ -137,8 +137,10 @@ def stored_kronecker(inputs: InputMoments, outputs: OutputMoments, examples: int
     for name, total in outputs.sums.items():
         leader = inputs.leader[name]
         tokens = float(inputs.tokens[leader])
-        a, b = mirrored(inputs.sums[leader], tokens), mirrored(total, tokens)
-        tensors |= {f"{leader}#input": a, f"{name}#output": b}
+        if f"{leader}#input" not in tensors:
+            tensors[f"{leader}#input"] = mirrored(inputs.sums[leader], tokens)
+        a = tensors[f"{leader}#input"]
+        b = tensors[f"{name}#output"] = mirrored(total, tokens)
         scale = tokens / examples
         on_a, on_b = statistics_of(a.diagonal()), statistics_of(b.diagonal())
         statistics[name] = TensorStatistics(

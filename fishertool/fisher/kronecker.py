@@ -19,7 +19,7 @@ from fishertool.fisher.views import View, views_by_parameter
 
 MAX_SIDE = 16_384
 """A factor of a wider side (a language model's output layer) would not be kept: 2 GB in float64."""
-BLOCKS = 6
+BLOCKS = 8
 """A symmetric product by blocks of columns costs (1 + 1 / BLOCKS) / 2 of the whole."""
 
 
@@ -47,7 +47,8 @@ class InputMoments:
         self._make_calls = functools.partial(FunctionCalls, model, parameters)
         self._calls: FunctionCalls | None = None
         self._exit = ExitStack()
-        self._masks: Sequence[Tensor] = ()
+        self._kept: dict[int, Tensor | None] = {}
+        """Tokens with padding -> the rows that are none, or None for all of them."""
         self._active = False
         self._last: tuple[str, Tensor, int] | None = None
 
@@ -78,7 +79,8 @@ class InputMoments:
     def begin(self, masks: Sequence[Tensor]) -> None:
         """Before each forward pass that counts: masks [..., time], zero at padding. An encoder and
         a decoder have one each, of different sizes, which is how their layers are told apart."""
-        self._masks, self._active, self._last = masks, True, None
+        self._kept = {mask.numel(): kept_rows(mask) for mask in masks}
+        self._active, self._last = True, None
 
     def end(self) -> None:
         self._active, self._last = False, None
@@ -93,19 +95,19 @@ class InputMoments:
     ) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         for view in self._views.get(id(module.weight), ()):
-            self._see(view, x, self._masks, transposed)
+            self._see(view, x, True, transposed)
 
     def _on_use(self, use: Use, y: Tensor) -> Tensor:
         x, transposed = use.argument.reads, use.argument.transposed
         if use.argument.is_linear and x is not None:
-            masks = self._masks if use.example is None else ()  # an example alone has no padding
+            padded = use.example is None  # one that is run alone has no padding
             for view in self._views.get(id(use.parameter), ()):
                 start, stop = view.start - use.first, view.stop - use.first
                 if 0 <= start < stop <= use.rows:
-                    self._see(view, x[..., start:stop] if transposed else x, masks, transposed)
+                    self._see(view, x[..., start:stop] if transposed else x, padded, transposed)
         return y
 
-    def _see(self, view: View, x: Tensor, masks: Sequence[Tensor], transposed: bool) -> None:
+    def _see(self, view: View, x: Tensor, padded: bool, transposed: bool) -> None:
         if not self._active or max(rows_of(view.tensor)) > MAX_SIDE:
             return
         x, name = x.detach(), view.name
@@ -118,7 +120,9 @@ class InputMoments:
                 return
         self._follow(name, name)
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
-        rows = _unpadded(wide(x), masks)
+        rows = wide(x).reshape(-1, x.shape[-1])
+        if padded and (kept := self._kept.get(len(rows))) is not None:
+            rows = rows[kept.to(rows.device)]
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
             self.tokens[name] = torch.zeros((), dtype=torch.float64)
@@ -174,12 +178,11 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
 def mirrored(total: Tensor, count: float) -> Tensor:
     """The mean [side, side], float32, symmetric, of a sum whose lower half is not kept."""
-    upper = total.triu()
-    return ((upper + upper.triu(1).T) / max(count, 1)).float()
+    upper = (total / max(count, 1)).float().triu_()
+    return upper + upper.triu(1).T
 
 
-def _unpadded(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """[..., time, feature], or all in one, -> [token, feature]; pooled inputs are all kept."""
-    rows = x.reshape(-1, x.shape[-1])
-    mask = next((mask for mask in masks if mask.numel() == len(rows)), None)
-    return rows if mask is None else rows[mask.flatten().bool().to(x.device)]
+def kept_rows(mask: Tensor) -> Tensor | None:
+    """Where a mask is not zero, flat; None where that is everywhere."""
+    kept = mask.flatten().nonzero().squeeze(1)
+    return None if len(kept) == mask.numel() else kept
