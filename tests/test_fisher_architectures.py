@@ -134,7 +134,7 @@ def _gather(kind: str, size: int) -> tuple[Pass, dict[str, Stored], dict[str, di
 
     def write(name: str, member: int, gradient: Tensor) -> None:
         assert member not in members[name]
-        members[name][member] = gradient.reshape(views[name].shape)
+        members[name][member] = gradient.reshape(views[name].shape).clone()
 
     bank = GradientBank(views, write, torch.float32)
     kinds = ["diagonal", "factored", "kronecker", "activation", "rank-one"]
