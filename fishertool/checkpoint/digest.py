@@ -10,6 +10,8 @@ from typing import Any
 
 BUFFER_BYTES = 4 << 20
 PENDING_BYTES = 64 << 20
+HEAD_START_BYTES = 32 << 20
+"""Between two bites the thread asks for the interpreter, which an import seldom lets go of."""
 
 _begun: dict[tuple[int, ...], tuple[Any, int]] = {}
 """Files of a head start: the hash so far, and of how many bytes it is."""
@@ -79,15 +81,16 @@ def head_start(folders: Iterable[Path]) -> Iterator[None]:
     leave = Event()
 
     def run() -> None:
+        buffer = memoryview(bytearray(HEAD_START_BYTES))
         for path in shards:
             if leave.is_set() or not path.is_file():  # a pipe would wait for ever
                 continue
             total, size = hashlib.sha256(), 0
             with suppress(OSError), path.open("rb", buffering=0) as file:
                 identity = _identity(path)
-                while not leave.is_set() and (data := file.read(BUFFER_BYTES)):
-                    total.update(data)
-                    size += len(data)
+                while not leave.is_set() and (count := file.readinto(buffer)):
+                    total.update(buffer[:count])
+                    size += count
                 _begun[identity] = total, size
 
     thread = Thread(target=run, name="head-start", daemon=True)
