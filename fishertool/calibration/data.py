@@ -3,11 +3,12 @@
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 UNSCORED = -100
 """Stands for a target where nothing is predicted, as in transformers."""
+PROBE_TOKENS = 64
 TOKEN_TYPES = "token_type_ids"
 """The one input that holds no tokens."""
 
@@ -68,6 +69,19 @@ class Example:
         """Tokens it takes in a batch: its texts, all padded to the longest."""
         return len(self.texts) * max(len(ids) for text in self.texts for ids in text.values())
 
+    def cut(self, tokens: int) -> "Example":
+        """The same with so many tokens of every text at most."""
+
+        def short(text: Mapping[str, list[int]]) -> dict[str, list[int]]:
+            return {name: ids[:tokens] for name, ids in text.items()}
+
+        return replace(
+            self,
+            inputs=short(self.inputs),
+            targets=None if self.targets is None else self.targets[:tokens],
+            candidates=[short(text) for text in self.candidates],
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationData:
@@ -87,6 +101,12 @@ class CalibrationData:
     @property
     def tokens(self) -> int:
         return sum(example.tokens for example in self.examples)
+
+    def probe(self) -> Example:
+        """A short example to try a model on: of two tokens at least, or no layout of a batch can be
+        told from another."""
+        shortest = min(self.examples, key=lambda one: (one.size < 2, one.size))
+        return shortest.cut(PROBE_TOKENS)
 
     def fingerprint(self) -> str:
         """SHA-256 of every text's token ids, of labels and of targets, in order."""

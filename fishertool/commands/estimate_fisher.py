@@ -129,7 +129,7 @@ def estimate_fisher(
         )
         with report.phase("estimate"), shown(doing, _count(mine), "examples") as advance:
             advance(_count(mine[: worker.units]))
-            _run(loaded, settings, work, mine, worker, workers, saver, advance)
+            _run(loaded, settings, mine, worker, workers, saver, advance)
         workers.add_up(worker)
         if not workers.first:
             workers.serve(gathering)
@@ -167,7 +167,6 @@ def _check_places(
 def _run(
     loaded: LoadedSubject,
     settings: Settings,
-    work: Work,
     mine: Sequence[Unit],
     worker: Worker,
     workers: Workers,
@@ -192,7 +191,7 @@ def _run(
         batch_of,
         mine[worker.units :],
         worker.gathering.statistics,
-        probe=work.probe,
+        probe=loaded.probe,
         inputs=worker.gathering.inputs,
         labels=loaded.labels,
         draws=settings.draws,

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from fishertool import calibration, hub
-from fishertool.calibration import CalibrationData, DataOptions
+from fishertool.calibration import CalibrationData, DataOptions, Example
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
@@ -88,9 +89,18 @@ class LoadedSubject:
     def module(self) -> nn.Module:
         return self.model.module
 
+    @property
+    def probe(self) -> int:
+        """The number of an example that is none of the data, to try the model on."""
+        return len(self.texts.examples)
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [*self.texts.examples, self.texts.probe()]
+
     def batch(self, examples: Sequence[int]) -> Batch:
-        texts, device = self.texts.examples, str(self.model.device)
-        return collate(self.subject.task, texts, examples, self.model.pad_id, device)
+        device = str(self.model.device)
+        return collate(self.subject.task, self._examples, examples, self.model.pad_id, device)
 
     def header(self, settings: Settings) -> FisherHeader:
         subject = self.subject

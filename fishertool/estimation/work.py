@@ -43,8 +43,6 @@ class Work:
     windows: bool
     """Whether units are windows, whose batches workers divide among them: all of them look at the
     error after each."""
-    probe: int
-    """The shortest example of two tokens or more: with one, no layout of a batch can be told."""
 
     def sha256(self) -> str:
         """Of who runs with whom: what is equal here can be resumed and combined."""
@@ -82,7 +80,6 @@ def divide(
     shuffle_by  a seed: windows of examples in random order, so that those done so far are a
                 fair sample of all
     """
-    probe = min(range(len(sizes)), key=lambda index: (sizes[index] < 2, sizes[index]))
     if shuffle_by is not None:
         generator = torch.Generator().manual_seed(shuffle_by)
         order = torch.randperm(len(sizes), generator=generator).tolist()
@@ -91,7 +88,7 @@ def divide(
         order, step = list(range(len(sizes))), group
     else:
         units = [[batch] for batch in micro_batches(sizes, rows_each=rows, size=size)]
-        return Work(units, False, probe)
+        return Work(units, False)
     chunks = [order[start : start + step] for start in range(0, len(order), step)]
     units = [micro_batches(sizes, chunk, rows_each=rows, size=size) for chunk in chunks]
-    return Work(units, shuffle_by is not None, probe)
+    return Work(units, shuffle_by is not None)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-TOKENS = 512
-"""Beyond so many tokens a forward and backward pass gains nothing on a CPU, and leaves its caches."""
+TOKENS = 1024
+"""Fewer, and what is done once a batch weighs (adding up in float64); more, and activations leave
+the caches of a CPU."""
 
 
 def micro_batches(

@@ -82,7 +82,7 @@ def ours(
             case.batch,
             work.units,
             gathering.statistics,
-            probe=work.probe,
+            probe=sizes.index(min(sizes)),
             inputs=gathering.inputs,
             estimator=estimator,
         )
