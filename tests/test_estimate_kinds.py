@@ -205,7 +205,7 @@ def test_plan_counts_each_kind(cli: Cli, make_model: ModelMaker, data: Path) -> 
 def test_a_kind_that_is_not_there_is_named(
     cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
 ) -> None:
-    flags = ("--data", data, "--kind", "factored", "--out", "f")
+    flags = ("--data", data, "--kind", "kronecker", "--out", "f")
     model = make_model("a")
     assert cli("estimate-fisher", model, *flags).code == 0
     with pytest.raises(InputError, match=r"diagonal\.safetensors"):
