@@ -249,3 +249,32 @@ def test_resume_with_nothing_to_resume_begins(
     flags = ("--data", texts, "--include", "*ln_f*", "--resume", "--out", "f")
     assert cli("estimate-fisher", model, *flags).code == 0
     assert not list(tmp_path.glob(".f.*"))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_a_killed_run_left_half_written_is_in_nobodys_way(
+    cli: Cli,
+    make_model: ModelMaker,
+    texts: Path,
+    tmp_path: Path,
+    interrupt: Interrupt,
+    saved: bool,
+) -> None:
+    """Killed while it saved, before it ever had, or while it wrote the sidecar."""
+    model = make_model("g", "gpt2")
+    run = ("estimate-fisher", model, "--data", texts, "--kind", EVERY, "--batch-size", 2, "-q")
+    assert cli(*run, "--out", "whole").code == 0
+    left = tmp_path / ".f.resumable"
+    if saved:
+        interrupt(9)
+        assert cli(*run, "--checkpoint-every", 4, "--out", "f").code == 130
+        interrupt(1000)
+    else:
+        left.mkdir()
+        (left / "rank-one.safetensors").write_bytes(b"of another size")
+    for name in ("worker-0.new.safetensors", "diagonal.safetensors", "fishertool_report.json"):
+        (left / name).write_bytes(b"half")
+    result = cli(*run, "--checkpoint-every", 4, "--resume", "--out", "f")
+    assert result.code == 0, result.err
+    assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
+    assert not list(tmp_path.glob(".f.*"))

@@ -16,7 +16,7 @@ from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.forecast import bytes_of, forecast
 from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.partial import Job
-from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved
+from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
 from fishertool.estimation.settings import Settings, check_settings
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
 from fishertool.estimation.work import Unit, Work, divide
@@ -104,6 +104,7 @@ def estimate_fisher(
         if workers.first:
             saved = SAVED if checkpoint_every is not None or resume else None
             place = opened.enter_context(staged(out, overwrite, saved))
+            tidy(place, resume)
         workers.wait()
         bank: Bank | None = None
         if "rank-one" in settings.kinds:
@@ -135,7 +136,6 @@ def estimate_fisher(
             workers.serve(gathering)
             return None
         opened.callback(workers.release)
-        saver.discard()
         writer = bank.writer if bank else None
         with report.phase("write"):
             report.inputs += subject.files()
@@ -148,6 +148,7 @@ def estimate_fisher(
                     shard_bytes=shard_bytes, check=not allow_nonfinite, complete=workers.complete,
                 )  # fmt: skip
             (place / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        saver.discard()
     return report
 
 

@@ -68,12 +68,24 @@ class Saver:
 def check_nothing_saved(out: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to begin anew where an interrupted run could be resumed, unless told to."""
     folder = resumable(out)
-    if resume or not any(folder.glob(SAVED)):
-        return
-    if not overwrite:
+    if _saved(folder) and not resume and not overwrite:
         raise OutputExistsError(
             f"{folder}: an interrupted run is there; --resume goes on with it, "
             "--overwrite starts again"
         )
+
+
+def tidy(folder: Path, resume: bool) -> None:
+    """Remove what a killed run left half-written; to `resume`, what it saved and the members of its
+    bank stay."""
+    kept = set(_saved(folder)) if resume else set()
+    if kept:
+        kept |= set(folder.glob("rank-one*.safetensors"))
     for path in folder.iterdir():
-        path.unlink()
+        if path not in kept:
+            path.unlink()
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Whole ones: a file that was being written when its process died has another name."""
+    return [path for path in folder.glob(SAVED) if not path.stem.endswith(".new")]
