@@ -2,14 +2,17 @@
 
 `fishertool/merging/fisher.py` holds `fisher(models, weights, fishers, base=None, *, power=1.0, ...)`:
 the registered name is `fisher`, its inputs are the positional parameters, and its settings
-(`--set power=0.5`) the keyword-only ones. Nothing else is to be declared.
+(`--set power=0.5`) the keyword-only ones; one called `lambda_` is set by `lambda`. Nothing else is
+to be declared.
 """
 
+import functools
 import importlib
 import inspect
+import operator
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
@@ -28,6 +31,8 @@ class Method:
     """Positional parameters; True where the input is required."""
     settings: Mapping[str, Any]
     """Keyword-only parameters with their defaults."""
+    whole: Callable[..., Any] | None = None
+    """The second function of a method that must know more of a tensor than one piece."""
 
     @property
     def summary(self) -> str:
@@ -37,12 +42,11 @@ class Method:
         """Settings as the function takes them: text is converted by the annotations, defaults fill in."""
         types = typing.get_type_hints(self.function)
         parsed = dict(self.settings)
+        known = {name.removesuffix("_"): name for name in self.settings}
         for name, value in given.items():
-            if name not in self.settings:
-                raise UsageError(
-                    f"method {self.name} has no setting {suggest(name, self.settings)}"
-                )
-            parsed[name] = _convert(f"{self.name} {name}", value, types[name])
+            if name not in known:
+                raise UsageError(f"method {self.name} has no setting {suggest(name, known)}")
+            parsed[known[name]] = _convert(f"{self.name} {name}", value, types[known[name]])
         return parsed
 
 
@@ -50,7 +54,7 @@ def method_names(package: str) -> list[str]:
     """The methods of a package such as `fishertool.merging`, found without importing them."""
     parent, _, child = package.rpartition(".")
     paths = [f"{path}/{child}" for path in importlib.import_module(parent).__path__]
-    found = (module.name for module in pkgutil.iter_modules(paths))
+    found = (module.name for module in pkgutil.iter_modules(paths) if not module.ispkg)
     return sorted(name.replace("_", "-") for name in found if name not in NOT_A_METHOD)
 
 
@@ -60,11 +64,12 @@ def find_method(package: str, name: str) -> Method:
     if name not in names:
         raise UsageError(f"no method {suggest(name, names)}")
     identifier = name.replace("-", "_")
-    function = getattr(importlib.import_module(f"{package}.{identifier}"), identifier)
+    module = importlib.import_module(f"{package}.{identifier}")
+    function = getattr(module, identifier)
     parameters = inspect.signature(function).parameters.values()
     inputs = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return Method(name, function, inputs, settings)
+    return Method(name, function, inputs, settings, getattr(module, "whole", None))
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:
@@ -80,12 +85,24 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _convert(where: str, value: Any, kind: Any) -> Any:
-    """A setting by its annotation: bool, int, float, str, a Literal of words, or one of these or None."""
+    """A setting by its annotation.
+
+    bool, int, float, str, a Literal of words, float | Sequence[float], or one of these or None.
+    """
     options = typing.get_args(kind)
     if NoneType in options:
         if value is None or value == "none":
             return None
-        return _convert(where, value, next(option for option in options if option is not NoneType))
+        rest = [option for option in options if option is not NoneType]
+        return _convert(where, value, functools.reduce(operator.or_, rest))
+    if any(
+        typing.get_origin(option) is Sequence for option in options
+    ):  # one number, or a list of them
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            return _convert(where, items, float)
+        numbers = [_convert(where, item, float) for item in items]
+        return numbers if len(numbers) > 1 else numbers[0]
     if typing.get_origin(kind) is Literal:
         if value not in options:
             raise UsageError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")

@@ -2,19 +2,42 @@
 
 A pure function in a file of its own name, called once for every piece of every tensor:
 
-    def name(models, weights, [fishers], [base], *, setting=default) -> Tensor
+    def name(models, weights, [base], [fishers], [activations], [kroneckers], [generators],
+             [whole], *, setting=default) -> Tensor
 
-models    k tensors of one shape, float32 (float64 where stored so)
-weights   k numbers
-fishers   k `Fisher`s; a method that names this input needs `--fisher`
-base      the common ancestor's tensor; a method that names this input takes `--base`
+models       k tensors of one shape, float32 (float64 where stored so)
+weights      k numbers
+base         the common ancestor's tensor; a method that names this input takes `--base`
+fishers      k `Fisher`s; a method that names this input needs `--fisher`
+activations  k second moments of a linear layer's input, [in, in]; the piece is then the whole
+             weight, [out, in]
+kroneckers   k `Kronecker`s; the piece is then the whole weight, [out, in]
+generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
+whole        what the file's `whole` found out about the whole tensor
 
-It returns a tensor of that shape and dtype, and writes into none of its arguments.
+It returns a tensor of that shape and dtype, and writes into none of its arguments. Where the
+tensor has several dimensions a piece is a run of its rows, with the other dimensions whole.
+
+A method that must know more of a tensor than one piece has a second function in its file, a
+generator that makes passes over all pieces:
+
+    def whole(weights, elements, *, setting=default) -> Passes[Found]:
+        total = yield lambda models, base: ...     # of one piece; the sum over pieces comes back
+        return Found(...)
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+PerModel = float | Sequence[float]
+"""A setting that may differ from model to model."""
+
+T = TypeVar("T")
+Pass = Callable[[Sequence[Tensor], Tensor | None], Tensor]
+"""What one pass takes from a piece, of models and base: a tensor that can be summed."""
+Passes = Generator[Pass, Tensor, T]
 
 
 class Fisher(NamedTuple):
@@ -28,3 +51,43 @@ class Fisher(NamedTuple):
     """Mean over all merged weights."""
     l2: float
     """L2 norm over all merged weights."""
+
+
+class Kronecker(NamedTuple):
+    """One model's Kronecker factors of one linear layer."""
+
+    activation: Tensor
+    """Second moment of the input, [in, in]."""
+    gradient: Tensor
+    """Second moment of the output's gradient, [out, out]."""
+
+
+def per_model(setting: PerModel, models: int) -> list[float]:
+    """One number a model. Raises ValueError for another count than one, or than the models'.
+
+    >>> per_model(0.5, 2), per_model([0.1, 0.2], 2)
+    ([0.5, 0.5], [0.1, 0.2])
+    """
+    if isinstance(setting, int | float):
+        return [float(setting)] * models
+    if len(setting) != models:
+        raise ValueError(f"{len(setting)} numbers for {models} models")
+    return [float(number) for number in setting]
+
+
+def make_passes(
+    passes: Passes[T], pieces: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor | None]]]
+) -> T:
+    """Run a `whole`: for every pass the sum over all pieces, in their order."""
+    try:
+        one = next(passes)
+        while True:
+            total: Tensor | None = None
+            for models, base in pieces():
+                found = one(models, base)
+                total = found if total is None else total + found
+            assert total is not None, "a tensor has at least one piece"
+            one = passes.send(total)
+    except StopIteration as end:
+        result: T = end.value
+        return result

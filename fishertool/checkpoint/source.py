@@ -1,0 +1,35 @@
+"""What a surgery reads from: a checkpoint, or a view of one whose tensors are made while read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.header import TensorInfo
+
+
+class TensorSource(Protocol):
+    """Tensors by name, in rows; see `Checkpoint`, which is one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where config and companion files lie."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape that `read` gives rows of; of a view, not necessarily those on disk."""
+
+    def where(self, name: str) -> str: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+    def digests(self) -> list[FileDigest]: ...
+
+    def fingerprint(self) -> str: ...

@@ -1,0 +1,1 @@
+"""What several merge methods are made of."""
