@@ -41,6 +41,16 @@ def test_a_negative_zero_counts_as_zero() -> None:
     assert found == [[1.0, 0.0, 0.0]]
 
 
+def test_a_pass_is_given_all_that_its_method_takes_of_a_piece() -> None:
+    models, base, fishers = [torch.tensor([1.0, 4.0])], torch.zeros(2), [torch.tensor([9.0, 1.0])]
+    scores = [(models, base, fishers)]
+    found = make_passes(
+        kth_largest(lambda models, base, fishers: [models[0] * fishers[0] + base], [[1]]),
+        lambda: scores,
+    )
+    assert found == [[9.0]]
+
+
 def test_a_setting_has_one_number_or_one_a_model() -> None:
     with pytest.raises(ValueError, match="2 numbers for 3 models"):
         per_model([0.1, 0.2], 3)

@@ -24,10 +24,13 @@ generator that makes passes over all pieces:
     def whole(weights, elements, *, setting=default) -> Passes[Found]:
         total = yield lambda models, base: ...     # of one piece; the sum over pieces comes back
         return Found(...)
+
+Where the method names `fishers`, its passes are given those of the piece as well:
+`lambda models, base, fishers: ...`.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -35,8 +38,8 @@ PerModel = float | Sequence[float]
 """A setting that may differ from model to model."""
 
 T = TypeVar("T")
-Pass = Callable[[Sequence[Tensor], Tensor | None], Tensor]
-"""What one pass takes from a piece, of models and base: a tensor that can be summed."""
+Pass = Callable[..., Tensor]
+"""What one pass takes from a piece, of models, base and maybe Fishers: a tensor to be summed."""
 Passes = Generator[Pass, Tensor, T]
 
 
@@ -75,16 +78,17 @@ def per_model(setting: PerModel, models: int) -> list[float]:
     return [float(number) for number in setting]
 
 
-def make_passes(
-    passes: Passes[T], pieces: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor | None]]]
-) -> T:
-    """Run a `whole`: for every pass the sum over all pieces, in their order."""
+def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:
+    """Run a `whole`: for every pass the sum over all pieces, in their order.
+
+    pieces  the arguments of a pass, for each piece: (models, base) or (models, base, fishers)
+    """
     try:
         one = next(passes)
         while True:
             total: Tensor | None = None
-            for models, base in pieces():
-                found = one(models, base)
+            for piece in pieces():
+                found = one(*piece)
                 total = found if total is None else total + found
             assert total is not None, "a tensor has at least one piece"
             one = passes.send(total)

@@ -1,6 +1,7 @@
 """Values by rank, of a tensor that is never sorted nor held whole."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from fishertool.merging.method import Passes
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
 
-Scores = Callable[[Sequence[Tensor], Tensor | None], Sequence[Tensor]]
+Scores = Callable[..., Sequence[Tensor]]
 
 
 def kth_largest(
@@ -18,7 +19,7 @@ def kth_largest(
 ) -> Passes[list[list[float]]]:
     """For each of n scores its k-th largest values, exactly, by counting digits of 16 bits.
 
-    scores  of a piece -> n tensors of numbers of at least 0
+    scores  takes what a pass takes of a piece -> n tensors of numbers of at least 0
     ranks   for each score the k that are asked for, from 1 to the number of elements
 
     Non-negative floating-point numbers are ordered as their bits are: the first pass counts the
@@ -33,13 +34,10 @@ def kth_largest(
         prefixes = [sorted(set(prefix)) for prefix in found]
 
         def count(
-            models: Sequence[Tensor],
-            base: Tensor | None,
-            shift: int = shift,
-            prefixes: Sequence[Sequence[int]] = prefixes,
+            *piece: Any, shift: int = shift, prefixes: Sequence[Sequence[int]] = prefixes
         ) -> Tensor:
             counts = []
-            for score, wanted in zip(scores(models, base), prefixes, strict=True):
+            for score, wanted in zip(scores(*piece), prefixes, strict=True):
                 # abs() of a signed zero is a zero whose bits are all zero.
                 raw = score.to(dtype).abs().contiguous().view(whole_number).flatten()
                 for prefix in wanted:
