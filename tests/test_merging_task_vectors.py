@@ -98,7 +98,7 @@ def test_ties_is_trim_elect_merge(
     counts = [(0, max(1, int(one * 24)) if one else 0) for one in density]
     vectors = kept_between(task_vectors(models, base), counts, rescale)
     for lambda_, rows in itertools.product((1.0, 0.4), (None, 3)):
-        merged = merge("ties", models, weights, base, rows, **settings, **{"lambda": lambda_})
+        merged = merge("ties", models, weights, base, rows, **settings | {"lambda": lambda_})
         exact = elected(vectors, weights, base, normalize, lambda_)
         torch.testing.assert_close(merged, exact, rtol=1e-12, atol=1e-12)
 
@@ -168,7 +168,7 @@ def test_dare_keeps_what_the_draws_say(
     ]
     settings: dict[str, Any] = {"density": density, "normalize": normalize, "rescale": rescale}
     for name, formula in (("dare-linear", added), ("dare-ties", elected)):
-        merged = merge(name, models, weights, base, seed=5, **settings, **{"lambda": 0.7})
+        merged = merge(name, models, weights, base, seed=5, **settings | {"lambda": 0.7})
         exact = formula(vectors, weights, base, normalize, 0.7)
         torch.testing.assert_close(merged, exact, rtol=1e-12, atol=1e-12)
 
@@ -255,8 +255,8 @@ def test_sce_is_select_calculate_erase(select_topk: float, scale: float) -> None
 
 
 def test_defaults_are_mergekits() -> None:
-    common = {"normalize": False, "rescale": False, "density": 1.0, "lambda_": 1.0}
-    for name, changed in {
+    common: dict[str, Any] = {"normalize": False, "rescale": False, "density": 1.0, "lambda_": 1.0}
+    own: dict[str, dict[str, Any]] = {
         "task-arithmetic": {},
         "ties": {"normalize": True},
         "dare-linear": {"rescale": True},
@@ -265,8 +265,9 @@ def test_defaults_are_mergekits() -> None:
         "breadcrumbs-ties": {"gamma": 0.01},
         "della": {"normalize": True, "rescale": True, "epsilon": 0.15},
         "della-linear": {"rescale": True, "epsilon": 0.15},
-    }.items():
+    }
+    for name, changed in own.items():
         settings = find_method("fishertool.merging", name).settings
-        wanted: dict[str, Any] = {**common, **changed}
+        wanted = {**common, **changed}
         assert settings == {key: wanted[key] for key in settings}
         assert set(changed) <= set(settings)

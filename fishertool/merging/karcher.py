@@ -24,7 +24,8 @@ def karcher(
     average on: at most `max_iter`, or until a step is shorter than `tol` (radians). Zero tensors
     count for the length alone, and directions opposite to m not at all.
 
-    The weights are mergekit's where they are equal; it takes none.
+    Equal weights are mergekit's, which takes none. Inner products are in float64; in mergekit's
+    float32 the angles between near models are rounding.
 
     Shapes: every model and the result alike. Source: Karcher 1977, Riemannian center of mass and
     mollifier smoothing; name, parameters and meaning as mergekit's `karcher`.

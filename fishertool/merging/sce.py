@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import combinations
 from math import inf
 from typing import NamedTuple
 
@@ -72,14 +73,13 @@ def whole(weights: Sequence[float], elements: int, *, select_topk: float = 1.0) 
 
 
 def _spread(models: Sequence[Tensor]) -> Tensor:
-    """Variance over the models, times their number; exactly 0 where they are equal."""
-    offsets = [model - models[0] for model in models[1:]]
-    mean = torch.zeros_like(models[0])
-    for offset in offsets:
-        mean.add_(offset, alpha=1 / len(models))
-    spread = mean.square()
-    for offset in offsets:
-        spread.add_(offset.sub_(mean).square_())
+    """Variance over k models times k^2: the sum of their squared differences, pair by pair.
+
+    Of numbers of few digits, as bfloat16 has, it is exact in float32, so that equals stay equal.
+    """
+    spread = torch.zeros_like(models[0])
+    for first, second in combinations(models, 2):
+        spread.add_((first - second).square_())
     return spread
 
 
