@@ -197,6 +197,8 @@ def test_fisher_defaults_are_the_documented_ones() -> None:
         "floor_scale": "relative",
         "floor_models": "all",
         "anchor": None,
+        "trim": 1.0,
+        "lambda_": 1.0,
     }
 
 
@@ -251,7 +253,7 @@ def test_without_information_the_base_stays() -> None:
 
 def test_an_anchor_needs_a_base() -> None:
     models = [random(3, seed=1), random(3, seed=2)]
-    with pytest.raises(ValueError, match="an anchor needs a base"):
+    with pytest.raises(ValueError, match="fisher anchor needs a base"):
         fisher(models, (0.5, 0.5), fishers_for(models), anchor=1e-3)
 
 
