@@ -33,6 +33,8 @@ class Method:
     """Keyword-only parameters with their defaults."""
     whole: Callable[..., Any] | None = None
     """The second function of a method that must know more of a tensor than one piece."""
+    models: tuple[int, int | None] = (2, None)
+    """The fewest and the most models that it takes: the file's `MODELS`, if it has that."""
 
     @property
     def summary(self) -> str:
@@ -69,7 +71,8 @@ def find_method(package: str, name: str) -> Method:
     parameters = inspect.signature(function).parameters.values()
     inputs = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return Method(name, function, inputs, settings, getattr(module, "whole", None))
+    whole, models = getattr(module, "whole", None), getattr(module, "MODELS", (2, None))
+    return Method(name, function, inputs, settings, whole, models)
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.factored import expand
@@ -46,9 +47,17 @@ def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
 
     Raises InputError as `open_sidecar` does.
     """
-    has_diagonal = any(folder.glob("diagonal*.safetensors*"))
-    has_factored = any(folder.glob("factored*.safetensors*"))
-    return open_sidecar(folder, "factored" if has_factored and not has_diagonal else "diagonal")
+    factored = has_kind(folder, "factored") and not has_kind(folder, "diagonal")
+    return open_sidecar(folder, "factored" if factored else "diagonal")
+
+
+def has_kind(folder: Path, kind: str) -> bool:
+    return any(folder.glob(f"{kind}*.safetensors*"))
+
+
+def has_diagonal(folder: Path) -> bool:
+    """Whether it can be told from what is there, as `open_diagonal` does."""
+    return has_kind(folder, "diagonal") or has_kind(folder, "factored")
 
 
 def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -173,7 +182,7 @@ def weight_of(name: str) -> str:
     return name.partition("#")[0]
 
 
-def check_fits(tensors: Checkpoint, header: FisherHeader, model: Checkpoint) -> None:
+def check_fits(tensors: Checkpoint, header: FisherHeader, model: TensorSource) -> None:
     """Refuse a sidecar estimated on other weights than these: order on the command line matters."""
     for name in header.statistics:
         if name not in model:

@@ -15,6 +15,8 @@ kroneckers   k `Kronecker`s; the piece is then the whole weight, [out, in]
 generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
 whole        what the file's `whole` found out about the whole tensor
 
+A file's `MODELS`, the fewest and the most models, is (2, None) unless it says otherwise.
+
 It returns a tensor of that shape and dtype, and writes into none of its arguments. Where the
 tensor has several dimensions a piece is a run of its rows, with the other dimensions whole.
 

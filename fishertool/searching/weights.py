@@ -30,7 +30,7 @@ class Judge:
         device: str,
         trust_remote_code: bool,
     ):
-        first = plan.models[0]
+        first = plan.first
         self.task = task_of(first.config(), first.folder)
         options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
@@ -78,7 +78,7 @@ def search_weights(
     rows: list[dict[str, Any]] = []
     for weights in candidates:
         scratch.mkdir()
-        write_merge(plan, weights, scratch, threads, lambda count: None)
+        write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
         rows.append({"weights": weights, **judge.measure(scratch)})
         shutil.rmtree(scratch)
         advance(1)
