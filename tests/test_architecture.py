@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
+    "recipe": {"errors", "registry", "recipe"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
@@ -59,6 +60,7 @@ WITHOUT_TORCH = {
     "registry",
     "progress",
     "hub",
+    "recipe",
 }
 
 
