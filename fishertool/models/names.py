@@ -131,6 +131,39 @@ def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> lis
     return [name for name in names if not name.startswith(prefix)]
 
 
+def empty_model(checkpoint: Checkpoint) -> nn.Module | None:
+    """The checkpoint's architecture without values; None for one that transformers does not have."""
+    import transformers
+
+    architecture = (checkpoint.config().get("architectures") or [""])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        return None
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            module: nn.Module = model_class(parsed)
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{checkpoint.folder}: transformers cannot make a {architecture} of its config.json: "
+            f"{reason}"
+        ) from error
+    return module
+
+
+def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        origin.name: name
+        for name, origin in _origins_on_disk(module, checkpoint).items()
+        if origin.name in parameters
+        and (origin.offset, origin.shape, origin.stride)
+        == (0, tuple(parameters[origin.name].shape), parameters[origin.name].stride())
+    }
+
+
 def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Tensors that are on disk twice though the architecture ties them: the copy -> the original.
 
@@ -141,15 +174,8 @@ def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     rows = [name for name in checkpoint if checkpoint.info(name).shape[:1] == (vocabulary,)]
     if len(rows) < 2 or not config.get("tie_word_embeddings", True):
         return {}
-    import transformers
-
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        return {}
-    parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    with torch.device("meta"):
-        ties = model_class(parsed).all_tied_weights_keys
+    module = empty_model(checkpoint)
+    ties: Any = {} if module is None else module.all_tied_weights_keys
     return {
         copy: original
         for copy, original in ties.items()
