@@ -9,7 +9,7 @@ from fishertool.recipe.settings import Setting, scalar
 from fishertool.recipe.tokens import TokenizerChoice
 from fishertool.registry import suggest
 
-PRESETS: Mapping[str, Mapping[str, Setting]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "matena": {
         "normalization": "l2",
         "floor": 1e-6,

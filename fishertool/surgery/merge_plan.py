@@ -98,7 +98,7 @@ def plan_merge(
     """Open everything, compare the headers, and decide what becomes of every tensor."""
     resolver = Resolver(recipe, method)
     inputs = open_inputs(opened, recipe, method)
-    arrangement, apart = arrange(recipe.slices, inputs, recipe.head or "error")
+    arrangement, apart = arrange(recipe, inputs)
     names = [place.name for place in arrangement.places]
     merged = set(select(names, recipe.include, recipe.exclude)) - apart
     fishers = open_fishers(opened, inputs, method)

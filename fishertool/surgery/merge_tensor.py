@@ -56,8 +56,8 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
     if len(parts) == 1:
         read = lru_cache(1)(read)  # what the passes have read serves the merge
     given = dict(target.settings)
-    if in_passes and plan.method.whole is not None:
-        passes = plan.method.whole(target.weights, target.info.elements, **target.settings)
+    if in_passes:
+        passes = plan.method.passes(target.weights, target.info.elements, target.settings)
         shown = 3 if "fishers" in plan.method.inputs else 2
         given["whole"] = make_passes(passes, lambda: (read(piece)[:shown] for piece in parts))
     for piece in parts:

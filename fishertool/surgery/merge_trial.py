@@ -31,7 +31,7 @@ def try_settings(
     piece = (models, base, examples["fishers"]) if "fishers" in given else (models, base)
     try:
         if method.whole is not None:
-            passes = method.whole(weights, SIDE * SIDE, **settings)
+            passes = method.passes(weights, SIDE * SIDE, settings)
             given["whole"] = make_passes(passes, lambda: [piece])
         method.function(models, weights, **given, **settings)
     except (ValueError, ZeroDivisionError) as error:
