@@ -25,32 +25,25 @@ class AdaptedCheckpoint:
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter):
-        self.base, self.adapter = base, adapter
         module = empty_model(base)
+        stored: dict[str, str] = {}
         if module is not None:
-            adapter = adapter.fitted_to(module)
-        self._stored = {} if module is None else names_on_disk(module, base)
-        lost = [name for name in sorted(adapter.names) if self._name(name) not in base]
-        if lost:
+            adapter, stored = adapter.fitted_to(module), names_on_disk(module, base)
+        adapter = adapter.renamed({name: stored.get(name, name) for name in adapter.names})
+        if lost := [name for name in sorted(adapter.names) if name not in base]:
             raise InputError(
                 f"{adapter.tensors.folder}: changes {some(lost)}, which {base.folder} has not on "
                 "disk; save the base with the head that the adapter was trained with"
             )
-        adapter.check({name: base.info(self._name(name)).shape for name in adapter.names})
-        self._layers = {self._name(name): one for name, one in adapter.layers.items()}
-        self._replaced = {self._name(name): one for name, one in adapter.replaced.items()}
-        self._added = {self._name(name): one for name, one in adapter.added.items()}
-        self._changed = {*self._layers, *self._replaced, *self._added}
-        for name in sorted(self._changed):
+        adapter.check({name: base.info(name).shape for name in adapter.names})
+        for name in sorted(adapter.names):
             if base.info(name).dtype not in FLOATING:
                 raise InputError(
                     f"{base.where(name)} is {base.info(name).dtype}; dequantize the base first"
                 )
+        self.base, self.adapter, self._changed = base, adapter, adapter.names
         self._norms: dict[str, Tensor] = {}
         self._lock = Lock()
-
-    def _name(self, parameter: str) -> str:
-        return self._stored.get(parameter, parameter)
 
     @property
     def folder(self) -> Path:
@@ -74,7 +67,7 @@ class AdaptedCheckpoint:
         if name not in self._changed:
             return self.base.read(name, start, stop)
         rows = self._summed(name, start, self.info(name).rows if stop is None else stop)
-        if (one := self._layers.get(name)) is not None and one.magnitude is not None:
+        if (one := self.adapter.layers.get(name)) is not None and one.magnitude is not None:
             rows = one.stretch(rows, start, self._column_norms(name) if one.turned else None)
         return rows
 
@@ -90,14 +83,8 @@ class AdaptedCheckpoint:
         return self.adapter.fingerprint_on(self.base)
 
     def _summed(self, name: str, start: int, stop: int) -> Tensor:
-        stored = self._replaced.get(name)
-        source, read = (self.base, name) if stored is None else (self.adapter.tensors, stored)
-        rows = source.read(read, start, stop).to(compute_dtype(self.info(name).dtype))
-        if name in self._added:
-            added, scale = self._added[name]
-            rows = rows + scale * self.adapter.tensors.read(added, start, stop).to(rows.dtype)
-        one = self._layers.get(name)
-        return rows if one is None else one.add_to(rows, start)
+        rows = self.base.read(name, start, stop).to(compute_dtype(self.info(name).dtype))
+        return self.adapter.summed(name, rows, start)
 
     def _column_norms(self, name: str) -> Tensor:
         """L2 norms of a whole tensor's columns before they are stretched, from one pass over it."""

@@ -1,10 +1,4 @@
-"""LoRA adapters as peft saves them: merged into the base's weights, or beside them.
-
-y = W x + scale B A x with A [rank, in], B [out, rank], and scale = alpha / rank, or
-alpha / sqrt(rank) with rank stabilisation. DoRA gives each output's row of W + scale B A a length
-of its own. Sources: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732; Liu et
-al. 2024, arXiv 2402.09353.
-"""
+"""LoRA adapters as peft saves them: merged into the base's weights, or beside them."""
 
 import hashlib
 import json
@@ -21,6 +15,7 @@ from torch import Tensor, nn
 from fishertool.checkpoint.dtypes import FLOATING, NAMES, compute_dtype
 from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
 from fishertool.errors import InputError, some
+from fishertool.models.lora import LowRank
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
@@ -37,55 +32,6 @@ UNDERSTOOD = {
 """Options that are honoured, or whose effect is all in the file's tensors; others must be off."""
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 """Ways to initialise that leave the base's weights as they are."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one matrix."""
-
-    tensors: Checkpoint
-    """The adapter's."""
-    down: str
-    up: str
-    """Names in the adapter's file of A and B."""
-    scale: float
-    turned: bool
-    """Whether the matrix is [in, out], as an embedding's is."""
-    magnitude: str | None = None
-    """Name of the lengths of the outputs' rows, [out], if the adapter is a DoRA."""
-
-    @property
-    def embedding(self) -> bool:
-        return self.down.endswith(".lora_embedding_A")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of the matrix."""
-        out, width = self.tensors.info(self.up).shape[0], self.tensors.info(self.down).shape[1]
-        return (width, out) if self.turned else (out, width)
-
-    def add_to(self, rows: Tensor, start: int) -> Tensor:
-        """Rows of the matrix from row `start` on + the same rows of scale B A, or of its transpose."""
-        stop = start + len(rows)
-        down = self.tensors.read(self.down).to(rows.dtype)
-        if self.turned:
-            up = self.tensors.read(self.up).to(rows.dtype)
-            return rows + self.scale * (down[:, start:stop].T @ up.T)
-        up = self.tensors.read(self.up, start, stop).to(rows.dtype)
-        return rows + self.scale * (up @ down)
-
-    def stretch(self, rows: Tensor, start: int, column_norms: Tensor | None) -> Tensor:
-        """Give what `add_to` returned the lengths of a DoRA.
-
-        Where the outputs are the columns, `column_norms` are those of the whole sum.
-        """
-        if self.magnitude is None:
-            return rows
-        lengths = self.tensors.read(self.magnitude).to(rows.dtype).flatten()
-        if column_norms is not None:
-            return rows * (lengths / column_norms)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-        return rows * (lengths[start : start + len(rows)] / norms).unsqueeze(1)
 
 
 class Adapted(nn.Module):
@@ -112,7 +58,7 @@ class Adapter:
     """An open adapter; its keys are names of the model's parameters."""
 
     tensors: Checkpoint
-    layers: Mapping[str, LowRank]
+    layers: dict[str, LowRank]
     replaced: Mapping[str, str]
     """Parameters saved whole (biases, heads, embeddings) -> names in the adapter's file."""
     added: Mapping[str, tuple[str, float]]
@@ -136,16 +82,10 @@ class Adapter:
         for name in self.names:
             spellings = (name, prefix + name, name.removeprefix(prefix))
             own[name] = next((one for one in spellings if one in parameters), name)
-        layers = {}
-        for name, one in self.layers.items():
-            module = modules.get(own[name].removesuffix(".weight"))
-            layers[own[name]] = replace(one, turned=_is_turned(module))
-        fitted = replace(
-            self,
-            layers=layers,
-            replaced={own[name]: stored for name, stored in self.replaced.items()},
-            added={own[name]: stored for name, stored in self.added.items()},
-        )
+        fitted = self.renamed(own)
+        for name, one in fitted.layers.items():
+            module = modules.get(name.removesuffix(".weight"))
+            fitted.layers[name] = replace(one, turned=_is_turned(module))
         fitted.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
         for name in fitted.names:
             ties = [other for other, one in parameters.items() if one is parameters[name]]
@@ -155,6 +95,14 @@ class Adapter:
                     "merge the adapter with peft, and save the result with tie_word_embeddings false"
                 )
         return fitted
+
+    def renamed(self, names: Mapping[str, str]) -> "Adapter":
+        return replace(
+            self,
+            layers={names[name]: one for name, one in self.layers.items()},
+            replaced={names[name]: stored for name, stored in self.replaced.items()},
+            added={names[name]: stored for name, stored in self.added.items()},
+        )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises InputError for what it changes and is not there in that shape."""
@@ -172,7 +120,7 @@ class Adapter:
         if wrong:
             raise InputError(
                 f"{self.tensors.folder}: the model has no parameter of that name and shape for "
-                f"{some(wrong)}; is it another base's?"
+                f"{some(wrong)}; is it another base's, or of one with another head?"
             )
 
     def fingerprint_on(self, base: Checkpoint) -> str:
@@ -185,22 +133,22 @@ class Adapter:
         """Change the parameters of a model it was fitted to: in float32, then in their own dtype."""
         for name in self.names:
             parameter = model.get_parameter(name)
+            values = self.summed(name, parameter.cpu().to(compute_dtype(NAMES[parameter.dtype])))
+            if (one := self.layers.get(name)) is not None:
+                norms = torch.linalg.vector_norm(values, dim=0) if one.turned else None
+                values = one.stretch(values, 0, norms)
             with torch.no_grad():
-                parameter.copy_(self._merged(name, parameter))
+                parameter.copy_(values)
 
-    def _merged(self, name: str, parameter: Tensor) -> Tensor:
-        stored = self.replaced.get(name)
-        values = (parameter.cpu() if stored is None else self.tensors[stored]).to(
-            compute_dtype(NAMES[parameter.dtype])
-        )
+    def summed(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """A parameter's rows from row `start` on, with all that the adapter does but a DoRA's lengths."""
+        stop = start + len(rows)
+        if (stored := self.replaced.get(name)) is not None:
+            rows = self.tensors.read(stored, start, stop).to(rows.dtype)
         if name in self.added:
             stored, scale = self.added[name]
-            values = values + scale * self.tensors[stored].to(values.dtype)
-        if (one := self.layers.get(name)) is not None:
-            values = one.add_to(values, 0)
-            norms = torch.linalg.vector_norm(values, dim=0) if one.turned else None
-            values = one.stretch(values, 0, norms)
-        return values
+            rows = rows + scale * self.tensors.read(stored, start, stop).to(rows.dtype)
+        return self.layers[name].add_to(rows, start) if name in self.layers else rows
 
     def attach(self, model: nn.Module) -> dict[str, Tensor]:
         """Put A and B beside their layers, unmerged; the file's names -> the parameters there.
