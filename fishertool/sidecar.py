@@ -229,7 +229,9 @@ def check_fits(tensors: Checkpoint, header: FisherHeader, model: TensorSource) -
         )
 
 
-def _check_factors(tensors: Checkpoint, header: FisherHeader, name: str, model: Checkpoint) -> None:
+def _check_factors(
+    tensors: Checkpoint, header: FisherHeader, name: str, model: TensorSource
+) -> None:
     shape = model.info(name).shape
     sides = shape[::-1] if name in header.transposed else shape
     parts = {f"{header.leaders[name]}#input": sides[-1]}

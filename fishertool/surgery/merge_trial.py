@@ -24,7 +24,7 @@ def try_settings(
         "base": base,
         "fishers": [Fisher(torch.ones(SIDE, SIDE), 1.0, 1.0, 1.0)] * count,
         "activations": [eye] * count,
-        "kroneckers": [Kronecker(eye, eye)] * count,
+        "kroneckers": [Kronecker(eye, eye, 1.0, 1.0)] * count,
         "generators": [torch.Generator().manual_seed(number) for number in range(count)],
     }
     given = {name: examples[name] for name in method.inputs if name in examples}
