@@ -33,8 +33,8 @@ class Method:
     """Keyword-only parameters with their defaults."""
     whole: Callable[..., Any] | None = None
     """The second function of a method that must know more of a tensor than one piece."""
-    models: tuple[int, int | None] = (2, None)
-    """The fewest and the most models that it takes: the file's `MODELS`, if it has that."""
+    models: int | None = None
+    """How many models it takes, where the signature says so: `models: tuple[Tensor, Tensor]`."""
 
     @property
     def summary(self) -> str:
@@ -78,8 +78,9 @@ def find_method(package: str, name: str) -> Method:
     parameters = inspect.signature(function).parameters.values()
     inputs = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    whole, models = getattr(module, "whole", None), getattr(module, "MODELS", (2, None))
-    return Method(name, function, inputs, settings, whole, models)
+    models = typing.get_type_hints(function).get("models")
+    count = len(typing.get_args(models)) if typing.get_origin(models) is tuple else None
+    return Method(name, function, inputs, settings, getattr(module, "whole", None), count)
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:

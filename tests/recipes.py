@@ -1,7 +1,7 @@
 """Recipes as people write them for mergekit, and methods to resolve them for."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -186,7 +186,7 @@ def recipe_of(text: str) -> Recipe:
     return parse_recipe(yaml.safe_load(text), "recipe.yml")
 
 
-def method_of(name: str, function: Callable[..., Any]) -> Method:
+def method_of(name: str, function: Any) -> Method:
     """As the registry makes one of a file."""
     parameters = inspect.signature(function).parameters.values()
     return Method(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -41,9 +41,6 @@ from fishertool.cli.flags import (
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 from fishertool.registry import find_method, method_names
-
-if TYPE_CHECKING:
-    from fishertool.recipe.schema import Recipe
 
 MERGE_METHODS = "fishertool.merging"
 SAID_BY_A_RECIPE = (
@@ -202,7 +199,8 @@ def merge(
     """
     from fishertool.calibration import DataOptions
 
-    recipe = _recipe(context, config)
+    given = _weights(weights)
+    recipe = _recipe(context, config, given)
     if print_config:
         from fishertool.recipe.inputs import normalised
         from fishertool.recipe.write import to_yaml
@@ -223,7 +221,7 @@ def merge(
     report = command(
         recipe,
         out,
-        weights=_weights(weights),
+        weights=given,
         as_lora=as_lora,
         predict=predict,
         search_weights=search_weights,
@@ -246,10 +244,13 @@ def merge(
 def _weights(given: str | None) -> list[float] | str | None:
     if given is None or given in ("optimal", "optimal-free"):
         return given
-    return [number("--weights", item) for item in given.split(",")]
+    weights = [number("--weights", item) for item in given.split(",")]
+    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
+        raise UsageError("--weights must be at least 0, and not all 0")
+    return weights
 
 
-def _recipe(context: typer.Context, config: Path | None) -> "Recipe":
+def _recipe(context: typer.Context, config: Path | None, weights: list[float] | str | None) -> Any:
     """What is to be merged: the file's recipe, or one of the flags."""
     from fishertool.recipe.document import read_document
     from fishertool.recipe.flags import from_flags
@@ -266,6 +267,7 @@ def _recipe(context: typer.Context, config: Path | None) -> "Recipe":
         recipe = from_flags(
             flags["models"] or [],
             flags["method"],
+            weights=None if isinstance(weights, str) else weights,
             fisher=flags["fisher"] or [],
             base=flags["base"],
             head=flags["head"],

@@ -15,9 +15,11 @@ from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes,
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.errors import UsageError
 from fishertool.models.loading import check_device
+from fishertool.models.sources import split_reference
 from fishertool.progress import Track, silent
 from fishertool.recipe.inputs import normalised
 from fishertool.recipe.schema import Recipe
+from fishertool.recipe.write import plain, renamed
 from fishertool.registry import find_method, suggest
 from fishertool.report import (
     Files,
@@ -64,9 +66,12 @@ def merge(
     Tensors that the recipe leaves out are the first model's; so are the config and all companion
     files. `weights` replace those of the recipe.
     """
-    report = Report("merge", options_of(locals()), environment=environment(threads, device))
+    options = {name: value for name, value in locals().items() if name != "recipe"}
+    report = Report("merge", options_of(options), environment=environment(threads, device))
     method = find_method(METHODS, recipe.method)
     recipe = normalised(recipe, method)
+    report.options["recipe"] = plain(renamed(recipe, _public))
+    report.warnings += recipe.notes
     candidates = _candidates(recipe, weights, search_weights, search_points, evaluate_on)
     device = check_device(device)
     with ExitStack() as opened:
@@ -125,10 +130,9 @@ def _candidates(
             return []
         if len(weights) != models:
             raise UsageError(f"--weights has {len(weights)} numbers for {models} models")
-        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-            raise UsageError("--weights must be at least 0, and not all 0")
         return [list(weights)]
-    if weights is not None:
+    weighted = any("weight" in source.parameters for source in recipe.slices[0].sources)
+    if weights is not None or weighted:
         raise UsageError("--weights and --search-weights exclude each other")
     if evaluate_on is None:
         raise UsageError("--search-weights needs --evaluate-on, the data to choose by")
@@ -184,6 +188,11 @@ def _rows(plan: MergePlan) -> list[dict[str, Any]]:
     ]
 
 
+def _public(reference: str) -> str:
+    """A model's name without the folders of this machine, its adapter's too."""
+    return "+".join(public_name(part) for part in split_reference(reference) if part is not None)
+
+
 def _input_files(plan: MergePlan) -> list[Files]:
     found = [
         (reference, "model" if number in plan.inputs.models else "base", source)
@@ -196,6 +205,6 @@ def _input_files(plan: MergePlan) -> list[Files]:
         for number, fisher in plan.fishers.items()
     ]
     return [
-        Files(public_name(reference), role, list(map(asdict, source.digests())))
+        Files(_public(reference), role, list(map(asdict, source.digests())))
         for reference, role, source in found
     ]

@@ -5,7 +5,8 @@ A pure function in a file of its own name, called once for every piece of every 
     def name(models, weights, [base], [fishers], [activations], [kroneckers], [generators],
              [whole], *, setting=default) -> Tensor
 
-models       k tensors of one shape, float32 (float64 where stored so)
+models       k tensors of one shape, float32 (float64 where stored so); `tuple[Tensor, Tensor]`
+             where k is two, of which mergekit calls the first `base_model`
 weights      k numbers
 base         the common ancestor's tensor; a method that names this input takes `--base`
 fishers      k `Fisher`s; a method that names this input needs `--fisher`
@@ -15,10 +16,8 @@ kroneckers   k `Kronecker`s; the piece is then the whole weight, [out, in]
 generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
 whole        what the file's `whole` found out about the whole tensor
 
-A file's `MODELS`, the fewest and the most models, is (2, None) unless it says otherwise.
-
-It returns a tensor of that shape and dtype, and writes into none of its arguments. Where the
-tensor has several dimensions a piece is a run of its rows, with the other dimensions whole.
+It returns a tensor of that shape and dtype, and writes into none of its arguments. A piece is
+`[rows, width]` with the last dimension whole, and `[elements]` of a vector.
 
 A method that must know more of a tensor than one piece has a second function in its file, a
 generator that makes passes over all pieces:

@@ -1,5 +1,7 @@
 """A recipe as YAML."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -36,6 +38,35 @@ def plain(recipe: Recipe) -> dict[str, Any]:
         exclude=list(recipe.exclude),
         seed=recipe.seed,
     )
+
+
+def renamed(recipe: Recipe, name: Callable[[str], str]) -> Recipe:
+    """The recipe with other names for its models and sidecars, as for a report."""
+
+    def maybe(place: str | None) -> str | None:
+        return None if place is None else name(place)
+
+    slices = [
+        replace(
+            piece,
+            base=maybe(piece.base),
+            sources=tuple(
+                replace(source, model=name(source.model), fisher=maybe(source.fisher))
+                for source in piece.sources
+            ),
+        )
+        for piece in recipe.slices
+    ]
+    tokenizer = recipe.tokenizer
+    if tokenizer is not None:
+        tokens = tuple(
+            (text, replace(token, row=replace(token.row, model=maybe(token.row.model))))
+            if token.row is not None
+            else (text, token)
+            for text, token in tokenizer.tokens
+        )
+        tokenizer = replace(tokenizer, source=name(tokenizer.source), tokens=tokens)
+    return replace(recipe, slices=tuple(slices), base=maybe(recipe.base), tokenizer=tokenizer)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -91,11 +91,9 @@ def check_tensor(
 
 
 def _check_counts(method: Method, models: int, base: str | None) -> None:
-    fewest, most = method.models
-    if models < fewest or (most is not None and models > most):
-        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else (
-            f"{fewest} to {most}"
-        )  # fmt: skip
+    fewest = method.models or 2
+    if models < fewest or (method.models is not None and models > fewest):
+        wanted = f"{fewest}" if method.models else "two or more"
         raise UsageError(f"method {method.name} merges {wanted} models; {models} given")
     if base is not None and "base" not in method.inputs:
         raise UsageError(f"method {method.name} takes no --base")

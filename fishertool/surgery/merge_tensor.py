@@ -76,10 +76,10 @@ def _reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
     fishers = plan.fishers_of(target)
     stored = {source.info(name).dtype for source, name in named} | {target.info.dtype}
     dtype = torch.float64 if "F64" in stored else torch.float32
-    rest = target.info.shape[1:]
+    shape = target.info.shape
 
     def shaped(rows: Tensor) -> Tensor:
-        return rows.reshape(-1, *rest) if rest else rows
+        return rows.reshape(-1, shape[-1]) if len(shape) > 2 else rows
 
     def one(source: TensorSource, name: str, piece: Piece) -> Tensor:
         return shaped(_read_finite(plan, source, name, piece).to(dtype))
