@@ -33,8 +33,8 @@ def test_kth_largest_is_what_sorting_finds(dtype: torch.dtype, elements: int, ki
         assert values == [float(ordered[rank - 1]) for rank in asked]
 
 
-def test_a_negative_zero_counts_as_zero() -> None:
-    scores = torch.tensor([-0.0, 0.0, 1.0])
+def test_signs_do_not_count() -> None:
+    scores = torch.tensor([-0.0, 0.0, -1.0])
     found = make_passes(
         kth_largest(lambda models, base: models, [[1, 2, 3]]), lambda: [([scores], None)]
     )

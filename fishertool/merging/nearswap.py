@@ -4,12 +4,12 @@ from torch import Tensor
 
 
 def nearswap(models: tuple[Tensor, Tensor], weights: Sequence[float], *, t: float = 1e-4) -> Tensor:
-    """The second model's weights where they are near the first's, and the first's moved by `t` elsewhere.
+    """Move each weight of the first model to the second's, but by `t` at most.
 
         theta = theta_1 + min(1, t / |theta_2 - theta_1|) (theta_2 - theta_1)
 
-    that is, each weight of the first model (mergekit's `base_model`) moves towards the second's
-    by at most t, in units of a weight. The weights given have no part in it.
+    The first model is mergekit's `base_model`; t is in units of a weight. The weights given have
+    no part in it.
 
     Differences below 1e-6 are not treated apart, as mergekit does.
 

@@ -1,6 +1,6 @@
 """What a task vector keeps: by the size of its entries, or by chance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -40,10 +40,10 @@ def find_ranges(counts: Sequence[tuple[int, int] | None], rescale: bool) -> Pass
         if count
     }
 
-    def sizes(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-        return [(models[i] - base).abs_() for i in asked]
+    def vectors(models: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
+        return (models[i] - base for i in asked)
 
-    found = yield from kth_largest(sizes, list(asked.values()))
+    found = yield from kth_largest(vectors, list(asked.values()))
     ranges = [Range() if one is None else NOTHING for one in counts]
     for i, values in zip(asked, found, strict=True):
         ranges[i] = Range(values[-1], values[0] if len(values) > 1 else inf)
@@ -110,7 +110,7 @@ def drop_by_rank(
         kept.div_(probability)
     # Size and place in one whole number: numpy sorts those several times faster than torch sorts
     # floating-point numbers, and no two are equal.
-    keys = rows.float().abs_().view(torch.int32).to(torch.int64)
+    keys = rows.abs().float().view(torch.int32).to(torch.int64)
     keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(width))
     keys.numpy().sort(axis=1)
     factor = torch.empty_like(rows).scatter_(1, keys.bitwise_and_((1 << 32) - 1), kept)

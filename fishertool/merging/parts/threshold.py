@@ -18,12 +18,12 @@ Scores = Callable[..., Iterable[Tensor]]
 
 
 def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[list[float]]]:
-    """For each of n scores its k-th largest values, exactly, by counting digits of 16 bits.
+    """For each of n scores its k-th largest sizes, exactly, by counting digits of 16 bits.
 
-    scores  takes what a pass takes of a piece -> n tensors of numbers of at least 0
+    scores  takes what a pass takes of a piece -> n tensors, ranked without regard to sign
     ranks   for each score the k that are asked for, from 1 to the number of elements
 
-    Non-negative floating-point numbers are ordered as their bits are: the first pass counts the
+    Floating-point numbers without sign are ordered as their bits are: the first pass counts the
     upper digit, each further one the next digit of those that agree with the value found so far.
     Two passes for float32, four for float64; none where no k is asked for.
     """
@@ -66,7 +66,6 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[l
 
 def _count(score: Tensor, digit: int, prefix: int) -> Tensor:
     """How often each value of a digit follows the digits of `prefix`; as float64 for a float64."""
-    # abs() of a signed zero is a zero whose bits are all zero.
     raw = score.abs().flatten().view(WHOLE_NUMBERS[score.dtype])
     shift = 8 * raw.itemsize - DIGIT_BITS * (digit + 1)
     if digit:
