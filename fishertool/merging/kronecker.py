@@ -35,7 +35,7 @@ def kronecker(
 
     Begins at M and ends after `iterations`, or where the residual is `tolerance` of what it was.
     Steps are preconditioned by the Kronecker product of the average factors: ten do more than
-    hundreds of plain ones where the factors' eigenvalues fall as a network's do. Products are in
+    a hundred plain ones where the factors' eigenvalues fall as powers of their rank. Products are in
     the models' dtype, sums in float64.
 
     Shapes: models and result [out, in]. Raises ZeroDivisionError where the weights sum to zero.
