@@ -15,7 +15,8 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "surgery", "searching"}
+UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "recipe"}
+UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "errors": set[str](),
@@ -35,13 +36,15 @@ MAY_IMPORT = {
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | {"merging", "models", "surgery"},
+    "surgery": LIBRARIES | {"merging", "models", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress"}}
+LAZILY = {
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"}
+}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},

@@ -1,4 +1,4 @@
-"""`fishertool merge --config RECIPE`: slices, gradients and filters, against tensors put together by hand."""
+"""`fishertool merge --config RECIPE`: slices, gradients, filters, against tensors put together."""
 
 from pathlib import Path
 from typing import Any

@@ -16,6 +16,7 @@ from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.errors import UsageError
 from fishertool.models.loading import check_device
 from fishertool.progress import Track, silent
+from fishertool.recipe.inputs import normalised
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import find_method, suggest
 from fishertool.report import (
@@ -41,7 +42,9 @@ def merge(
     recipe: Recipe,
     out: Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | str | None = None,
+    as_lora: int | None = None,
+    predict: bool = False,
     search_weights: str | None = None,
     search_points: int = GRID_POINTS,
     metric: str | None = None,
@@ -63,6 +66,7 @@ def merge(
     """
     report = Report("merge", options_of(locals()), environment=environment(threads, device))
     method = find_method(METHODS, recipe.method)
+    recipe = normalised(recipe, method)
     candidates = _candidates(recipe, weights, search_weights, search_points, evaluate_on)
     device = check_device(device)
     with ExitStack() as opened:
@@ -109,7 +113,7 @@ def merge(
 
 def _candidates(
     recipe: Recipe,
-    weights: Sequence[float] | None,
+    weights: Sequence[float] | str | None,
     search: str | None,
     points: int,
     evaluate_on: DataOptions | None,
@@ -117,7 +121,7 @@ def _candidates(
     """The weights to merge by instead of the recipe's: those given, or those to search among."""
     models = len(recipe.slices[0].sources)
     if search is None:
-        if weights is None:
+        if weights is None or isinstance(weights, str):
             return []
         if len(weights) != models:
             raise UsageError(f"--weights has {len(weights)} numbers for {models} models")

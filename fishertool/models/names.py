@@ -132,6 +132,39 @@ def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> lis
     return [name for name in names if not name.startswith(prefix)]
 
 
+def empty_model(checkpoint: TensorSource) -> nn.Module | None:
+    """The checkpoint's architecture without values; None for one that transformers does not have."""
+    import transformers
+
+    architecture = (checkpoint.config().get("architectures") or [""])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        return None
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            module: nn.Module = model_class(parsed)
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{checkpoint.folder}: transformers cannot make a {architecture} of its config.json: "
+            f"{reason}"
+        ) from error
+    return module
+
+
+def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        origin.name: name
+        for name, origin in _origins_on_disk(module, checkpoint).items()
+        if origin.name in parameters
+        and (origin.offset, origin.shape, origin.stride)
+        == (0, tuple(parameters[origin.name].shape), parameters[origin.name].stride())
+    }
+
+
 def tied_names(source: TensorSource) -> dict[str, str]:
     """Tensors that are on disk twice though the architecture ties them: the copy -> the original.
 
@@ -142,8 +175,8 @@ def tied_names(source: TensorSource) -> dict[str, str]:
     rows = [name for name in source if source.info(name).shape[:1] == (vocabulary,)]
     if len(rows) < 2 or not config.get("tie_word_embeddings", True):
         return {}
-    model = _empty_model(source)
-    ties = {} if model is None else model.all_tied_weights_keys
+    model = empty_model(source)
+    ties: Any = {} if model is None else model.all_tied_weights_keys
     return {
         copy: original
         for copy, original in ties.items()
@@ -160,7 +193,7 @@ def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str])
 
     Raises InputError for an architecture transformers does not have.
     """
-    model = _empty_model(source)
+    model = empty_model(source)
     if model is None:
         raise InputError(
             f"{source.folder}: what comes before and after its layers cannot be told: its "
@@ -170,16 +203,3 @@ def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str])
     last = max((place for place, name in enumerate(order) if stack in name), default=-1)
     after = order[last + 1 :]
     return [name for name in outside if any(other.endswith(name) for other in after)]
-
-
-def _empty_model(source: TensorSource) -> Any:
-    """The checkpoint's model without values, or None if transformers has not its architecture."""
-    import transformers
-
-    architecture = (source.config().get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        return None
-    parsed = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return model_class(parsed)

@@ -9,7 +9,7 @@ from fishertool.recipe.settings import Setting, scalar
 from fishertool.recipe.tokens import TokenizerChoice
 from fishertool.registry import suggest
 
-PRESETS: Mapping[str, Mapping[str, Setting]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "matena": {
         "normalization": "l2",
         "floor": 1e-6,
@@ -49,8 +49,8 @@ def from_flags(
         raise UsageError(f"--weights has {len(weights)} numbers for {len(models)} models")
     if fisher and len(fisher) != len(models):
         raise UsageError(
-            f"method {method} needs one --fisher for each of {len(models)} models, in their "
-            f"order; {len(fisher)} given"
+            f"--fisher: {len(fisher)} sidecars for {len(models)} models; give one --fisher for each, "
+            "in their order"
         )
     shared: dict[str, Setting] = {}
     if preset is not None:

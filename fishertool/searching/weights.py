@@ -35,7 +35,8 @@ class Judge:
         options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
-        loaded = load_model(first, self.task, device, trust_remote_code)
+        with open_checkpoint(first.folder) as checkpoint:
+            loaded = load_model(checkpoint, self.task, device, trust_remote_code)
         self.data = calibration.load(
             options,
             loaded.tokenizer,

@@ -9,7 +9,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError
 from fishertool.models.names import head_names
 from fishertool.models.sources import open_source
-from fishertool.recipe.schema import Recipe, Slice
+from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
 from fishertool.surgery.merge_layers import Arrangement, arrange_slices, arrange_whole, own_names
 
@@ -56,17 +56,17 @@ def open_inputs(opened: ExitStack, recipe: Recipe, method: Method) -> Inputs:
     return inputs
 
 
-def arrange(slices: Sequence[Slice], inputs: Inputs, head: str) -> tuple[Arrangement, set[str]]:
+def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
     """The output's tensors, and those of heads that stay the first model's."""
     models = [inputs.sources[number] for number in inputs.models]
-    apart = _kept_heads(models, head)
-    if any(one.layers is None for piece in slices for one in piece.sources):
+    apart = _kept_heads(models, recipe.head or "error")
+    if recipe.whole:
         whole = [inputs.sources[number] for number in inputs.slices[0]]
         names = [own_names(model) for model in whole]
         check_same_tensors(whole, apart, names)
         return arrange_whole(names[0], len(whole)), apart
     runs = []
-    for piece, numbers in zip(slices, inputs.slices, strict=True):
+    for piece, numbers in zip(recipe.slices, inputs.slices, strict=True):
         sources = [inputs.sources[number] for number in numbers]
         runs.append(
             [

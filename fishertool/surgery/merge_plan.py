@@ -17,7 +17,12 @@ from fishertool.registry import Method
 from fishertool.selection import select
 from fishertool.surgery.merge_inputs import Inputs, arrange, check_tensor, open_inputs
 from fishertool.surgery.merge_layers import Place
-from fishertool.surgery.merge_statistics import Sidecar, check_complete, open_fishers
+from fishertool.surgery.merge_statistics import (
+    Sidecar,
+    check_complete,
+    open_factors,
+    open_fishers,
+)
 from fishertool.surgery.merge_trial import try_settings
 
 STORED = {
@@ -50,6 +55,8 @@ class MergePlan:
     targets: dict[str, Target]
     fishers: dict[int, Sidecar]
     """Diagonals by number of the source."""
+    factors: dict[int, Sidecar]
+    """Second moments of linear layers by number of the source, if the method needs them."""
     layout: Layout
     companions: Companions
     config: dict[str, Any]
@@ -98,31 +105,30 @@ def plan_merge(
     """Open everything, compare the headers, and decide what becomes of every tensor."""
     resolver = Resolver(recipe, method)
     inputs = open_inputs(opened, recipe, method)
-    arrangement, apart = arrange(recipe.slices, inputs, recipe.head or "error")
+    arrangement, apart = arrange(recipe, inputs)
     names = [place.name for place in arrangement.places]
     merged = set(select(names, recipe.include, recipe.exclude)) - apart
     fishers = open_fishers(opened, inputs, method)
-    by_fisher = "fishers" in method.inputs
-    without = [
-        set(fishers[number].header.without if number in fishers and by_fisher else ())
-        for number in range(len(inputs.sources))
-    ]
+    factors = open_factors(opened, inputs, method)
+    needed = factors or (fishers if "fishers" in method.inputs else {})
+    without = {number: set(sidecar.header.without) for number, sidecar in needed.items()}
     targets = {}
     for place in arrangement.places:
         resolved = resolver.at(place.slice, place.name, place.depth)
         target = _target(place, inputs, place.name in merged, recipe.dtype, resolved)
-        if target.action == "merge" and any(name in without[n] for n, name in target.sources):
+        unknown = any(name in without.get(number, ()) for number, name in target.sources)
+        if target.action == "merge" and unknown:
             target = replace(target, action="average")
         targets[place.name] = target
     _check_rules(resolver, len(names))
     _check_settings(method, targets.values())
-    for number, fisher in fishers.items():
+    for number, sidecar in [*fishers.items(), *factors.items()]:
         used = _names_in(number, targets.values())
-        check_complete(fisher, used)
-        fisher.measure(used)
+        check_complete(sidecar, used)
+        sidecar.measure(used)
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     return MergePlan(
-        inputs, method, targets, fishers, layout, find_companions(inputs.sources[0].folder),
+        inputs, method, targets, fishers, factors, layout, find_companions(inputs.sources[0].folder),
         arrangement.config, recipe.seed, allow_nonfinite,
     )  # fmt: skip
 

@@ -5,15 +5,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
-from fishertool.merging.method import Fisher
+from fishertool.merging.method import Fisher, Kronecker
 from fishertool.registry import Method
-from fishertool.sidecar import check_fits, has_diagonal, open_diagonal, read_diagonal
+from fishertool.sidecar import (
+    check_fits,
+    has_diagonal,
+    has_kind,
+    open_diagonal,
+    open_sidecar,
+    oriented,
+    read_activation,
+    read_diagonal,
+    read_kronecker,
+)
 from fishertool.surgery.merge_inputs import Inputs
+
+MATRICES = {"activations", "kroneckers"}
+"""Inputs of methods that are given a linear layer's weight whole."""
 
 
 @dataclass
@@ -53,25 +68,61 @@ class Sidecar:
         statistic = self.header.statistics[name]
         return Fisher(values, statistic.total / statistic.elements, *self.scale)
 
+    def activation(self, name: str) -> Tensor:
+        """Second moment of a linear layer's input."""
+        return read_activation(self.tensors, self.header, name)
+
+    def kronecker(self, name: str) -> Kronecker:
+        """Both factors of a linear layer's Fisher."""
+        return Kronecker(*read_kronecker(self.tensors, self.header, name), *self.scale)
+
+    def oriented(self, name: str, weight: Tensor) -> Tensor:
+        """A weight as [out, in]; applied twice, as it was."""
+        return oriented(self.header, name, weight)
+
 
 def open_fishers(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int, Sidecar]:
-    """Each model's diagonal, by its number; those that have none, unless the method needs it."""
+    """Each model's diagonal, by its number; those that have one, unless the method needs it."""
     needed = "fishers" in method.inputs
-    if needed and (lost := set(inputs.models) - inputs.sidecars.keys()):
+    if needed:
+        _check_all_given(inputs, method)
+    found = {}
+    for number, place in inputs.sidecars.items():
+        folder = hub.resolve(place)
+        if needed or has_diagonal(folder):
+            tensors, header = open_diagonal(folder)
+            found[number] = _checked(opened, tensors, header, inputs.sources[number])
+    return found
+
+
+def open_factors(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int, Sidecar]:
+    """Each model's second moments of linear layers, by its number, if the method needs them."""
+    if not MATRICES & method.inputs.keys():
+        return {}
+    _check_all_given(inputs, method)
+    found = {}
+    for number, place in inputs.sidecars.items():
+        folder = hub.resolve(place)
+        halves = "activations" in method.inputs and has_kind(folder, "activation")
+        tensors, header = open_sidecar(folder, "activation" if halves else "kronecker")
+        found[number] = _checked(opened, tensors, header, inputs.sources[number])
+    return found
+
+
+def _check_all_given(inputs: Inputs, method: Method) -> None:
+    if lost := set(inputs.models) - inputs.sidecars.keys():
         raise UsageError(
             f"method {method.name} needs one --fisher for each of {len(inputs.models)} models, in "
             f"their order; {len(inputs.models) - len(lost)} given"
         )
-    found = {}
-    for number, place in inputs.sidecars.items():
-        folder = hub.resolve(place)
-        if not needed and not has_diagonal(folder):
-            continue
-        tensors, header = open_diagonal(folder)
-        opened.enter_context(tensors)
-        check_fits(tensors, header, inputs.sources[number])
-        found[number] = Sidecar(tensors, header)
-    return found
+
+
+def _checked(
+    opened: ExitStack, tensors: Checkpoint, header: FisherHeader, model: TensorSource
+) -> Sidecar:
+    opened.enter_context(tensors)
+    check_fits(tensors, header, model)
+    return Sidecar(tensors, header)
 
 
 def check_complete(sidecar: Sidecar, merged: Iterable[str]) -> None:

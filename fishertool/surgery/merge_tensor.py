@@ -15,9 +15,7 @@ from fishertool.errors import InputError
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher, make_passes
 from fishertool.surgery.merge_plan import MergePlan, Target
-
-MATRICES = {"activations", "kroneckers"}
-"""Inputs of methods that are given a weight whole."""
+from fishertool.surgery.merge_statistics import MATRICES
 
 
 class Part(NamedTuple):
@@ -56,13 +54,15 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
     if len(parts) == 1:
         read = lru_cache(1)(read)  # what the passes have read serves the merge
     given = dict(target.settings)
-    if in_passes and plan.method.whole is not None:
-        passes = plan.method.whole(target.weights, target.info.elements, **target.settings)
+    if in_passes:
+        passes = plan.method.passes(target.weights, target.info.elements, target.settings)
         shown = 3 if "fishers" in plan.method.inputs else 2
         given["whole"] = make_passes(passes, lambda: (read(piece)[:shown] for piece in parts))
     for piece in parts:
         part = read(piece)
-        if merging:
+        if merging and plan.factors:
+            merged = _merge_matrices(plan, target, part)
+        elif merging:
             inputs = _inputs(plan, target, piece, part)
             merged = plan.method.function(part.models, target.weights, **inputs, **given)
         else:
@@ -110,6 +110,23 @@ def _inputs(plan: MergePlan, target: Target, piece: Piece, part: Part) -> dict[s
             for number in range(len(target.sources))
         ]
     return given
+
+
+def _merge_matrices(plan: MergePlan, target: Target, part: Part) -> Tensor:
+    """By the second moments of a linear layer, for which its weight is [out, in]."""
+    named = [(plan.factors[number], name) for number, name in target.sources]
+    models = [
+        sidecar.oriented(name, model)
+        for (sidecar, name), model in zip(named, part.models, strict=True)
+    ]
+    statistics: dict[str, Any] = {}
+    if "activations" in plan.method.inputs:
+        statistics["activations"] = [sidecar.activation(name) for sidecar, name in named]
+    else:
+        statistics["kroneckers"] = [sidecar.kronecker(name) for sidecar, name in named]
+    merged = plan.method.function(models, target.weights, **statistics, **target.settings)
+    sidecar, name = named[0]
+    return sidecar.oriented(name, merged)
 
 
 def _generator(seed: int, name: str, model: int, start: int) -> torch.Generator:

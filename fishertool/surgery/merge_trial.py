@@ -24,14 +24,14 @@ def try_settings(
         "base": base,
         "fishers": [Fisher(torch.ones(SIDE, SIDE), 1.0, 1.0, 1.0)] * count,
         "activations": [eye] * count,
-        "kroneckers": [Kronecker(eye, eye)] * count,
+        "kroneckers": [Kronecker(eye, eye, 1.0, 1.0)] * count,
         "generators": [torch.Generator().manual_seed(number) for number in range(count)],
     }
     given = {name: examples[name] for name in method.inputs if name in examples}
     piece = (models, base, examples["fishers"]) if "fishers" in given else (models, base)
     try:
         if method.whole is not None:
-            passes = method.whole(weights, SIDE * SIDE, **settings)
+            passes = method.passes(weights, SIDE * SIDE, settings)
             given["whole"] = make_passes(passes, lambda: [piece])
         method.function(models, weights, **given, **settings)
     except (ValueError, ZeroDivisionError) as error:
