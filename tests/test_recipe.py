@@ -384,7 +384,7 @@ def test_a_preset_is_under_what_is_given() -> None:
     ("given", "message"),
     [
         ({"weights": [1.0]}, "--weights has 1 numbers for 2 models"),
-        ({"fisher": ["f"]}, "needs one --fisher for each of 2 models, in their order; 1 given"),
+        ({"fisher": ["f"]}, "--fisher: 1 sidecars for 2 models; give one --fisher for each"),
         ({"head": "kep-first"}, "--head 'kep-first'; did you mean 'keep-first'?"),
         ({"settings": {"density": "1,2,3"}}, "--set density has 3 values for 2 models"),
         ({"settings": {"power": ""}}, "--set power: '' is not a finite number"),

@@ -19,9 +19,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 def plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain data, keys without a value left out."""
+    first = recipe.slices[0]
     content: dict[str, Any] = {"merge_method": recipe.method}
-    if recipe.whole:
-        content["models"] = [_source(source) for source in recipe.slices[0].sources]
+    if recipe.whole and len(recipe.slices) == 1 and not (first.base or first.parameters):
+        content["models"] = [_source(source) for source in first.sources]
     else:
         content["slices"] = [_slice(piece) for piece in recipe.slices]
     return content | _given(
