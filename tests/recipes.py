@@ -226,10 +226,10 @@ def _della(
 ) -> None: ...
 
 
-def _passthrough(models: Any, *, scale: PerModel | None = None) -> None: ...
+def _passthrough(models: Any, weights: Any, *, scale: float = 1.0) -> None: ...
 
 
-def _model_stock(models: Any, base: Any, *, filter_wise: bool = False) -> None: ...
+def _model_stock(models: Any, weights: Any, base: Any, *, filter_wise: bool = False) -> None: ...
 
 
 def _fisher(
@@ -245,18 +245,17 @@ def _fisher(
 ) -> None: ...
 
 
-METHODS = {
-    name: method_of(name, function)
-    for name, function in {
-        "slerp": _slerp,
-        "ties": _ties,
-        "dare-ties": _ties,
-        "passthrough": _passthrough,
-        "linear": _linear,
-        "tokens": _linear,
-        "model-stock": _model_stock,
-        "task-arithmetic": _ties,
-        "della": _della,
-        "fisher": _fisher,
-    }.items()
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "slerp": _slerp,
+    "ties": _ties,
+    "dare-ties": _ties,
+    "passthrough": _passthrough,
+    "linear": _linear,
+    "tokens": _linear,
+    "model-stock": _model_stock,
+    "task-arithmetic": _ties,
+    "della": _della,
+    "fisher": _fisher,
 }
+METHODS = {name: method_of(name, function) for name, function in FUNCTIONS.items()}
+"""Like the registered ones, but for their mathematics."""

@@ -11,7 +11,7 @@ import yaml
 from fishertool.errors import UsageError
 from fishertool.registry import suggest
 
-MOST_BYTES = 1_000_000
+MOST_BYTES = 200_000
 MOST_VALUES = 100_000
 DEEPEST = 30
 
