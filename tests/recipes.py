@@ -245,7 +245,7 @@ def _fisher(
 ) -> None: ...
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Any] = {
     "slerp": _slerp,
     "ties": _ties,
     "dare-ties": _ties,

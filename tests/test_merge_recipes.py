@@ -163,7 +163,7 @@ BAD: dict[str, tuple[str, int, str]] = {
         f"merge_method: slerp\nbase_model: A\n{MODELS}"
         "parameters: {t: [{filter: selfattn, value: 0}, {value: 1}]}\n",
         2,
-        "'selfattn' matches none of 21 tensors",
+        "'selfattn' decides none of 21 tensors",
     ),
     "no base": (f"merge_method: ties\n{MODELS}", 2, "needs --base"),
     "three models": (

@@ -252,9 +252,9 @@ def _weights(given: str | None) -> list[float] | str | None:
 
 def _recipe(context: typer.Context, config: Path | None, weights: list[float] | str | None) -> Any:
     """What is to be merged: the file's recipe, or one of the flags."""
-    from fishertool.recipe.document import read_document
+    from fishertool.recipe.document import Value, read_document
     from fishertool.recipe.flags import from_flags
-    from fishertool.recipe.schema import is_recipe, parse_recipe
+    from fishertool.recipe.schema import DTYPES, is_recipe, parse_recipe
 
     flags = context.params
     content = None if config is None else read_document(config)
@@ -279,7 +279,8 @@ def _recipe(context: typer.Context, config: Path | None, weights: list[float] | 
             seed=flags["seed"],
         )
     if flags["dtype"] is not None:
-        recipe = replace(recipe, dtype=flags["dtype"])
+        dtype = Value(flags["dtype"], "--dtype").word(DTYPES)
+        recipe = replace(recipe, dtype=dtype)
     return recipe
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.calibration import DataOptions
-from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import torch_name
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
@@ -30,13 +29,16 @@ from fishertool.report import (
     options_of,
     public_name,
 )
+from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
-from fishertool.searching.weights import Judge
+from fishertool.searching.weights import Judge, agreement
 from fishertool.searching.weights import search_weights as search_weights_by
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
-from fishertool.surgery.merge_write import write_merge
+from fishertool.surgery.merge_predict import check_optimal, gather_forms
+from fishertool.surgery.merge_write import Written, write_merge
 
 METHODS = "fishertool.merging"
+FREE = "optimal-free"
 BASE_RSS_BYTES = 400_000_000
 
 
@@ -79,6 +81,11 @@ def merge(
             plan = plan_merge(opened, recipe, method, parse_size(max_shard_size), allow_nonfinite)
             if len(candidates) == 1:
                 plan = plan.with_weights(candidates[0])
+            optimal = weights if isinstance(weights, str) else None
+            if optimal is not None:
+                check_optimal(plan, optimal == FREE)
+            if predict and not plan.predicts:
+                raise UsageError("--predict needs a --fisher with a diagonal for each model")
             places = [source.folder for source in plan.inputs.sources]
             places += [fisher.tensors.folder for fisher in plan.fishers.values()]
             copies = 1 + bool(search_weights)
@@ -100,18 +107,23 @@ def merge(
                     )
                 plan = plan.with_weights(best)
             total = sum(tensor.elements for tensor in plan.outputs())
+            if optimal is not None:
+                with report.phase("predict"), track("Predicting", total, "weights") as advance:
+                    forms = gather_forms(plan, threads, advance).total()
+                plan = plan.with_weights(best_weights(forms, on_simplex=optimal != FREE))
             with report.phase("merge"), track("Merging", total, "weights") as advance:
-                digests = write_merge(plan, folder, threads, advance)
+                written = write_merge(plan, folder, threads, advance)
             if judge is not None:
                 with report.phase("evaluate"):
                     measured = judge.measure(folder)
                 report.evaluation = {"metrics": measured, "candidates": rows}
+                report.evaluation["predicted_loss_spearman"] = agreement(rows)
                 report.calibration = judge.data.describe()
             with report.phase("digest"):
                 report.inputs = _input_files(plan)
             if evaluate_on is not None:
                 report.inputs += data_files(evaluate_on.data)
-            _describe(report, plan, digests)
+            _describe(report, plan, written, predict)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -157,9 +169,9 @@ def _forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
     }
 
 
-def _describe(report: Report, plan: MergePlan, digests: Sequence[FileDigest]) -> None:
+def _describe(report: Report, plan: MergePlan, written: Written, by_tensor: bool) -> None:
     report.output = Output(
-        list(map(asdict, digests)),
+        list(map(asdict, written.files)),
         plan.layout.nbytes,
         plan.layout.parameters,
         torch_name(plan.dtype),
@@ -167,13 +179,24 @@ def _describe(report: Report, plan: MergePlan, digests: Sequence[FileDigest]) ->
         list(plan.companions.left_out),
     )
     report.tensors = _rows(plan)
+    if by_tensor:
+        for row in report.tensors:
+            row["predicted_loss"] = written.predicted.get(row["name"])
     report.summary = {
         "method": plan.method.name,
-        "weights": next(iter(plan.targets.values())).weights,
+        "weights": _shared_weights(plan),
+        "predicted_loss": written.predicted_loss,
         "parameters": plan.layout.parameters,
         "bytes": plan.layout.nbytes,
         "tensors": dict(Counter(target.action for target in plan.targets.values())),
+        "rules": {f"{rule.place}: {rule.condition}": rule.tensors for rule in plan.rules},
     }
+
+
+def _shared_weights(plan: MergePlan) -> list[float] | None:
+    """The weights, where they are the same for all tensors."""
+    found = {tuple(target.weights) for target in plan.targets.values()}
+    return list(found.pop()) if len(found) == 1 else None
 
 
 def _rows(plan: MergePlan) -> list[dict[str, Any]]:

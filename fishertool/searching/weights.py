@@ -9,6 +9,7 @@ from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
+from fishertool.evaluation.correlation import spearman
 from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import task_of
@@ -79,9 +80,21 @@ def search_weights(
     rows: list[dict[str, Any]] = []
     for weights in candidates:
         scratch.mkdir()
-        write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
-        rows.append({"weights": weights, **judge.measure(scratch)})
+        written = write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
+        row = {"weights": weights, **judge.measure(scratch)}
+        if written.predicted_loss is not None:
+            row["predicted_loss"] = written.predicted_loss
+        rows.append(row)
         shutil.rmtree(scratch)
         advance(1)
     best = min(rows, key=judge.key)
     return best["weights"], rows
+
+
+def agreement(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation over candidates of the predicted loss, all models' together, with the
+    loss measured; None without predictions, or for too few candidates to tell."""
+    known = [row for row in rows if "predicted_loss" in row]
+    if len(known) < 3:
+        return None
+    return spearman([sum(row["predicted_loss"]) for row in known], [row["loss"] for row in known])

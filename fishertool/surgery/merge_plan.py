@@ -11,7 +11,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
-from fishertool.recipe.resolve import Resolved, Resolver
+from fishertool.recipe.resolve import Matches, Resolved, Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
 from fishertool.selection import select
@@ -61,6 +61,8 @@ class MergePlan:
     companions: Companions
     config: dict[str, Any]
     """What changes in the first model's config."""
+    rules: list[Matches]
+    """How many tensors each of the recipe's rules decided."""
     seed: int
     allow_nonfinite: bool
 
@@ -81,8 +83,15 @@ class MergePlan:
     def outputs(self) -> list[TensorInfo]:
         return [tensor for shard in self.layout.shards for tensor in shard.tensors]
 
+    @property
+    def predicts(self) -> bool:
+        """Whether every model of a merge of whole models tells how its loss depends on its weights."""
+        return len(self.inputs.slices) == 1 and set(self.inputs.models) <= self.fishers.keys()
+
     def fishers_of(self, target: Target) -> list[Sidecar]:
         """Each model's that is merged, or none where not all of them know the tensor."""
+        if target.action != "merge":
+            return []
         found = [self.fishers.get(number) for number, _ in target.sources]
         known = [
             one
@@ -120,7 +129,7 @@ def plan_merge(
         if target.action == "merge" and unknown:
             target = replace(target, action="average")
         targets[place.name] = target
-    _check_rules(resolver, len(names))
+    _check_rules(resolver, recipe.where, len(names))
     _check_settings(method, targets.values())
     for number, sidecar in [*fishers.items(), *factors.items()]:
         used = _names_in(number, targets.values())
@@ -129,7 +138,8 @@ def plan_merge(
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     return MergePlan(
         inputs, method, targets, fishers, factors, layout, find_companions(inputs.sources[0].folder),
-        arrangement.config, recipe.seed, allow_nonfinite,
+        arrangement.config, resolver.matches(),
+        recipe.seed, allow_nonfinite,
     )  # fmt: skip
 
 
@@ -155,9 +165,12 @@ def _names_in(number: int, targets: Iterable[Target]) -> list[str]:
     return [name for sources in merged for source, name in sources if source == number]
 
 
-def _check_rules(resolver: Resolver, tensors: int) -> None:
+def _check_rules(resolver: Resolver, where: str, tensors: int) -> None:
     for place, pattern in resolver.unmatched():
-        raise UsageError(f"{place}: {pattern!r} matches none of {tensors} tensors")
+        raise UsageError(
+            f"{where}: {place}: {pattern!r} decides none of {tensors} tensors: it matches none, or "
+            "only such as an earlier rule decides"
+        )
 
 
 def _check_settings(method: Method, targets: Iterable[Target]) -> None:

@@ -50,7 +50,7 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
     merging = target.action == "merge"
     in_passes = merging and plan.method.whole is not None
     parts = list(pieces([target.info])) if in_passes else [job]
-    read = _reader(plan, target)
+    read = reader(plan, target)
     if len(parts) == 1:
         read = lru_cache(1)(read)  # what the passes have read serves the merge
     given = dict(target.settings)
@@ -70,7 +70,8 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
         yield piece, _rounded(plan, target, merged), part
 
 
-def _reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
+def reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
+    """Reads pieces of a target's inputs, and refuses what is not finite."""
     named = [(plan.inputs.sources[number], name) for number, name in target.sources]
     base = None if target.base is None else (plan.inputs.sources[target.base[0]], target.base[1])
     fishers = plan.fishers_of(target)

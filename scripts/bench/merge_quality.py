@@ -29,6 +29,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fishertool.cli import main as fishertool
+from fishertool.evaluation.correlation import spearman
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quickstart_prepare as prepare
@@ -192,18 +193,13 @@ def compare(folder: Path, score: str) -> dict[str, Any]:
         weights = f"{1 - step / 10},{step / 10}"
         out = folder / f"linear-{step}"
         report = run("merge", *models, *sidecars, "--weights", weights, "--out", out)
-        predicted.append(list(report["summary"]["predicted_loss"].values()))
+        predicted.append(report["summary"]["predicted_loss"])
         measured.append(measure(folder, out, "loss"))
     correlations = [
         spearman([row[half] for row in predicted], [row[half] for row in measured])
         for half in range(2)
     ]
     return {"scores": scores, "predicted_loss_spearman": correlations}
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
-    return statistics.correlation(*ranks)
 
 
 def table(results: Sequence[dict[str, Any]], score: str) -> str:
