@@ -40,6 +40,13 @@ class Method:
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
+    def passes(self, weights: Sequence[float], elements: int, settings: Mapping[str, Any]) -> Any:
+        """The passes over a whole tensor that `whole` makes, with those settings that it takes."""
+        assert self.whole is not None
+        taken = inspect.signature(self.whole).parameters
+        own = {name: value for name, value in settings.items() if name in taken}
+        return self.whole(weights, elements, **own)
+
     def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings as the function takes them: text is converted by the annotations, defaults fill in."""
         types = typing.get_type_hints(self.function)
@@ -114,7 +121,7 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and isinstance(value, float):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
             raise ValueError
         return kind(value)
     except (KeyError, ValueError, TypeError):

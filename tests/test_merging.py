@@ -10,10 +10,10 @@ import torch
 from merge_driver import PACKAGE, fishers_for, random
 from torch import Tensor
 
-from fishertool.commands.merge import PRESETS
 from fishertool.merging.fisher import fisher
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher
+from fishertool.recipe.flags import PRESETS
 from fishertool.registry import find_method
 
 WEIGHTS = [(0.5, 0.5), (0.3, 0.7), (2.0, 1.0)]
@@ -113,6 +113,8 @@ def test_fisher_defaults_are_the_documented_ones() -> None:
         "floor_scale": "relative",
         "floor_models": "all",
         "anchor": None,
+        "trim": 1.0,
+        "lambda_": 1.0,
     }
 
 
@@ -167,7 +169,7 @@ def test_without_information_the_base_stays() -> None:
 
 def test_an_anchor_needs_a_base() -> None:
     models = [random(3, seed=1), random(3, seed=2)]
-    with pytest.raises(ValueError, match="an anchor needs a base"):
+    with pytest.raises(ValueError, match="fisher anchor needs a base"):
         fisher(models, (0.5, 0.5), fishers_for(models), anchor=1e-3)
 
 

@@ -58,12 +58,17 @@ class Fisher(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """One model's Kronecker factors of one linear layer."""
+    """One model's Kronecker factors of one linear layer: F is about gradient kron activation."""
 
     activation: Tensor
-    """Second moment of the input, [in, in]."""
+    """Second moment of a token's input, [in, in]."""
     gradient: Tensor
-    """Second moment of the output's gradient, [out, out]."""
+    """Second moment of the gradient at a token's output, times the tokens of an example,
+    [out, out]."""
+    mean: float
+    """Mean of the diagonal of this F over all merged weights that have factors."""
+    l2: float
+    """L2 norm of that diagonal."""
 
 
 def per_model(setting: PerModel, models: int) -> list[float]:
