@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor
 
-from fishertool.merging.method import PerModel, per_model
+from fishertool.merging.method import PerModel, fractions
 from fishertool.merging.parts.sparsify import drop_by_rank
 from fishertool.merging.parts.task_vectors import add_task_vectors
 
@@ -37,8 +37,8 @@ def della(
     between 0 and 1, or the density is 0 or at least 1. Source: Deep et al. 2024, arXiv
     2406.11617; name, parameters and meaning as mergekit's `della`.
     """
-    densities = per_model(density, len(models))
-    epsilons = per_model(epsilon, len(models))
+    densities = fractions(density, len(models), "density")
+    epsilons = fractions(epsilon, len(models), "epsilon")
     return add_task_vectors(
         models,
         weights,
