@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
 from fishertool.models.probes import Origin, origins
 
@@ -66,7 +67,7 @@ def parameters_by_disk_name(
     return ordered, rest
 
 
-def _origins_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Origin]:
+def _origins_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, Origin]:
     """Names on disk -> where their tensors lie in the model.
 
     A name is that which `save_pretrained` gives; or the same without the base model's prefix, for
@@ -131,7 +132,7 @@ def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> lis
     return [name for name in names if not name.startswith(prefix)]
 
 
-def empty_model(checkpoint: Checkpoint) -> nn.Module | None:
+def empty_model(checkpoint: TensorSource) -> nn.Module | None:
     """The checkpoint's architecture without values; None for one that transformers does not have."""
     import transformers
 
@@ -152,7 +153,7 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module | None:
     return module
 
 
-def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def names_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, str]:
     """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {
@@ -164,7 +165,7 @@ def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
+def tied_names(checkpoint: TensorSource) -> dict[str, str]:
     """Tensors that are on disk twice though the architecture ties them: the copy -> the original.
 
     Only where their bytes agree; transformers loads them apart where they do not.
@@ -181,5 +182,9 @@ def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
         for copy, original in ties.items()
         if copy in checkpoint
         and original in checkpoint
-        and torch.equal(checkpoint[copy].view(torch.uint8), checkpoint[original].view(torch.uint8))
+        and _same_bytes(checkpoint.read(copy), checkpoint.read(original))
     }
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
