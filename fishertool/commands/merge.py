@@ -86,6 +86,7 @@ def merge(
                 check_optimal(plan, optimal == FREE)
             if predict and not plan.predicts:
                 raise UsageError("--predict needs a --fisher with a diagonal for each model")
+            report.warnings += plan.vocabulary.warnings
             places = [source.folder for source in plan.inputs.sources]
             places += [fisher.tensors.folder for fisher in plan.fishers.values()]
             copies = 1 + bool(search_weights)

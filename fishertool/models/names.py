@@ -67,7 +67,7 @@ def parameters_by_disk_name(
     return ordered, rest
 
 
-def _origins_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Origin]:
+def _origins_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, Origin]:
     """Names on disk -> where their tensors lie in the model.
 
     A name is that which `save_pretrained` gives; or the same without the base model's prefix, for
@@ -153,7 +153,7 @@ def empty_model(checkpoint: TensorSource) -> nn.Module | None:
     return module
 
 
-def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def names_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, str]:
     """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {

@@ -40,7 +40,7 @@ class Judge:
             loaded = load_model(checkpoint, self.task, device, trust_remote_code)
         self.data = calibration.load(
             options,
-            loaded.tokenizer,
+            plan.vocabulary.tokenizer or loaded.tokenizer,
             loaded.max_length,
             loaded.labels,
             self.task.form,

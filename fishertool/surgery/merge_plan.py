@@ -11,6 +11,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
+from fishertool.models.vocabulary import Vocabulary
 from fishertool.recipe.resolve import Matches, Resolved, Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
@@ -24,6 +25,7 @@ from fishertool.surgery.merge_statistics import (
     open_fishers,
 )
 from fishertool.surgery.merge_trial import try_settings
+from fishertool.surgery.merge_vocabulary import align, choose_vocabulary
 
 STORED = {
     str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items() if name in FLOATING
@@ -59,6 +61,7 @@ class MergePlan:
     """Second moments of linear layers by number of the source, if the method needs them."""
     layout: Layout
     companions: Companions
+    vocabulary: Vocabulary
     config: dict[str, Any]
     """What changes in the first model's config."""
     rules: list[Matches]
@@ -114,11 +117,13 @@ def plan_merge(
     """Open everything, compare the headers, and decide what becomes of every tensor."""
     resolver = Resolver(recipe, method)
     inputs = open_inputs(opened, recipe, method)
+    fishers = open_fishers(opened, inputs, method)
+    factors = open_factors(opened, inputs, method)
+    vocabulary = choose_vocabulary(recipe, inputs)
+    align(inputs, vocabulary, [fishers, factors])
     arrangement, apart = arrange(recipe, inputs)
     names = [place.name for place in arrangement.places]
     merged = set(select(names, recipe.include, recipe.exclude)) - apart
-    fishers = open_fishers(opened, inputs, method)
-    factors = open_factors(opened, inputs, method)
     needed = factors or (fishers if "fishers" in method.inputs else {})
     without = {number: set(sidecar.header.without) for number, sidecar in needed.items()}
     targets = {}
@@ -136,10 +141,11 @@ def plan_merge(
         check_complete(sidecar, used)
         sidecar.measure(used)
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
+    first = inputs.sources[0]
+    config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
     return MergePlan(
-        inputs, method, targets, fishers, factors, layout, find_companions(inputs.sources[0].folder),
-        arrangement.config, resolver.matches(),
-        recipe.seed, allow_nonfinite,
+        inputs, method, targets, fishers, factors, layout, find_companions(first.folder),
+        vocabulary, config, resolver.matches(), recipe.seed, allow_nonfinite,
     )  # fmt: skip
 
 

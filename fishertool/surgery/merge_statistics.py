@@ -1,8 +1,9 @@
 """The sidecars of a merge: opened, checked against their models, and read piece by piece."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.merging.method import Fisher, Kronecker
+from fishertool.models.token_rows import gather
 from fishertool.registry import Method
 from fishertool.sidecar import (
     check_fits,
@@ -40,6 +42,11 @@ class Sidecar:
     scale: tuple[float, float] = field(default=(1.0, 1.0))
     """Mean and L2 norm of the diagonal over the merged weights."""
 
+    rows: Tensor | None = None
+    """For each row of a token tensor of the output its row here, or -1; None where all are alike."""
+    by_token: Collection[str] = ()
+    """The tensors whose rows are tokens."""
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those weights that it should tell about and does not."""
         known = {*self.header.statistics, *self.header.without}
@@ -59,8 +66,15 @@ class Sidecar:
         self.scale = (total / elements, squares**0.5)
 
     def fisher(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Fisher:
-        """Rows of a weight's diagonal."""
-        values = read_diagonal(self.tensors, name, start, stop).to(dtype)
+        """Rows of a weight's diagonal; zero for tokens that the model does not have."""
+        read = partial(read_diagonal, self.tensors, name)
+        if self.rows is None or name not in self.by_token:
+            values = read(start, stop).to(dtype)
+        else:
+            own = self.rows[start:stop]
+            known = gather(read, own[own >= 0]).to(dtype)
+            values = known.new_zeros(len(own), *known.shape[1:])
+            values[own >= 0] = known
         if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
             raise InputError(
                 f"{self.tensors.where(name)}: a Fisher must be finite and not negative"

@@ -13,6 +13,7 @@ from fishertool.fisher.predicted_loss import PieceSums, loss_increases_of
 from fishertool.progress import Advance
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_tensor import jobs, merge_job
+from fishertool.surgery.merge_vocabulary import write_vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,5 +46,6 @@ def write_merge(plan: MergePlan, folder: Path, threads: int, advance: Advance) -
         digests = writer.finish()
     write_config(plan.first.folder, folder, torch_name(plan.dtype), plan.config)
     copy_companions(plan.first.folder, plan.companions, folder)
+    write_vocabulary(plan.vocabulary, plan.inputs.references[0], folder)
     predicted = {name: found.tolist() for name, found in increases.by_tensor().items()}
     return Written(digests, predicted)
