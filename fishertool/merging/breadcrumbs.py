@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fishertool.merging.method import Passes, PerModel, per_model
+from fishertool.merging.method import Passes, PerModel, fractions
 from fishertool.merging.parts.sparsify import Range, find_ranges, keep_range
 from fishertool.merging.parts.task_vectors import add_task_vectors
 
@@ -58,9 +58,11 @@ def whole(
     """For each model the sizes that are kept."""
     counts: list[tuple[int, int] | None] = []
     for share, outliers in zip(
-        per_model(density, len(weights)), per_model(gamma, len(weights)), strict=True
+        fractions("density", density, len(weights)),
+        fractions("gamma", gamma, len(weights)),
+        strict=True,
     ):
-        count = max(0, int(share * elements))
+        count = int(share * elements)
         top = min(int(outliers * elements), elements - count)
-        counts.append(None if share >= 1 else (top, count))
+        counts.append(None if share == 1 else (top, count))
     return find_ranges(counts, rescale)

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor
 
-from fishertool.merging.method import PerModel, per_model
+from fishertool.merging.method import PerModel, fractions
 from fishertool.merging.parts.sparsify import drop_at_random
 from fishertool.merging.parts.task_vectors import add_task_vectors
 
@@ -33,7 +33,7 @@ def dare_ties(
     Shapes: every model, the base and the result alike. Source: Yu et al. 2024, arXiv 2311.03099,
     with the election of arXiv 2306.01708; name, parameters and meaning as mergekit's `dare_ties`.
     """
-    densities = per_model(density, len(models))
+    densities = fractions("density", density, len(models))
     return add_task_vectors(
         models,
         weights,

@@ -84,6 +84,15 @@ def per_model(setting: PerModel, models: int) -> list[float]:
     return [float(number) for number in setting]
 
 
+def fractions(name: str, setting: PerModel, models: int) -> list[float]:
+    """As `per_model`; raises ValueError with the setting's name unless each is from 0 to 1."""
+    shares = per_model(setting, models)
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: {share} is not between 0 and 1")
+    return shares
+
+
 def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:
     """Run a `whole`: for every pass the sum over all pieces, in their order.
 

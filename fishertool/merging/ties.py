@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fishertool.merging.method import Passes, PerModel, per_model
+from fishertool.merging.method import Passes, PerModel, fractions
 from fishertool.merging.parts.sparsify import Range, find_ranges, keep_range
 from fishertool.merging.parts.task_vectors import add_task_vectors
 
@@ -51,7 +51,7 @@ def whole(
 ) -> Passes[list[Range]]:
     """For each model the sizes that are kept; at least one entry where the density is not 0."""
     counts = [
-        None if one >= 1 else (0, max(1, int(one * elements)) if one > 0 else 0)
-        for one in per_model(density, len(weights))
+        None if one == 1 else (0, max(1, int(one * elements)) if one else 0)
+        for one in fractions("density", density, len(weights))
     ]
     return find_ranges(counts, rescale)
