@@ -71,7 +71,7 @@ class Statistics:
                     f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "
                     "leave these out with --exclude, or estimate it of them"
                 )
-            if kind != "activation" and (
+            if one != "inputs" and (  # whose moment has no sum in the header
                 zero := sorted(
                     {m.name for m in matrices if not header.statistics[m.name].total > 0}
                 )
