@@ -38,6 +38,7 @@ class Result(NamedTuple):
 
 
 Cli = Callable[..., Result]
+Estimate = Callable[..., Path]
 
 
 def make_tokenizer(template: bool) -> Any:
@@ -187,3 +188,16 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         return Result(code, out, err, report)
 
     return run
+
+
+@pytest.fixture
+def estimated(cli: Cli, data: Path) -> Estimate:
+    """Estimate kinds of a model's Fisher on `data`; the sidecar's folder."""
+
+    def estimate(model: Path, kinds: str = "diagonal,factored,kronecker") -> Path:
+        out = model.with_name(f"fisher-{model.name}")
+        result = cli("estimate-fisher", model, "--data", data, "--kind", kinds, "--out", out, "-q")
+        assert result.code == 0, result.err
+        return out
+
+    return estimate

@@ -19,7 +19,7 @@ from fishertool.registry import find_method, method_names
 
 PACKAGE = "fishertool.factorization"
 METHODS = method_names(PACKAGE)
-SHAPES = [(5, 7), (7, 5), (6, 6)]
+SHAPES = [(5, 7), (6, 4)]
 SIZES = [(1, 1), (2, 2), (1, 2), (2, 1), (63, 64), (64, 63), (64, 2)]
 
 
@@ -76,11 +76,11 @@ def objective_of(
 def brute_force(weight: Tensor, rank: int, objective: Callable[[Tensor], Tensor]) -> float:
     """The least value that LBFGS finds from several starts."""
     best = math.inf
-    for seed in range(4):
+    for seed in range(3):
         left = random(weight.shape[0], rank, seed=100 + seed).requires_grad_()
         right = random(rank, weight.shape[1], seed=200 + seed).requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [left, right], max_iter=500, max_eval=1000, tolerance_grad=1e-12,
+            [left, right], max_iter=300, max_eval=1000, tolerance_grad=1e-12,
             tolerance_change=1e-15, history_size=30, line_search_fn="strong_wolfe",
         )  # fmt: skip
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TEMPLATED, Cli, ModelMaker, make_tokenizer
-from safetensors.torch import load_file, save_file
+from conftest import Cli, Estimate, ModelMaker
+from safetensors.torch import load_file
 from test_merge_command import files_of, weights_of
-from tiny import ARCHITECTURES
 from torch import Tensor
 
 from fishertool.factorization.fwsvd import fwsvd
@@ -21,20 +20,6 @@ from fishertool.registry import method_names
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 METHODS = method_names("fishertool.factorization")
-Sidecar = Any
-
-
-@pytest.fixture
-def estimated(cli: Cli, data: Path) -> Sidecar:
-    """Estimate the kinds of a model's Fisher; the sidecar's folder."""
-
-    def estimate(model: Path, kinds: str = "diagonal,factored,kronecker") -> Path:
-        out = model.with_name(f"fisher-{model.name}")
-        result = cli("estimate-fisher", model, "--data", data, "--kind", kinds, "--out", out, "-q")
-        assert result.code == 0, result.err
-        return out
-
-    return estimate
 
 
 def rows_of(result: Any, action: str = "factorize") -> dict[str, Any]:
@@ -52,7 +37,7 @@ def product(weights: dict[str, Tensor], module: str) -> Tensor:
      ("llama", "model.layers.1.mlp.down_proj", False)],
 )  # fmt: skip
 def test_factors_follow_the_definition_and_stand_where_the_weight_was(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, tmp_path: Path,
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path,
     kind: str, module: str, turned: bool,
 ) -> None:  # fmt: skip
     model = make_model("m", kind, spread=0.1)
@@ -178,7 +163,7 @@ def test_dense_is_the_product_and_loads_everywhere(
     ],
 )
 def test_every_method_and_allocation_meets_the_budget(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, data: Path, method: str, allocate: str
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, data: Path, method: str, allocate: str
 ) -> None:
     model = make_model("m", spread=0.2)
     sidecar = estimated(model)
@@ -199,11 +184,11 @@ def test_every_method_and_allocation_meets_the_budget(
     by_name = {row["allocate"]: row["kl"] for row in evaluation["candidates"]}
     assert set(by_name) == {"uniform", "energy", "global"}
     assert by_name[summary["allocate"]] == min(by_name.values())
-    assert evaluation["metrics"]["kl"] == pytest.approx(min(by_name.values()), rel=1e-5)
+    assert evaluation["metrics"]["kl"] == pytest.approx(min(by_name.values()), rel=0.01, abs=1e-6)
 
 
 def test_what_is_measured_is_what_evaluate_measures(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, data: Path
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, data: Path
 ) -> None:
     model = make_model("m", "gpt2", spread=0.2)
     sidecar = estimated(model)
@@ -216,7 +201,7 @@ def test_what_is_measured_is_what_evaluate_measures(
 
 
 def test_refining_lowers_the_fisher_weighted_error(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar
+    cli: Cli, make_model: ModelMaker, estimated: Estimate
 ) -> None:
     model = make_model("m", spread=0.2)
     sidecar = estimated(model)
@@ -241,7 +226,7 @@ def test_refining_lowers_the_fisher_weighted_error(
 
 
 def test_a_factored_sidecar_gives_the_same_as_its_diagonal(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, tmp_path: Path
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
 ) -> None:
     model = make_model("m", "gpt2")
     sidecar = estimated(model, "diagonal,factored")
@@ -298,7 +283,7 @@ def test_at_break_even_a_layer_stays_dense_and_that_is_said(
 
 
 def test_the_bytes_do_not_depend_on_threads(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, tmp_path: Path
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
 ) -> None:
     model = make_model("m", "llama")
     sidecar = estimated(model)
@@ -310,214 +295,6 @@ def test_the_bytes_do_not_depend_on_threads(
             assert cli("factorize", model, "--fisher", sidecar, *flags, "--out", out).code == 0
             found.append(files_of(out))
         assert found[0] == found[1]
-
-
-def save(kind: str, folder: Path) -> Path:
-    torch.manual_seed(0)
-    ARCHITECTURES[kind]().save_pretrained(folder)
-    make_tokenizer(template=kind in TEMPLATED).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
-def test_experts_are_listed_as_skipped_or_factorized_one_by_one(
-    cli: Cli, estimated: Sidecar, tmp_path: Path, kind: str
-) -> None:
-    model = save(kind, tmp_path / "m")
-    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--json")
-    result = cli(*flags, "--out", "l")
-    assert result.code == 0, result.err
-    skipped = [name for name, row in rows_of(result, "keep").items() if ".experts." in name]
-    assert len(skipped) == 24
-    assert not any(".experts." in name for name in rows_of(result))
-    assert "--format dense takes it" in rows_of(result, "keep")[skipped[0]]["why"]
-    result = cli(*flags, "--format", "dense", "--out", "d")
-    assert result.code == 0, result.err
-    rows = {name: row for name, row in rows_of(result).items() if ".experts." in name}
-    assert set(rows) == set(skipped)
-    after = weights_of(tmp_path / "d")
-    for name, row in rows.items():
-        assert torch.linalg.matrix_rank(after[name]) == row["rank"]
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d")
-
-
-def test_experts_that_are_one_stack_on_disk_are_factorized_each(
-    cli: Cli, estimated: Sidecar, tmp_path: Path
-) -> None:
-    config = transformers.GptOssConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
-    flags = ("factorize", tmp_path / "m", "--method", "svd", "--keep", "0.5", "--json")
-    result = cli(*flags, "--format", "dense", "--out", "d")
-    assert result.code == 0, result.err
-    name = "model.layers.0.mlp.experts.down_proj"
-    row = rows_of(result)[f"{name}[2]"]
-    assert row["shape"] == [16, 12]  # [in, out] on disk
-    before, after = weights_of(tmp_path / "m")[name], weights_of(tmp_path / "d")[name]
-    for expert in range(4):
-        best = torch.matmul(*svd(before[expert]).truncate(row["rank"]))
-        torch.testing.assert_close(after[expert].double(), best, rtol=1e-4, atol=1e-6)
-    result = cli(*flags, "--out", "l")
-    assert result.code == 0, result.err
-    assert name in rows_of(result, "keep")
-
-
-def test_a_sentence_transformers_folder_stays_one(
-    cli: Cli, make_model: ModelMaker, tmp_path: Path
-) -> None:
-    model = make_model("m", head="Model")
-    (model / "1_Pooling").mkdir()
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
-    ]
-    (model / "modules.json").write_text(json.dumps(modules))
-    (model / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "--json")
-    assert result.code == 0, result.err
-    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
-        assert (tmp_path / "o" / name).read_bytes() == (model / name).read_bytes()
-    assert "encoder.layer.0.attention.self.query.weight" in rows_of(result)
-
-
-def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
-    model = make_model("m")
-    name = "bert.embeddings.word_embeddings.weight"
-    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--include", name)
-    result = cli(*flags, "--format", "dense", "--out", "d", "--json")
-    assert result.code == 0, result.err
-    rank = rows_of(result)[name]["rank"]
-    assert torch.linalg.matrix_rank(weights_of(tmp_path / "d")[name]) == rank
-    assert result.report["summary"]["kept_of_linear"] == 1  # an embedding is no linear weight
-    result = cli(*flags, "--out", "l")
-    assert result.code == 2
-    assert "is an embedding" in result.err
-    assert "--format dense" in result.err
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"), [("gpt2", "transformer.wte.weight"), ("t5", "shared.weight")]
-)
-def test_tied_weights_are_refused_with_the_way_out(
-    cli: Cli, make_model: ModelMaker, kind: str, name: str
-) -> None:
-    model = make_model("m", kind)
-    flags = ("--method", "svd", "--keep", "0.5", "--format", "dense", "--out", "o")
-    result = cli("factorize", model, *flags, "--include", "*")
-    assert result.code == 3
-    assert name in result.err
-    assert f"--exclude '{name}'" in result.err
-    result = cli("factorize", model, *flags, "--include", "*", "--exclude", name, "-q")
-    assert result.code == 0, result.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "told"),
-    [
-        (("--keep", "0"), 2, "--keep 0 is not in (0, 1]"),
-        (("--keep", "1.5"), 2, "--keep 1.5 is not in (0, 1]"),
-        (("--keep", "nan"), 2, "--keep nan is not in (0, 1]"),
-        (("--energy", "-1"), 2, "--energy -1 is not in (0, 1]"),
-        (("--rank", "0"), 2, "--rank 0 is not at least 1"),
-        (("--rank", "17"), 2, "--rank 17: is above the smaller side of bert.encoder.layer.0"),
-        (("--keep", "0.5", "--rank-multiple", "0"), 2, "--rank-multiple 0 is not at least 1"),
-        (("--keep", "0.01"), 2, "ranks of 1 already take"),
-        ((), 2, "give one of --keep, --rank, --energy, --target-parameters; 0 given"),
-        (("--keep", "0.5", "--rank", "3"), 2, "; 2 given"),
-        (("--rank", "3", "--allocate", "global"), 2, "--allocate global divides a budget"),
-        (("--keep", "0.5", "--allocate", "globl"), 2, "did you mean 'global'?"),
-        (("--keep", "0.5", "--allocate", "auto"), 2, "--allocate auto needs --evaluate-on"),
-        (("--keep", "0.5", "--format", "sparse"), 2, "--format 'sparse'"),
-        (("--keep", "0.5", "--method", "svdd"), 2, "did you mean 'svd'?"),
-        (("--keep", "0.5", "--set", "sides=both"), 2, "method svd has no setting 'sides'"),
-        (("--keep", "0.5", "--start", "fwsvd"), 2, "--start is for methods that refine"),
-        (("--keep", "0.5", "--include", "*LayerNorm*"), 2, "matches none of"),
-        (("--keep", "0.5", "--exclude", "*"), 2, "leave no tensor"),
-        (("--keep", "0.5", "--exclude", "*.layer.*"), 2, "nothing is selected: an embedding"),
-        (("--keep", "0.5", "--method", "fwsvd"), 2, "needs a Fisher of kind factored or diagonal"),
-    ],
-)  # fmt: skip
-def test_bad_flags_are_told_before_any_work(
-    cli: Cli, make_model: ModelMaker, tmp_path: Path, flags: tuple[str, ...], code: int, told: str
-) -> None:
-    model = make_model("m")
-    method = () if "--method" in flags else ("--method", "svd")
-    result = cli("factorize", model, *method, *flags, "--out", "o")
-    assert result.code == code
-    assert told in result.err
-    assert len(result.err.splitlines()) == 1
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_sidecar_that_does_not_serve_is_refused(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, tmp_path: Path
-) -> None:
-    model, other = make_model("m"), make_model("other", seed=1)
-    sidecar = estimated(model, "diagonal")
-    base = ("--keep", "0.5", "--out", "o", "--fisher")
-    for target, method, told in (
-        (other, "fwsvd", "was estimated on other weights"),
-        (model, "kronecker", "method kronecker needs a Fisher of kind kronecker"),
-        (model, "asvd", "of kind kronecker or activation, which this has not"),
-    ):
-        result = cli("factorize", target, "--method", method, *base, sidecar)
-        assert result.code == 3
-        assert told in result.err
-    part = tmp_path / "part"
-    flags = ("--data", tmp_path / "data.jsonl", "--include", "*query*", "--out", part, "-q")
-    assert cli("estimate-fisher", model, *flags).code == 0
-    result = cli("factorize", model, "--method", "fwsvd", *base, part)
-    assert result.code == 3
-    assert "has no diagonal statistic of bert.encoder.layer.0" in result.err
-    assert "--exclude" in result.err
-    more = ("--include", "*query.weight", "-q")
-    assert cli("factorize", model, "--method", "fwsvd", *base, part, *more).code == 0
-
-
-def test_a_fisher_of_nothing_is_refused(
-    cli: Cli, make_model: ModelMaker, estimated: Sidecar, tmp_path: Path
-) -> None:
-    model = make_model("m")
-    weights = weights_of(model)
-    weights["classifier.weight"].zero_()  # nothing below it moves the predictions
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    sidecar = estimated(model)
-    for method in ("fwsvd", "kronecker", "tfwsvd"):
-        flags = ("--method", method, "--fisher", sidecar, "--keep", "0.5", "--out", "o")
-        result = cli("factorize", model, *flags)
-        assert result.code == 3
-        assert "is zero everywhere: the data did not reach it" in result.err
-    assert not (tmp_path / "o").exists()
-    result = cli("factorize", model, "--method", "whitened", *flags[2:], "-q")
-    assert result.code == 0, result.err
-
-
-def test_weights_that_are_not_finite_are_refused_by_name(
-    cli: Cli, make_model: ModelMaker, tmp_path: Path
-) -> None:
-    model = make_model("m")
-    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "-q")
-    for name, allowed in ((f"{QUERY}.weight", 3), ("classifier.weight", 0)):
-        weights = weights_of(model)
-        clean = weights[name].clone()
-        weights[name][0, 0] = torch.nan
-        save_file(weights, model / "model.safetensors", {"format": "pt"})
-        result = cli(*flags)
-        assert result.code == 3
-        assert f"tensor {name}: has NaN or Inf" in result.err
-        assert cli(*flags, "--allow-nonfinite").code == allowed
-        weights[name] = clean
-        save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
 def test_a_dry_run_plans_and_writes_nothing(

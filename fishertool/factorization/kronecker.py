@@ -1,4 +1,3 @@
-import torch
 from torch import Tensor
 
 from fishertool.factorization.method import Decomposition
@@ -24,6 +23,6 @@ def kronecker(
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    wide = moment.double()
-    added = damping * wide.diagonal().mean()
-    return wide + added * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    damped = moment.double().clone()
+    damped.diagonal().add_(damping * float(damped.diagonal().mean()))
+    return damped

@@ -39,10 +39,8 @@ class Decomposition:
 
     singular_values: Tensor
     """[min(out, in)], descending, in the method's norm: the squares of those cut off are the error."""
-    left: Tensor
-    """[out, term]"""
-    right: Tensor
-    """[term, in]"""
+    terms: Callable[[int], Factors]
+    """The sum of so many of the first."""
     square_norm: Callable[[Tensor], Tensor]
     """What the method minimizes, of an error [out, in]; up to a factor that is the same for all."""
     refine: Callable[[Factors], Factors] | None = None
@@ -50,8 +48,7 @@ class Decomposition:
 
     def truncate(self, rank: int) -> Factors:
         """The factors of that rank. Raises ValueError for one that the terms do not reach."""
-        terms = self.left.shape[1]
-        if not 1 <= rank <= terms:
-            raise ValueError(f"rank {rank} of {terms} terms")
-        factors = Factors(self.left[:, :rank], self.right[:rank])
+        if not 1 <= rank <= len(self.singular_values):
+            raise ValueError(f"rank {rank} of {len(self.singular_values)} terms")
+        factors = self.terms(rank)
         return factors if self.refine is None else self.refine(factors)

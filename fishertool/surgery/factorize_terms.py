@@ -107,8 +107,9 @@ def decompose_all(
             spectra[matrix.key] = found.singular_values.cpu()
             terms, dtype = largest_saving(matrix.shape), compute_dtype(matrix.dtype)
             if terms:
-                writer.write(f"{matrix.key}#left", found.left[:, :terms].T.to("cpu", dtype))
-                writer.write(f"{matrix.key}#right", found.right[:terms].to("cpu", dtype))
+                left, right = found.terms(terms)
+                writer.write(f"{matrix.key}#left", left.T.to("cpu", dtype))
+                writer.write(f"{matrix.key}#right", right.to("cpu", dtype))
 
         stream(map(whole_piece, plan.matrices), one, threads, advance)
         writer.finish()

@@ -1,0 +1,125 @@
+"""What `fishertool factorize` refuses: one line, the right exit code, and nothing written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli, Estimate, ModelMaker
+from safetensors.torch import save_file
+from test_factorize_command import QUERY
+from test_merge_command import weights_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("gpt2", "transformer.wte.weight"), ("t5", "shared.weight")]
+)
+def test_tied_weights_are_refused_with_the_way_out(
+    cli: Cli, make_model: ModelMaker, kind: str, name: str
+) -> None:
+    model = make_model("m", kind)
+    flags = ("--method", "svd", "--keep", "0.5", "--format", "dense", "--out", "o")
+    result = cli("factorize", model, *flags, "--include", "*")
+    assert result.code == 3
+    assert name in result.err
+    assert f"--exclude '{name}'" in result.err
+    result = cli("factorize", model, *flags, "--include", "*", "--exclude", name, "-q")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (("--keep", "0"), 2, "--keep 0 is not in (0, 1]"),
+        (("--keep", "1.5"), 2, "--keep 1.5 is not in (0, 1]"),
+        (("--keep", "nan"), 2, "--keep nan is not in (0, 1]"),
+        (("--energy", "-1"), 2, "--energy -1 is not in (0, 1]"),
+        (("--rank", "0"), 2, "--rank 0 is not at least 1"),
+        (("--rank", "17"), 2, "--rank 17: is above the smaller side of bert.encoder.layer.0"),
+        (("--keep", "0.5", "--rank-multiple", "0"), 2, "--rank-multiple 0 is not at least 1"),
+        (("--keep", "0.01"), 2, "ranks of 1 already take"),
+        ((), 2, "give one of --keep, --rank, --energy, --target-parameters; 0 given"),
+        (("--keep", "0.5", "--rank", "3"), 2, "; 2 given"),
+        (("--rank", "3", "--allocate", "global"), 2, "--allocate global divides a budget"),
+        (("--keep", "0.5", "--allocate", "globl"), 2, "did you mean 'global'?"),
+        (("--keep", "0.5", "--allocate", "auto"), 2, "--allocate auto needs --evaluate-on"),
+        (("--keep", "0.5", "--format", "sparse"), 2, "--format 'sparse'"),
+        (("--keep", "0.5", "--method", "svdd"), 2, "did you mean 'svd'?"),
+        (("--keep", "0.5", "--set", "sides=both"), 2, "method svd has no setting 'sides'"),
+        (("--keep", "0.5", "--start", "fwsvd"), 2, "--start is for methods that refine"),
+        (("--keep", "0.5", "--include", "*LayerNorm*"), 2, "matches none of"),
+        (("--keep", "0.5", "--exclude", "*"), 2, "leave no tensor"),
+        (("--keep", "0.5", "--exclude", "*.layer.*"), 2, "nothing is selected: an embedding"),
+        (("--keep", "0.5", "--method", "fwsvd"), 2, "needs a Fisher of kind factored or diagonal"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_told_before_any_work(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, flags: tuple[str, ...], code: int, told: str
+) -> None:
+    model = make_model("m")
+    method = () if "--method" in flags else ("--method", "svd")
+    result = cli("factorize", model, *method, *flags, "--out", "o")
+    assert result.code == code
+    assert told in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_sidecar_that_does_not_serve_is_refused(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
+) -> None:
+    model, other = make_model("m"), make_model("other", seed=1)
+    sidecar = estimated(model, "diagonal")
+    base = ("--keep", "0.5", "--out", "o", "--fisher")
+    for target, method, told in (
+        (other, "fwsvd", "was estimated on other weights"),
+        (model, "kronecker", "method kronecker needs a Fisher of kind kronecker"),
+        (model, "asvd", "of kind kronecker or activation, which this has not"),
+    ):
+        result = cli("factorize", target, "--method", method, *base, sidecar)
+        assert result.code == 3
+        assert told in result.err
+    part = tmp_path / "part"
+    flags = ("--data", tmp_path / "data.jsonl", "--include", "*query*", "--out", part, "-q")
+    assert cli("estimate-fisher", model, *flags).code == 0
+    result = cli("factorize", model, "--method", "fwsvd", *base, part)
+    assert result.code == 3
+    assert "has no diagonal statistic of bert.encoder.layer.0" in result.err
+    assert "--exclude" in result.err
+    more = ("--include", "*query.weight", "-q")
+    assert cli("factorize", model, "--method", "fwsvd", *base, part, *more).code == 0
+
+
+def test_a_fisher_of_nothing_is_refused(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
+) -> None:
+    model = make_model("m")
+    weights = weights_of(model)
+    weights["classifier.weight"].zero_()  # nothing below it moves the predictions
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    sidecar = estimated(model)
+    for method in ("fwsvd", "kronecker", "tfwsvd"):
+        flags = ("--method", method, "--fisher", sidecar, "--keep", "0.5", "--out", "o")
+        result = cli("factorize", model, *flags)
+        assert result.code == 3
+        assert "is zero everywhere: the data did not reach it" in result.err
+    assert not (tmp_path / "o").exists()
+    result = cli("factorize", model, "--method", "whitened", *flags[2:], "-q")
+    assert result.code == 0, result.err
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_model("m")
+    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "-q")
+    for name, allowed in ((f"{QUERY}.weight", 3), ("classifier.weight", 0)):
+        weights = weights_of(model)
+        clean = weights[name].clone()
+        weights[name][0, 0] = torch.nan
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        result = cli(*flags)
+        assert result.code == 3
+        assert f"tensor {name}: has NaN or Inf" in result.err
+        assert cli(*flags, "--allow-nonfinite").code == allowed
+        weights[name] = clean
+        save_file(weights, model / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,105 @@
+"""What `fishertool factorize` takes for a matrix: experts, stacks of them, embeddings, a pipeline's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TEMPLATED, Cli, ModelMaker, make_tokenizer
+from test_factorize_command import rows_of
+from test_merge_command import weights_of
+from tiny import ARCHITECTURES
+
+from fishertool.factorization.svd import svd
+
+
+def save(kind: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    ARCHITECTURES[kind]().save_pretrained(folder)
+    make_tokenizer(template=kind in TEMPLATED).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_experts_are_listed_as_skipped_or_factorized_one_by_one(
+    cli: Cli, tmp_path: Path, kind: str
+) -> None:
+    model = save(kind, tmp_path / "m")
+    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--json")
+    result = cli(*flags, "--out", "l")
+    assert result.code == 0, result.err
+    skipped = [name for name, row in rows_of(result, "keep").items() if ".experts." in name]
+    assert len(skipped) == 24
+    assert not any(".experts." in name for name in rows_of(result))
+    assert "--format dense takes it" in rows_of(result, "keep")[skipped[0]]["why"]
+    result = cli(*flags, "--format", "dense", "--out", "d")
+    assert result.code == 0, result.err
+    rows = {name: row for name, row in rows_of(result).items() if ".experts." in name}
+    assert set(rows) == set(skipped)
+    after = weights_of(tmp_path / "d")
+    for name, row in rows.items():
+        assert torch.linalg.matrix_rank(after[name]) == row["rank"]
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d")
+
+
+def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_path: Path) -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
+    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    flags = ("factorize", tmp_path / "m", "--method", "svd", "--keep", "0.5", "--json")
+    result = cli(*flags, "--format", "dense", "--out", "d")
+    assert result.code == 0, result.err
+    name = "model.layers.0.mlp.experts.down_proj"
+    row = rows_of(result)[f"{name}[2]"]
+    assert row["shape"] == [16, 12]  # [in, out] on disk
+    before, after = weights_of(tmp_path / "m")[name], weights_of(tmp_path / "d")[name]
+    for expert in range(4):
+        best = torch.matmul(*svd(before[expert]).truncate(row["rank"]))
+        torch.testing.assert_close(after[expert].double(), best, rtol=1e-4, atol=1e-6)
+    result = cli(*flags, "--out", "l")
+    assert result.code == 0, result.err
+    assert name in rows_of(result, "keep")
+
+
+def test_a_sentence_transformers_folder_stays_one(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_model("m", head="Model")
+    (model / "1_Pooling").mkdir()
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Pooling",
+            "type": "sentence_transformers.models.Pooling",
+        },
+    ]
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
+        assert (tmp_path / "o" / name).read_bytes() == (model / name).read_bytes()
+    assert "encoder.layer.0.attention.self.query.weight" in rows_of(result)
+
+
+def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
+    model = make_model("m")
+    name = "bert.embeddings.word_embeddings.weight"
+    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--include", name)
+    result = cli(*flags, "--format", "dense", "--out", "d", "--json")
+    assert result.code == 0, result.err
+    rank = rows_of(result)[name]["rank"]
+    assert torch.linalg.matrix_rank(weights_of(tmp_path / "d")[name]) == rank
+    assert result.report["summary"]["kept_of_linear"] == 1  # an embedding is no linear weight
+    result = cli(*flags, "--out", "l")
+    assert result.code == 2
+    assert "is an embedding" in result.err
+    assert "--format dense" in result.err
