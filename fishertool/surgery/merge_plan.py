@@ -90,7 +90,7 @@ class MergePlan:
 
     def fishers_of(self, target: Target) -> list[Sidecar]:
         """Each model's that is merged, or none where not all of them know the tensor."""
-        if target.action != "merge":
+        if target.action not in ("merge", "average"):
             return []
         found = [self.fishers.get(number) for number, _ in target.sources]
         known = [
