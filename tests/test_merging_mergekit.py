@@ -26,7 +26,7 @@ DIFFERENT = {
     ("fine-tunes", "arcee-fusion"): 1e-3,  # its divergence is rounding, and so are its scores
     ("bfloat16", "breadcrumbs"): 8e-3,  # of the entries that tie, its sort decides
     ("bfloat16", "breadcrumbs-ties"): 8e-3,
-    ("bfloat16", "sce"): 8e-3,
+    ("bfloat16", "sce"): 8e-3,  # of the variances that tie, its selection decides
 }
 
 
