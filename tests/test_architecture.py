@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "selection": {"errors"},
     "report": {"errors", ""},
-    "config": {"errors", "registry"},
+    "config": {"errors", "recipe", "registry"},
     "hub": {"errors"},
     "calibration": {"errors", "calibration"},
     "checkpoint": {"errors", "checkpoint"},

@@ -67,7 +67,7 @@ def merge(
     recipe = normalised(recipe, method)
     report.options["recipe"] = plain(renamed(recipe, merge_report.public_reference))
     report.warnings += recipe.notes
-    candidates = _candidates(recipe, weights, search_weights, search_points, evaluate_on)
+    candidates = _candidates(recipe, method, weights, search_weights, search_points, evaluate_on)
     device = check_device(device)
     with ExitStack() as opened:
         with report.phase("check"):
@@ -168,6 +168,7 @@ def _for_lora(
 
 def _candidates(
     recipe: Recipe,
+    method: Method,
     weights: Sequence[float] | str | None,
     search: str | None,
     points: int,
@@ -178,9 +179,13 @@ def _candidates(
     if search is None:
         if weights is None or isinstance(weights, str):
             return []
+        if "weights" not in method.inputs:
+            raise UsageError(f"method {method.name} takes no --weights")
         if len(weights) != models:
             raise UsageError(f"--weights has {len(weights)} numbers for {models} models")
         return [list(weights)]
+    if "weights" not in method.inputs:
+        raise UsageError(f"method {method.name} takes no weights to be searched")
     weighted = any("weight" in source.parameters for source in recipe.slices[0].sources)
     if weights is not None or weighted:
         raise UsageError("--weights and --search-weights exclude each other")

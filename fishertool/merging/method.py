@@ -2,12 +2,12 @@
 
 A pure function in a file of its own name, called once for every piece of every tensor:
 
-    def name(models, weights, [base], [fishers], [activations], [kroneckers], [generators],
+    def name(models, [weights], [base], [fishers], [activations], [kroneckers], [generators],
              [whole], *, setting=default) -> Tensor
 
 models       k tensors of one shape, float32 (float64 where stored so); `tuple[Tensor, Tensor]`
              where k is two, of which mergekit calls the first `base_model`
-weights      k numbers
+weights      k numbers; a method that does not name this input takes no `--weights`
 base         the common ancestor's tensor; a method that names this input takes `--base`
 fishers      k `Fisher`s; a method that names this input needs `--fisher`
 activations  k second moments of a linear layer's input, [in, in]; the piece is then the whole

@@ -21,7 +21,6 @@ class Selected(NamedTuple):
 
 def sce(
     models: Sequence[Tensor],
-    weights: Sequence[float],
     base: Tensor,
     whole: Selected,
     *,
@@ -35,7 +34,7 @@ def sce(
         sign  = sign(sum_i tau_i), positive where that is zero
         theta = theta_0 + sum_i c_i tau_i / sum_i c_i       over the i with that sign
 
-    The weights are the c_i; those given have no part in it. All entries as varied as the last
+    The weights are the c_i. All entries as varied as the last
     one selected are selected. The c_i are used at any scale: where the means of tau_i^2 sum to
     under 1e-6, as in most fine-tunes, mergekit takes equal ones.
 

@@ -64,7 +64,7 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
             merged = _merge_matrices(plan, target, part)
         elif merging:
             inputs = _inputs(plan, target, piece, part)
-            merged = plan.method.function(part.models, target.weights, **inputs, **given)
+            merged = plan.method.function(part.models, **inputs, **given)
         else:
             merged = linear(part.models, target.weights)
         yield piece, _rounded(plan, target, merged), part
@@ -98,9 +98,11 @@ def reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
 
 
 def _inputs(plan: MergePlan, target: Target, piece: Piece, part: Part) -> dict[str, Any]:
-    """The method's inputs besides models and weights."""
+    """The method's inputs besides the models."""
     wanted = plan.method.inputs
     given: dict[str, Any] = {}
+    if "weights" in wanted:
+        given["weights"] = target.weights
     if part.base is not None:
         given["base"] = part.base
     if "fishers" in wanted:
