@@ -31,11 +31,7 @@ def read_config(path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
 
 def _as_flag(where: str, value: Any, several: bool) -> Any:
     if isinstance(value, dict):
-        # A bool as the command line has it: true, not True.
-        value = [
-            f"{key}={str(item).lower() if isinstance(item, bool) else item}"
-            for key, item in value.items()
-        ]
+        value = [f"{key}={item}" for key, item in value.items()]
     if isinstance(value, list):
         if any(isinstance(item, dict | list) for item in value):
             raise UsageError(f"{where}: is nested too deep")
