@@ -1,0 +1,43 @@
+"""transformers models by the class that config.json names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fishertool import hub
+from fishertool.checkpoint.reader import load_json
+from fishertool.errors import InputError
+from fishertool.models.sentence import transformer_folder
+
+
+def load_pretrained(source: str | Path, **options: Any) -> Any:
+    """What `from_pretrained` of a checkpoint's own class gives, with these options."""
+    folder = transformer_folder(hub.resolve(str(source)))
+    return architecture(load_json(folder / "config.json"), folder).from_pretrained(
+        folder, **options
+    )
+
+
+def skeleton(config: Mapping[str, Any], folder: Path) -> Any:
+    """A checkpoint's model without values, on the meta device; dense, if it is a low-rank one's."""
+    import transformers
+
+    parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return architecture(config, folder)(parsed)
+
+
+def architecture(config: Mapping[str, Any], folder: Path) -> Any:
+    """The transformers class that config.json names; InputError if transformers has none such."""
+    import transformers
+
+    names = config.get("architectures") or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise InputError(
+            f"{folder / 'config.json'}: architecture {', '.join(names) or 'not given'} is not in "
+            "transformers"
+        )
+    return found
