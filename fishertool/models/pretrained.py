@@ -21,12 +21,23 @@ def load_pretrained(source: str | Path, **options: Any) -> Any:
 
 
 def skeleton(config: Mapping[str, Any], folder: Path) -> Any:
-    """A checkpoint's model without values, on the meta device; dense, if it is a low-rank one's."""
+    """A checkpoint's model without values, on the meta device; the dense one, of a low-rank one.
+
+    Raises InputError for an architecture that transformers does not have, or cannot make of this
+    config.json.
+    """
     import transformers
 
-    parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return architecture(config, folder)(parsed)
+    made = architecture(config, folder)
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return made(parsed)
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: transformers cannot make its model: {reason}") from error
 
 
 def architecture(config: Mapping[str, Any], folder: Path) -> Any:
