@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import Cli, ModelMaker
 from safetensors.torch import load_file, save_file
-from test_sentence import make_sentence_model
+from test_sentence import RECENT, make_sentence_model
 from tiny import ARCHITECTURES, make_low_rank
 from torch import Tensor, nn
 
@@ -114,6 +114,15 @@ def test_dequantize_after_saving_and_into_another_dtype(make_model: ModelMaker) 
         "bert.encoder.layer.0.attention.self.query"
     )  # fmt: skip
     assert query.weight.dtype == query.bias.dtype == torch.bfloat16
+
+
+def test_wrapped_factors_are_not_dequantized(make_model: ModelMaker) -> None:
+    make_low_rank(make_model("dense"), Path("low"))
+    model = fishertool.load_model("low")
+    layer = model.bert.encoder.layer[0].attention.self.query
+    layer.up = nn.Sequential(layer.up)
+    with pytest.raises(ValueError, match="merge these first"):
+        model.dequantize()
 
 
 def test_a_truncated_layer_is_its_product(make_model: ModelMaker) -> None:
@@ -266,6 +275,29 @@ def test_sentence_transformers_folder(make_model: ModelMaker) -> None:
     torch.testing.assert_close(scores[1], scores[0], **CLOSE)
 
 
+def test_sentence_transformers_itself(make_model: ModelMaker) -> None:
+    package = pytest.importorskip("sentence_transformers")
+    pooling = {"pooling_mode": "mean", "embedding_dimension": 16}
+    dense = make_sentence_model(make_model, pooling, pooling_type=RECENT + "Pooling")
+    make_low_rank(dense, Path("low"))
+    texts = ["the red cat", "a dog sleeps"]
+    wanted, ours = (
+        package.SentenceTransformer(str(folder), device="cpu").encode(texts)
+        for folder in (dense, Path("low"))
+    )
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), **CLOSE)
+
+
+def test_generation(make_model: ModelMaker) -> None:
+    dense = make_model("dense", "gpt2", spread=0.3)
+    make_low_rank(dense, Path("low"))
+    wanted, ours = (
+        fishertool.load_model(folder).generate(IDS[:1], max_new_tokens=8, do_sample=False)
+        for folder in (dense, "low")
+    )
+    assert torch.equal(ours, wanted)
+
+
 def test_evaluate_and_estimate(cli: Cli, make_model: ModelMaker, data: Path) -> None:
     dense = make_model("dense", spread=0.1)
     make_low_rank(dense, Path("low"))
@@ -284,6 +316,14 @@ def test_evaluate_and_estimate(cli: Cli, make_model: ModelMaker, data: Path) -> 
             assert tensors.info(name).shape == low.info(name).shape
             assert bool((tensors[name] >= 0).all())
             assert float(tensors[name].sum()) > 0
+
+
+@pytest.mark.parametrize("device_map", ["auto", "sequential", "meta"])
+def test_device_maps(make_model: ModelMaker, device_map: str) -> None:
+    ranks = make_low_rank(make_model("dense"), Path("low"))
+    model = fishertool.load_model("low", device_map=device_map)
+    assert low_rank_layers(model) == len(ranks)
+    assert all(one.is_meta == (device_map == "meta") for one in model.parameters())
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

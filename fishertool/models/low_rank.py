@@ -90,9 +90,14 @@ class LowRankLinear(nn.Module):
         return y
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The layer it stands for, with the product as its weight."""
+        """The layer it stands for, with the product as its weight.
+
+        Raises ValueError for factors that were wrapped, as by an adapter, and are more than weights.
+        """
         from transformers.pytorch_utils import Conv1D
 
+        if type(self.down) is not nn.Linear or type(self.up) is not nn.Linear:
+            raise ValueError("factors with adapters on them have no product; merge these first")
         weight = product(self.up.weight.detach(), self.down.weight.detach()).to(dtype)
         bias = self.bias
         with torch.device("meta"):
