@@ -46,7 +46,7 @@ MAY_IMPORT = {
 LAZILY = {
     "__init__": {"models"},
     "plugin": {"models"},
-    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"}
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"},
 }
 ONLY_IN = {
     "typer": {"cli"},

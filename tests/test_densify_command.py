@@ -159,7 +159,7 @@ def test_refusals(cli: Cli, make_model: ModelMaker) -> None:
     assert "has factors of classifier, and a BertModel no such module" in result.err
 
     Path("head/config.json").write_text(json.dumps(head | {"architectures": ["OddModel"]}))
-    assert "architecture OddModel is not in transformers" in cli("densify", "head", "out").err
+    assert "its architecture is not in transformers" in cli("densify", "head", "out").err
 
     result = cli("densify", "low", "low")
     assert result.code == 2

@@ -32,7 +32,7 @@ from fishertool.models.low_rank import (
     modules_of,
     product,
 )
-from fishertool.models.pretrained import skeleton
+from fishertool.models.names import empty_model
 from fishertool.progress import Advance, Track, silent
 from fishertool.report import Files, Output, Report, environment, options_of, public_name
 
@@ -115,7 +115,12 @@ def _plan(checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -
             )
         )
     found = factors_of(checkpoint, config["quantization_config"])
-    model = skeleton(config, folder)
+    model = empty_model(checkpoint)
+    if model is None:
+        raise InputError(
+            f"{folder / 'config.json'}: its architecture is not in transformers, so how its dense "
+            "weights lie cannot be told"
+        )
     modules = modules_of(model, found, checkpoint)
     factors = {
         one.weight: (one, is_turned(model.get_submodule(name))) for name, one in modules.items()
