@@ -408,7 +408,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an embedding": (
         fake_module("bert.embeddings.word_embeddings"),
-        "bert.embeddings.word_embeddings is a Embedding",
+        "bert.embeddings.word_embeddings is of class Embedding",
     ),
     "down missing": (
         change_tensors(lambda tensors: tensors.pop(f"{QUERY}.down.weight")),

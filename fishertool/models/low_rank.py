@@ -226,7 +226,7 @@ def _check_layer(model: Any, module: str, one: Factors, checkpoint: Checkpoint) 
         )
     if not is_linear(layer):
         raise InputError(
-            f"{checkpoint.folder}: {module} is a {type(layer).__name__} of a "
+            f"{checkpoint.folder}: {module} is of class {type(layer).__name__} in a "
             f"{type(model).__name__}, which cannot be low-rank; linear layers can"
         )
     ours = (one.outputs, one.inputs)
