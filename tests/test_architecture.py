@@ -18,7 +18,8 @@ LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fishe
 UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "recipe"}
 UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
-    "__init__": set[str](),
+    "__init__": {"plugin"},
+    "plugin": set[str](),
     "errors": set[str](),
     "progress": set[str](),
     "memory": set[str](),
@@ -43,7 +44,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 LAZILY = {
-    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"}
+    "__init__": {"models"},
+    "plugin": {"models"},
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"},
 }
 ONLY_IN = {
     "typer": {"cli"},
@@ -54,6 +57,8 @@ ONLY_IN = {
     "huggingface_hub": {"hub", "calibration"},
 }
 WITHOUT_TORCH = {
+    "__init__",
+    "plugin",
     "cli",
     "memory",
     "config",

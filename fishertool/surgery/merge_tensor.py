@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
@@ -164,7 +164,7 @@ def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
 
 def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
     rounded = values.to(TORCH[target.info.dtype])
-    if not plan.allow_nonfinite and not _all_finite(rounded):
+    if not plan.allow_nonfinite and not all_finite(rounded):
         raise InputError(
             f"{plan.first.folder}: tensor {target.info.name}: the merged values do not fit "
             f"{target.info.dtype}; lower the weights, or go on with --allow-nonfinite"
@@ -174,15 +174,8 @@ def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
 
 def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
     values = source.read(name, piece.start, piece.stop)
-    if not plan.allow_nonfinite and not _all_finite(values):
+    if not plan.allow_nonfinite and not all_finite(values):
         raise InputError(
             f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
         )
     return values
-
-
-def _all_finite(values: Tensor) -> bool:
-    # A sum is one pass without a temporary; only where it is not finite is each value looked at.
-    if values.dtype not in (torch.bfloat16, torch.float64):
-        values = values.float()  # the others have no room for a sum, or no sum
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
