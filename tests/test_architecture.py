@@ -15,7 +15,8 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "recipe"}
+PURE = {"factorization", "merging"}
+UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
 UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
     "__init__": {"plugin"},
@@ -33,11 +34,12 @@ MAY_IMPORT = {
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
     "recipe": {"errors", "registry", "recipe"},
+    "factorization": {"errors", "registry", "fisher", "factorization"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | {"merging", "models", "recipe", "surgery"},
+    "surgery": LIBRARIES | PURE | {"models", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},
