@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.errors import UsageError
+from fishertool.recipe.document import read_document
 from fishertool.registry import suggest
 
 
@@ -15,23 +16,16 @@ def read_config(path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
 
     Raises UsageError naming the file and the key.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    content = read_document(path) or {}
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: must map flag names to values")
+        raise UsageError(f"{path}: must map flag names to values")
     values: dict[str, Any] = {}
     for key, value in content.items():
         flag = str(key).replace("_", "-")
         if flag not in flags:
-            raise UsageError(f"--config {path}: no key {suggest(flag, flags)}")
+            raise UsageError(f"{path}: no key {suggest(flag, flags)}")
         if value is not None:
-            values[flag] = _as_flag(f"--config {path}: {flag}", value, flags[flag])
+            values[flag] = _as_flag(f"{path}: {flag}", value, flags[flag])
     return values
 
 

@@ -69,7 +69,9 @@ def merge(
             inputs["generators"] = generators_for(models, seed + number)
         if piece.base is not None:
             inputs["base"] = piece.base
-        merged.append(method.function(piece.models, weights, **inputs, **settings))
+        if "weights" in method.inputs:
+            inputs["weights"] = weights
+        merged.append(method.function(piece.models, **inputs, **settings))
     for tensor, old in zip(arguments, before, strict=True):
         assert torch.equal(tensor, old), "an argument was written to"
         assert all(one.data_ptr() != tensor.data_ptr() for one in merged if one.numel())

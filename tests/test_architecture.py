@@ -19,14 +19,15 @@ PURE = {"factorization", "merging"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
 UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
-    "__init__": set[str](),
+    "__init__": {"plugin"},
+    "plugin": set[str](),
     "errors": set[str](),
     "progress": set[str](),
     "memory": set[str](),
     "registry": {"errors"},
     "selection": {"errors"},
     "report": {"errors", ""},
-    "config": {"errors", "registry"},
+    "config": {"errors", "recipe", "registry"},
     "hub": {"errors"},
     "calibration": {"errors", "calibration"},
     "checkpoint": {"errors", "checkpoint"},
@@ -45,7 +46,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 LAZILY = {
-    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"}
+    "__init__": {"models"},
+    "plugin": {"models"},
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"},
 }
 ONLY_IN = {
     "typer": {"cli"},
@@ -56,6 +59,8 @@ ONLY_IN = {
     "huggingface_hub": {"hub", "calibration"},
 }
 WITHOUT_TORCH = {
+    "__init__",
+    "plugin",
     "cli",
     "memory",
     "config",

@@ -14,7 +14,7 @@ from conftest import Cli, ModelMaker
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
 
-VERBS = ("estimate-fisher", "merge", "evaluate")
+VERBS = ("estimate-fisher", "merge", "densify", "evaluate")
 
 
 def test_version_is_in_one_place(cli: Cli) -> None:
@@ -68,7 +68,7 @@ def test_config_gives_flags_and_flags_win(cli: Cli, make_model: ModelMaker, tmp_
     result = cli("merge", "--config", "recipe.yml", "--out", "from-flag", "--json")
     assert result.code == 0, result.err
     assert result.report["summary"]["weights"] == [0.75, 0.25]
-    assert result.report["options"]["set"] == {"normalize": False}
+    assert result.report["options"]["recipe"]["parameters"] == {"normalize": False}
     assert (tmp_path / "from-flag" / "model.safetensors.index.json").exists()
     assert not (tmp_path / "from-config").exists()
 
@@ -78,8 +78,9 @@ def test_config_gives_flags_and_flags_win(cli: Cli, make_model: ModelMaker, tmp_
     [
         ("methud: fisher", "did you mean 'method'?"),
         ("- a", "must map flag names"),
-        ("a: [b", "not YAML"),
+        ("a: [b", "bad.yml: line 1"),
         ("fisher: [{a: b}]", "nested too deep"),
+        ("method: ties\nmethod: fisher", "is there twice"),
         ("threads: many", "threads"),
     ],
 )

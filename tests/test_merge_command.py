@@ -388,6 +388,8 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
         (["--set", "normalize=2"], "is not a bool"),
         (["--preset", "matena"], "is for --method fisher"),
         (["--weights", "1"], "1 numbers for 2 models"),
+        (["--method", "nearswap", "--weights", "1,2"], "takes no --weights"),
+        (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
         (["--weights", "0,0"], "not all 0"),
         (["--weights", "-1,2"], "at least 0"),
         (["--weights", "nan,2"], "at least 0"),

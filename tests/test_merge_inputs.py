@@ -62,6 +62,82 @@ def test_an_adapter_for_another_base_is_refused_before_any_work(
     assert len(result.err.strip().splitlines()) == 1 and not (tmp_path / "o").exists()
 
 
+def test_a_merge_is_written_as_an_adapter_of_its_base(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    base = make_model("base", "llama", 1)
+    for name, seed in (("a", 2), ("b", 3)):
+        tuned = make_model(name, "llama", 1)
+        tensors = weights_of(tuned)
+        generator = torch.Generator().manual_seed(seed)
+        for value in tensors.values():
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+        save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    pair = (tmp_path / "a", tmp_path / "b")
+    assert cli("merge", *pair, "--out", "whole", "-q").code == 0
+    for rank, close in ((16, True), (2, False)):
+        flags = ("--base", base, "--as-lora", rank, "--out", f"lora{rank}", "--json")
+        result = cli("merge", *pair, *flags)
+        assert result.code == 0, result.err
+        rows = [row for row in result.report["tensors"] if row["action"] == "low-rank"]
+        assert rows and all((row["energy_kept"] > 0.9999) == close for row in rows)
+        back = ("merge", f"{base}+{tmp_path / f'lora{rank}'}", "--method", "passthrough")
+        assert cli(*back, "--out", f"back{rank}", "-q").code == 0
+        whole, again = weights_of(tmp_path / "whole"), weights_of(tmp_path / f"back{rank}")
+        apart = max(float((whole[name] - again[name]).abs().max()) for name in whole)
+        assert (apart < 1e-5) == close
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "--as-lora needs --base"),
+        (["--base", "a", "--evaluate-on", "x.jsonl"], "no model to be measured"),
+        (["--base", "a", "--tokenizer", "union"], "the base's tokens"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_refused(
+    cli: Cli, make_model: ModelMaker, flags: list[str], told: str
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    result = cli("merge", a, b, "--as-lora", 2, *flags, "--out", "o")
+    assert (result.code, told in result.err) == (2, True), result.err
+
+
+TEMPLATES = ("{{ messages }} one", "{{ messages }} two")
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [("auto", TEMPLATES[1]), ("'{% if x %}own{% endif %}'", "{% if x %}own{% endif %}"),
+     ("t.jinja", TEMPLATES[0])],
+)  # fmt: skip
+def test_a_recipe_chooses_the_chat_template(
+    cli: Cli, make_model: ModelMaker, choice: str, wanted: str, tmp_path: Path
+) -> None:
+    for number, name in enumerate("abc"):
+        folder = make_model(name, "llama", number)
+        (folder / "chat_template.jinja").write_text(TEMPLATES[min(number, 1)])
+    (tmp_path / "t.jinja").write_text(TEMPLATES[0])
+    Path("r.yml").write_text(
+        f"merge_method: linear\nchat_template: {choice}\n"
+        "models: [{model: a}, {model: b}, {model: c}]"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o", "-q")
+    assert result.code == 0, result.err
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == wanted
+
+
+def test_a_chat_template_that_is_none_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    make_model("a", "llama", 1), make_model("b", "llama", 2)
+    for choice, code in (("chatml", 2), ("auto", 3)):
+        Path("r.yml").write_text(
+            f"merge_method: linear\nchat_template: {choice}\nmodels: [{{model: a}}, {{model: b}}]"
+        )
+        result = cli("merge", "--config", "r.yml", "--out", "o")
+        assert result.code == code and "chat_template" in result.err
+
+
 def with_tokens(folder: Path, words: list[str]) -> None:
     """Give a model another tokenizer, and as many rows."""
     vocabulary = {word: number for number, word in enumerate(words)}

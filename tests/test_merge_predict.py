@@ -134,3 +134,17 @@ def test_a_nan_in_a_fisher_stops_the_prediction(
     result = cli("merge", *pair, *sidecars, "--out", "o")
     assert result.code == 3 and "a Fisher must be finite and not negative" in result.err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "kronecker"])
+def test_a_nan_in_a_second_moment_is_refused(
+    cli: Cli, pair: Pair, sidecars: tuple[str, ...], method: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "fa" / "kronecker.safetensors"
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little") + 8
+    content[size:] = torch.full(((len(content) - size) // 4,), float("nan")).numpy().tobytes()
+    path.write_bytes(content)
+    result = cli("merge", *pair, "--method", method, *sidecars, "--out", "o")
+    assert result.code == 3 and "second moments have NaN" in result.err
+    assert not (tmp_path / "o").exists()

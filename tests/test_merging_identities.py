@@ -105,7 +105,7 @@ def test_a_fraction_is_between_0_and_1(setting: str, value: float) -> None:
     assert named
     settings: dict[str, Any] = {setting: value}
     for name in named:
-        with pytest.raises(ValueError, match=f"^{setting}: {value} is not between 0 and 1"):
+        with pytest.raises(ValueError, match=f"^{setting} {value} is not from 0 to 1"):
             merge(name, [base, base], [0.5, 0.5], base, **settings)
 
 

@@ -59,6 +59,11 @@ def check_not_quantized(model: TensorSource) -> None:
         method = (
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
         )
+        if method == "low_rank":
+            raise InputError(
+                f"{model.folder}: its layers are low-rank pairs; make them dense first with "
+                "fishertool densify"
+            )
         raise InputError(
             f"{model.folder}: quantized ({method}); dequantize it first and save it in bfloat16"
         )

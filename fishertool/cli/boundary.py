@@ -10,7 +10,14 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from fishertool.cli import combine, estimate, evaluate, factorize, merge  # noqa: F401 (they put their verbs on the app)
+from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
+    combine,
+    densify,
+    estimate,
+    evaluate,
+    factorize,
+    merge,
+)
 from fishertool.cli.app import app
 from fishertool.errors import FishertoolError, UsageError
 from fishertool.memory import keep_freed_memory

@@ -8,7 +8,7 @@ from fishertool.merging.parts.blocks import blocks
 from fishertool.merging.parts.threshold import kth_largest
 
 
-def arcee_fusion(models: tuple[Tensor, Tensor], weights: Sequence[float], whole: float) -> Tensor:
+def arcee_fusion(models: tuple[Tensor, Tensor], whole: float) -> Tensor:
     """The second model's weights where they matter most, and the first's elsewhere.
 
         score = |theta_2 - theta_1| KL(softmax(theta_2) | softmax(theta_1))
@@ -16,7 +16,7 @@ def arcee_fusion(models: tuple[Tensor, Tensor], weights: Sequence[float], whole:
 
     q are the quartiles of the scores over the tensor. Softmax and KL divergence are taken along
     the last dimension, one for each row; those of a vector are the same for all its entries and
-    so have no part in it. The first model is mergekit's `base_model`; the weights have no part.
+    so have no part in it. The first model is mergekit's `base_model`.
 
     The quartiles are exact, where mergekit draws a million scores of a larger tensor; and the
     divergence is computed without the cancellation that makes that of near models mostly

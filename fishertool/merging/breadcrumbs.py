@@ -58,8 +58,8 @@ def whole(
     """For each model the sizes that are kept."""
     counts: list[tuple[int, int] | None] = []
     for share, outliers in zip(
-        fractions("density", density, len(weights)),
-        fractions("gamma", gamma, len(weights)),
+        fractions(density, len(weights), "density"),
+        fractions(gamma, len(weights), "gamma"),
         strict=True,
     ):
         count = int(share * elements)

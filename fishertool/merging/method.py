@@ -2,12 +2,12 @@
 
 A pure function in a file of its own name, called once for every piece of every tensor:
 
-    def name(models, weights, [base], [fishers], [activations], [kroneckers], [generators],
+    def name(models, [weights], [base], [fishers], [activations], [kroneckers], [generators],
              [whole], *, setting=default) -> Tensor
 
 models       k tensors of one shape, float32 (float64 where stored so); `tuple[Tensor, Tensor]`
              where k is two, of which mergekit calls the first `base_model`
-weights      k numbers
+weights      k numbers; a method that does not name this input takes no `--weights`
 base         the common ancestor's tensor; a method that names this input takes `--base`
 fishers      k `Fisher`s; a method that names this input needs `--fisher`
 activations  k second moments of a linear layer's input, [in, in]; the piece is then the whole
@@ -84,13 +84,17 @@ def per_model(setting: PerModel, models: int) -> list[float]:
     return [float(number) for number in setting]
 
 
-def fractions(name: str, setting: PerModel, models: int) -> list[float]:
-    """As `per_model`; raises ValueError with the setting's name unless each is from 0 to 1."""
-    shares = per_model(setting, models)
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: {share} is not between 0 and 1")
-    return shares
+def fractions(setting: PerModel, models: int, name: str) -> list[float]:
+    """One number a model, each from 0 to 1. Raises ValueError with the setting's name for others.
+
+    >>> fractions(0.5, 2, "density")
+    [0.5, 0.5]
+    """
+    found = per_model(setting, models)
+    for number in found:
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} {number} is not from 0 to 1")
+    return found
 
 
 def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:

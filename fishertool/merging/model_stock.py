@@ -10,7 +10,6 @@ from fishertool.merging.parts.sphere import combine, gram
 
 def model_stock(
     models: Sequence[Tensor],
-    weights: Sequence[float],
     base: Tensor,
     whole: float | None,
     *,
@@ -23,7 +22,7 @@ def model_stock(
 
     cos(phi) is the mean over the pairs of models of the cosine between their task vectors; 0
     where one of them is zero. t = 0 where the denominator is zero. With `filter_wise` every run
-    along the last dimension has a t of its own. The weights have no part in it.
+    along the last dimension has a t of its own.
 
     Cosines are exact at any scale; mergekit's shrink where the product of two lengths is below
     1e-6.

@@ -21,7 +21,6 @@ class Selected(NamedTuple):
 
 def sce(
     models: Sequence[Tensor],
-    weights: Sequence[float],
     base: Tensor,
     whole: Selected,
     *,
@@ -35,9 +34,9 @@ def sce(
         sign  = sign(sum_i tau_i), positive where that is zero
         theta = theta_0 + sum_i c_i tau_i / sum_i c_i       over the i with that sign
 
-    The weights are the c_i; those given have no part in it. All entries as varied as the last
-    one selected are selected. The c_i are used at any scale: where the mean of tau_i^2 is under
-    1e-6, as in most fine-tunes, mergekit takes equal ones.
+    The weights are the c_i. All entries as varied as the last
+    one selected are selected. The c_i are used at any scale: where the means of tau_i^2 sum to
+    under 1e-6, as in most fine-tunes, mergekit takes equal ones.
 
     Shapes: every model, the base and the result alike. Source: Wan et al. 2024, arXiv 2408.07990
     (FuseChat); name, parameters and meaning as mergekit's `sce`.
@@ -52,7 +51,7 @@ def sce(
 
 def whole(weights: Sequence[float], elements: int, *, select_topk: float = 1.0) -> Passes[Selected]:
     least = 0.0
-    [share] = fractions("select_topk", select_topk, 1)
+    [share] = fractions(select_topk, 1, "select_topk")
     if share < 1:
         varied = yield lambda models, base: _spread(models).count_nonzero()
         count = int(int(varied) * share)

@@ -52,6 +52,6 @@ def whole(
     """For each model the sizes that are kept; at least one entry where the density is not 0."""
     counts = [
         None if one == 1 else (0, max(1, int(one * elements)) if one else 0)
-        for one in fractions("density", density, len(weights))
+        for one in fractions(density, len(weights), "density")
     ]
     return find_ranges(counts, rescale)

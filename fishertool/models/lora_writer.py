@@ -88,6 +88,12 @@ class LoraWriter:
         self._whole: dict[str, Tensor] = {}
         self._turned = False
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that the adapter holds so far."""
+        held = [*self._whole.values(), *(side for pair in self._pairs.values() for side in pair)]
+        return sum(tensor.numel() for tensor in held)
+
     def add(self, name: str, merged: Tensor) -> dict[str, Any]:
         """Take a tensor by its name on disk, shaped as the base's; what became of it, for a report.
 

@@ -103,4 +103,4 @@ def _value(name: str, given: Any) -> bool | int | float | str:
     value = scalar(given.strip() if isinstance(given, str) else given)
     if value is None or value == "":
         raise UsageError(f"--set {name}: {given!r} is not a finite number, a word, true or false")
-    return value
+    return {"true": True, "false": False}.get(str(value).lower(), value)

@@ -7,6 +7,7 @@ from fishertool.errors import UsageError
 from fishertool.recipe.schema import Recipe, Slice, Source
 from fishertool.registry import Method
 
+WEIGHT = "weight"
 FROM_BASE = ("slerp", "nearswap", "arcee-fusion")
 """They go from the first model to the second; mergekit calls the first the base."""
 
@@ -32,6 +33,8 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
         else:
             _check_listed(piece, base, notes, recipe, method)
             slices.append(replace(piece, base=None))
+    if "weights" not in method.inputs:
+        slices = [_without_weights(piece, recipe, method, notes) for piece in slices]
     tokenizer = recipe.tokenizer
     if tokenizer is not None and tokenizer.source == "base" and recipe.base is not None:
         tokenizer = replace(tokenizer, source=recipe.base)
@@ -59,6 +62,22 @@ def _without_base(piece: Slice, base: str, notes: list[str], recipe: Recipe, num
         if unused:
             notes.append(f"{', '.join(unused)} of {base} has no effect: it is the base")
     return replace(piece, sources=kept)
+
+
+def _without_weights(piece: Slice, recipe: Recipe, method: Method, notes: list[str]) -> Slice:
+    """mergekit's files may give weights to a method that has no use for them."""
+    if any(WEIGHT in source.parameters for source in piece.sources):
+        if not recipe.where:
+            raise _error(recipe, f"method {method.name} takes no --weights")
+        notes.append(f"weight has no effect in method {method.name}")
+    sources = tuple(
+        replace(
+            source,
+            parameters={k: v for k, v in source.parameters.items() if k != WEIGHT},
+        )
+        for source in piece.sources
+    )
+    return replace(piece, sources=sources)
 
 
 def _from_base(sources: Sequence[Source], base: str) -> tuple[Source, ...]:

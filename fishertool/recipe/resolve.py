@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fishertool.errors import UsageError
+from fishertool.recipe.inputs import WEIGHT
 from fishertool.recipe.schema import Recipe, Slice
 from fishertool.recipe.settings import Scalar, Setting, Settings, interpolate, rules_of
 from fishertool.registry import Method, suggest
-
-WEIGHT = "weight"
 
 
 class Resolved(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.companions import Companions, find_companions
@@ -11,6 +12,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
+from fishertool.models.chat_template import choose_template
 from fishertool.models.vocabulary import Vocabulary
 from fishertool.recipe.resolve import Matches, Resolved, Resolver
 from fishertool.recipe.schema import Recipe
@@ -62,6 +64,8 @@ class MergePlan:
     layout: Layout
     companions: Companions
     vocabulary: Vocabulary
+    chat_template: str | None
+    """What replaces the first model's."""
     config: dict[str, Any]
     """What changes in the first model's config."""
     rules: list[Matches]
@@ -82,6 +86,12 @@ class MergePlan:
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
         floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
         return max(floating or totals, key=lambda dtype: totals[dtype])
+
+    @property
+    def folders(self) -> list[Path]:
+        """Everything that is read, which an output must not replace."""
+        sidecars = [*self.fishers.values(), *self.factors.values()]
+        return [one.folder for one in (*self.inputs.sources, *(s.tensors for s in sidecars))]
 
     def outputs(self) -> list[TensorInfo]:
         return [tensor for shard in self.layout.shards for tensor in shard.tensors]
@@ -142,10 +152,13 @@ def plan_merge(
         sidecar.measure(used)
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     first = inputs.sources[0]
+    template = None
+    if recipe.chat_template is not None:
+        template = choose_template(recipe.chat_template, [one.folder for one in inputs.sources])
     config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
     return MergePlan(
         inputs, method, targets, fishers, factors, layout, find_companions(first.folder),
-        vocabulary, config, resolver.matches(), recipe.seed, allow_nonfinite,
+        vocabulary, template, config, resolver.matches(), recipe.seed, allow_nonfinite,
     )  # fmt: skip
 
 

@@ -84,11 +84,20 @@ class Sidecar:
 
     def activation(self, name: str) -> Tensor:
         """Second moment of a linear layer's input."""
-        return read_activation(self.tensors, self.header, name)
+        return self._finite(name, read_activation(self.tensors, self.header, name))
 
     def kronecker(self, name: str) -> Kronecker:
         """Both factors of a linear layer's Fisher."""
-        return Kronecker(*read_kronecker(self.tensors, self.header, name), *self.scale)
+        activation, gradient = read_kronecker(self.tensors, self.header, name)
+        return Kronecker(self._finite(name, activation), self._finite(name, gradient), *self.scale)
+
+    def _finite(self, name: str, moment: Tensor) -> Tensor:
+        if not bool(moment.isfinite().all()):
+            raise InputError(
+                f"{self.tensors.folder}: tensor {name}: its second moments have NaN or Inf; "
+                "estimate them again"
+            )
+        return moment
 
     def oriented(self, name: str, weight: Tensor) -> Tensor:
         """A weight as [out, in]; applied twice, as it was."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
@@ -64,7 +64,7 @@ def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part
             merged = _merge_matrices(plan, target, part)
         elif merging:
             inputs = _inputs(plan, target, piece, part)
-            merged = plan.method.function(part.models, target.weights, **inputs, **given)
+            merged = plan.method.function(part.models, **inputs, **given)
         else:
             merged = linear(part.models, target.weights)
         yield piece, _rounded(plan, target, merged), part
@@ -98,9 +98,11 @@ def reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
 
 
 def _inputs(plan: MergePlan, target: Target, piece: Piece, part: Part) -> dict[str, Any]:
-    """The method's inputs besides models and weights."""
+    """The method's inputs besides the models."""
     wanted = plan.method.inputs
     given: dict[str, Any] = {}
+    if "weights" in wanted:
+        given["weights"] = target.weights
     if part.base is not None:
         given["base"] = part.base
     if "fishers" in wanted:
@@ -162,7 +164,7 @@ def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
 
 def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
     rounded = values.to(TORCH[target.info.dtype])
-    if not plan.allow_nonfinite and not _all_finite(rounded):
+    if not plan.allow_nonfinite and not all_finite(rounded):
         raise InputError(
             f"{plan.first.folder}: tensor {target.info.name}: the merged values do not fit "
             f"{target.info.dtype}; lower the weights, or go on with --allow-nonfinite"
@@ -172,15 +174,8 @@ def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
 
 def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
     values = source.read(name, piece.start, piece.stop)
-    if not plan.allow_nonfinite and not _all_finite(values):
+    if not plan.allow_nonfinite and not all_finite(values):
         raise InputError(
             f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
         )
     return values
-
-
-def _all_finite(values: Tensor) -> bool:
-    # A sum is one pass without a temporary; only where it is not finite is each value looked at.
-    if values.dtype not in (torch.bfloat16, torch.float64):
-        values = values.float()  # the others have no room for a sum, or no sum
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

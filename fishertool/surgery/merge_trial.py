@@ -21,6 +21,7 @@ def try_settings(
     base = torch.zeros(SIDE, SIDE) if with_base else None
     eye = torch.eye(SIDE)
     examples: dict[str, Any] = {
+        "weights": weights,
         "base": base,
         "fishers": [Fisher(torch.ones(SIDE, SIDE), 1.0, 1.0, 1.0)] * count,
         "activations": [eye] * count,
@@ -33,6 +34,6 @@ def try_settings(
         if method.whole is not None:
             passes = method.passes(weights, SIDE * SIDE, settings)
             given["whole"] = make_passes(passes, lambda: [piece])
-        method.function(models, weights, **given, **settings)
+        method.function(models, **given, **settings)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"method {method.name}: {error}") from error

@@ -10,6 +10,7 @@ from fishertool.checkpoint.dtypes import torch_name
 from fishertool.checkpoint.stream import Piece, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.fisher.predicted_loss import PieceSums, loss_increases_of
+from fishertool.models.chat_template import FILE as TEMPLATE_FILE
 from fishertool.progress import Advance
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_tensor import jobs, merge_job
@@ -47,5 +48,7 @@ def write_merge(plan: MergePlan, folder: Path, threads: int, advance: Advance) -
     write_config(plan.first.folder, folder, torch_name(plan.dtype), plan.config)
     copy_companions(plan.first.folder, plan.companions, folder)
     write_vocabulary(plan.vocabulary, plan.inputs.references[0], folder)
+    if plan.chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(plan.chat_template, encoding="utf-8")
     predicted = {name: found.tolist() for name, found in increases.by_tensor().items()}
     return Written(digests, predicted)

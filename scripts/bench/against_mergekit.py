@@ -117,11 +117,13 @@ def ours(case: Case, models: Sequence[Tensor], base: Tensor) -> Tensor:
     if method.whole is not None:
         passes = method.passes(weights, base.numel(), settings)
         arguments["whole"] = make_passes(passes, lambda: [(models, origin)])
+    if "weights" in method.inputs:
+        arguments["weights"] = weights
     if "generators" in method.inputs:
         arguments["generators"] = [torch.Generator().manual_seed(i) for i in range(len(models))]
     if origin is not None and "base" in method.inputs:
         arguments["base"] = origin
-    merged: Tensor = method.function(models, weights, **arguments, **settings)
+    merged: Tensor = method.function(models, **arguments, **settings)
     return merged
 
 

@@ -31,7 +31,7 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[l
         return [[] for _ in ranks]
     found = [[0] * len(asked) for asked in ranks]
     left = [list(asked) for asked in ranks]
-    digits, digit, dtype = 1, 0, torch.float32
+    digits, digit = 1, 0
     while digit < digits:
         prefixes = [sorted(set(prefix)) for prefix in found]
 
@@ -46,10 +46,8 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[l
             return torch.stack(counts)
 
         total = yield count
-        if total.is_floating_point():
-            digits, dtype = 4, torch.float64
-        else:
-            digits = 2
+        # Scores are not seen here; the dtype of their counts says how many digits they have.
+        digits, dtype = (4, torch.float64) if total.is_floating_point() else (2, torch.float32)
         counted = iter(total.long())
         for one, asked, wanted in zip(found, left, prefixes, strict=True):
             above = {prefix: next(counted).flip(0).cumsum(0) for prefix in wanted}

@@ -1,0 +1,104 @@
+"""What a merge tells of itself."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import torch_name
+from fishertool.checkpoint.staging import free_bytes
+from fishertool.checkpoint.stream import PIECE_ELEMENTS
+from fishertool.models.sources import split_reference
+from fishertool.report import Files, Output, public_name
+from fishertool.surgery.merge_plan import MergePlan
+from fishertool.surgery.merge_write import Written
+
+BASE_RSS_BYTES = 400_000_000
+
+
+def public_reference(reference: str) -> str:
+    """A model's name without the folders of this machine, its adapter's too."""
+    return "+".join(public_name(part) for part in split_reference(reference) if part is not None)
+
+
+def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
+    """What a merge would read, write and hold."""
+    sources = plan.inputs.sources
+    read = {one for target in plan.targets.values() for one in (*target.sources, target.base)}
+    sidecars = [*plan.fishers.values(), *plan.factors.values()]
+    nbytes = sum(sources[one[0]].info(one[1]).nbytes for one in read if one is not None)
+    nbytes += sum(info.nbytes for one in sidecars for info in one.tensors.infos().values())
+    floats = len(sources) + len(plan.fishers) + 4
+    return {
+        "tensors": len(plan.targets),
+        "bytes_to_read": nbytes,
+        "bytes_to_write": plan.layout.nbytes,
+        "shards": len(plan.layout.shards),
+        "free_bytes": free_bytes(out),
+        "estimated_peak_bytes": BASE_RSS_BYTES + (threads + 1) * floats * 4 * PIECE_ELEMENTS,
+    }
+
+
+def rows(plan: MergePlan, more: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a tensor of the output, with what there is more to tell of it."""
+    return [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "action": plan.targets[tensor.name].action,
+            **more.get(tensor.name, {}),
+        }
+        for tensor in plan.outputs()
+    ]
+
+
+def summary(plan: MergePlan) -> dict[str, Any]:
+    """The merge in a few figures; weights only where they are the same for all tensors."""
+    weights = {tuple(target.weights) for target in plan.targets.values()}
+    return {
+        "method": plan.method.name,
+        "weights": list(weights.pop()) if len(weights) == 1 else None,
+        "parameters": plan.layout.parameters,
+        "bytes": plan.layout.nbytes,
+        "tensors": dict(Counter(target.action for target in plan.targets.values())),
+        "rules": {f"{rule.place}: {rule.condition}": rule.tensors for rule in plan.rules},
+    }
+
+
+def checkpoint_output(plan: MergePlan, written: Written) -> Output:
+    return Output(
+        list(map(asdict, written.files)),
+        plan.layout.nbytes,
+        plan.layout.parameters,
+        torch_name(plan.dtype),
+        list(plan.companions.copied),
+        list(plan.companions.left_out),
+    )
+
+
+def adapter_output(files: Sequence[FileDigest], parameters: int) -> Output:
+    nbytes = sum(file.bytes for file in files)
+    return Output(list(map(asdict, files)), nbytes, parameters, "float32")
+
+
+def input_files(plan: MergePlan) -> list[Files]:
+    """Everything that was read, with digests."""
+    models = set(plan.inputs.models)
+    found = [
+        (reference, "model" if number in models else "base", source)
+        for number, (reference, source) in enumerate(
+            zip(plan.inputs.references, plan.inputs.sources, strict=True)
+        )
+    ]
+    found += [
+        (plan.inputs.sidecars[number], "fisher", sidecar.tensors)
+        for kind in (plan.fishers, plan.factors)
+        for number, sidecar in kind.items()
+    ]
+    return [
+        Files(public_reference(reference), role, list(map(asdict, source.digests())))
+        for reference, role, source in found
+    ]
