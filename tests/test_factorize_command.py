@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from test_merge_command import files_of, weights_of
 from torch import Tensor
 
+import fishertool
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.kronecker import kronecker
 from fishertool.factorization.svd import svd
 from fishertool.factorization.whitened import whitened
+from fishertool.models.low_rank import LowRankLinear
 from fishertool.registry import method_names
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -155,6 +157,25 @@ def test_dense_is_the_product_and_loads_everywhere(
     assert "quantization_config" not in json.loads((tmp_path / "d/config.json").read_text())
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_low_rank_loads_and_computes_what_its_products_do(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, kind: str
+) -> None:
+    model = make_model("m", kind, spread=0.1, **({"tied": True} if kind == "llama" else {}))
+    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "-q")
+    assert cli(*flags, "--out", "l").code == 0
+    assert cli(*flags, "--format", "dense", "--out", "d").code == 0
+    pairs = fishertool.load_model(tmp_path / "l").eval()
+    ranks = json.loads((tmp_path / "l/config.json").read_text())["quantization_config"]["ranks"]
+    assert sum(isinstance(one, LowRankLinear) for one in pairs.modules()) == len(ranks)
+    dense = type(pairs).from_pretrained(tmp_path / "d").eval()
+    ids = torch.tensor([[2, 5, 9, 7, 3]])
+    more = {"decoder_input_ids": ids} if kind == "t5" else {}
+    with torch.no_grad():
+        first, second = (one(input_ids=ids, **more).logits for one in (pairs, dense))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "allocate"),
     [
@@ -192,12 +213,14 @@ def test_what_is_measured_is_what_evaluate_measures(
 ) -> None:
     model = make_model("m", "gpt2", spread=0.2)
     sidecar = estimated(model)
-    flags = ("--fisher", sidecar, "--keep", "0.4", "--format", "dense", "--evaluate-on", data)
-    result = cli("factorize", model, *flags, "--out", "o", "--json")
-    assert result.code == 0, result.err
-    again = cli("evaluate", "o", "--data", data, "--against", model, "--json")
-    for name, value in result.report["evaluation"]["metrics"].items():
-        assert value == pytest.approx(again.report["summary"][name], rel=1e-5, abs=1e-7)
+    for form in ("dense", "low-rank"):
+        flags = ("--fisher", sidecar, "--keep", "0.4", "--format", form, "--evaluate-on", data)
+        result = cli("factorize", model, *flags, "--out", form, "--json")
+        assert result.code == 0, result.err
+        again = cli("evaluate", form, "--data", data, "--against", model, "--json")
+        assert again.code == 0, again.err
+        for name, value in result.report["evaluation"]["metrics"].items():
+            assert value == pytest.approx(again.report["summary"][name], rel=1e-4, abs=1e-6)
 
 
 def test_refining_lowers_the_fisher_weighted_error(

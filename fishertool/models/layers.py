@@ -10,6 +10,7 @@ from torch import nn
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
+from fishertool.models.low_rank import is_linear, is_turned
 from fishertool.models.names import origins_by_disk_name
 from fishertool.models.probes import Origin
 
@@ -58,7 +59,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
         found[name] = Layer(
             name,
             kind,
-            stacked or type(owner).__name__ == "Conv1D",
+            stacked or is_turned(owner),
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
         )
@@ -73,7 +74,7 @@ def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | No
         return None
     if isinstance(owner, nn.Embedding):
         return "embedding"
-    if isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D":
+    if is_linear(owner):
         return "linear" if origin.shape == tuple(parameter.shape) else "part"
     return None
 

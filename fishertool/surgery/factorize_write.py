@@ -19,12 +19,11 @@ from fishertool.errors import InputError
 from fishertool.factorization.method import Factors
 from fishertool.factorization.rank import Ranks
 from fishertool.fisher.factored import expand
+from fishertool.models.low_rank import quantization_config
 from fishertool.progress import Advance
 from fishertool.surgery.factorize_matrix import Matrix
 from fishertool.surgery.factorize_plan import FactorizePlan
 from fishertool.surgery.factorize_terms import Cutter, read_weight, whole_piece
-
-QUANT_METHOD, FORMAT_VERSION = "low_rank", 1
 
 
 def write_factorized(
@@ -189,9 +188,5 @@ def _write_config(plan: FactorizePlan, layout: Layout, folder: Path, ranks: dict
     write_config(plan.checkpoint.folder, folder, dtype_of(layout))
     if ranks:
         config = load_json(folder / "config.json")
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "ranks": ranks,
-        }
+        config["quantization_config"] = quantization_config(ranks)
         write_json(folder / "config.json", config)
