@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 ONLY_UNIFORM = ("tfwsvd",)
 LABELS = {"classifier": "expected", "lm": "sampled"}
 SCORES = {"classifier": "accuracy", "lm": "perplexity"}
-MAX_LENGTH = {"classifier": 48, "lm": 128}
+MAX_LENGTH = {"classifier": 48, "lm": 64}
 
 
 def prepare(folder: Path, case: str, seed: int) -> tuple[Path, Path]:
