@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fishertool.calibration import DataOptions
-from fishertool.checkpoint.layout import parse_size
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.layout import Layout, parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.errors import UsageError
 from fishertool.factorization.rank import Ranks
@@ -115,14 +116,7 @@ def factorize(
                 report.inputs = _input_files(plan, model, fisher)
             if evaluate_on is not None:
                 report.inputs += data_files(evaluate_on.data)
-            report.output = Output(
-                list(map(asdict, digests)),
-                layout.nbytes,
-                layout.parameters,
-                dtype_of(layout),
-                list(plan.companions.copied),
-                list(plan.companions.left_out),
-            )
+            report.output = _output(plan, layout, digests)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -190,6 +184,17 @@ def _evaluate(
     report.evaluation = {"metrics": metrics, "against": others, "candidates": candidates}
     report.calibration = judge.data.describe()
     report.warnings += judge.data.warnings()
+
+
+def _output(plan: FactorizePlan, layout: Layout, digests: Sequence[FileDigest]) -> Output:
+    return Output(
+        list(map(asdict, digests)),
+        layout.nbytes,
+        layout.parameters,
+        dtype_of(layout),
+        list(plan.companions.copied),
+        list(plan.companions.left_out),
+    )
 
 
 def _needed_bytes(plan: FactorizePlan) -> dict[str, int]:

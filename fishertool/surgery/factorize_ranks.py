@@ -98,9 +98,8 @@ class Budget:
                 )
 
     def known(self, shapes: Shapes, others: int) -> Ranks:
-        """Ranks that follow from shapes alone. Raises UsageError as `kept_of` and `check_rank` do."""
+        """Ranks that follow from shapes alone. Raises UsageError as `kept_of` does."""
         if self.rank is not None:
-            self.check_rank(shapes)
             return ranks.fixed(shapes, self.rank, self.multiple)
         return ranks.uniform(shapes, self.kept_of(shapes, others), self.multiple)
 
