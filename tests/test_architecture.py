@@ -48,7 +48,16 @@ MAY_IMPORT = {
 LAZILY = {
     "__init__": {"models"},
     "plugin": {"models"},
-    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"},
+    "cli": {
+        "calibration",
+        "checkpoint",
+        "commands",
+        "config",
+        "estimation",
+        "progress",
+        "recipe",
+        "surgery",
+    },
 }
 ONLY_IN = {
     "typer": {"cli"},

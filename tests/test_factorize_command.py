@@ -346,3 +346,31 @@ def test_methods_are_listed_with_their_settings(cli: Cli) -> None:
     for method in METHODS:
         assert f"{method}  " in result.out
     assert "--set sides=in" in result.out
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bert", torch.float32), ("gpt2", torch.float16)])
+def test_factors_are_trained_and_nothing_else_is(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    model = make_model("m", kind, spread=0.2, dtype=dtype)
+    flags = ("factorize", model, "--method", "svd", "--keep", "0.5", "--evaluate-on", data)
+    assert cli(*flags, "--out", "before", "-q").code == 0
+    more = ("--finetune-steps", "20", "--data", data, "--learning-rate", "0.01")
+    result = cli(*flags, *more, "--out", "after", "--json")
+    assert result.code == 0, result.err
+    before, after = weights_of(tmp_path / "before"), weights_of(tmp_path / "after")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".up." in name or ".down." in name for name in changed)
+    assert {name for name in after if name.endswith(".down.weight")} <= changed
+    recovery, evaluation = result.report["summary"]["recovery"], result.report["evaluation"]
+    assert result.report["options"]["finetune"]["data"]["data"] == data.name
+    assert recovery["loss_after"] < recovery["loss_before"]
+    assert evaluation["metrics"]["loss"] < evaluation["before_recovery"]["loss"]
+    again = cli("evaluate", "after", "--data", data, "--json").report["summary"]
+    assert evaluation["metrics"]["loss"] == pytest.approx(again["loss"], rel=1e-3)
+    assert not (tmp_path / "after/trained").exists()
+    outputs = {one["file"]: one["sha256"] for one in result.report["output"]["files"]}
+    assert {name: files_of(tmp_path / "after")[name] for name in outputs} == outputs
+    assert cli(*flags, *more, "--out", "again", "-q").code == 0
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "after")

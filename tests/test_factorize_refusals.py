@@ -49,6 +49,18 @@ def test_tied_weights_are_refused_with_the_way_out(
         (("--keep", "0.5", "--include", "*LayerNorm*"), 2, "matches none of"),
         (("--keep", "0.5", "--exclude", "*"), 2, "leave no tensor"),
         (("--keep", "0.5", "--exclude", "*.layer.*"), 2, "nothing is selected: an embedding"),
+        (("--keep", "0.5", "--finetune-steps", "3"), 2, "--finetune-steps and --data"),
+        (("--keep", "0.5", "--finetune-steps", "0", "--data", "d"), 2, "0 is not at least 1"),
+        (
+            ("--keep", "0.5", "--finetune-steps", "3", "--data", "d", "--learning-rate", "0"),
+            2,
+            "--learning-rate 0 is not above 0",
+        ),
+        (
+            ("--keep", "0.5", "--finetune-steps", "3", "--data", "d", "--format", "dense"),
+            2,
+            "--finetune-steps trains factors",
+        ),
         (("--keep", "0.5", "--method", "fwsvd"), 2, "needs a Fisher of kind factored or diagonal"),
     ],
 )  # fmt: skip

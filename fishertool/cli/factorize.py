@@ -20,6 +20,7 @@ from fishertool.cli.flags import (
     MaxLength,
     MaxShardSize,
     NumExamples,
+    OptionalData,
     Overwrite,
     Quiet,
     ReportFile,
@@ -112,6 +113,14 @@ def factorize(
             "old size, load everywhere.",
         ),
     ] = "low-rank",
+    finetune_steps: Annotated[
+        int | None,
+        option("--finetune-steps", help="Train the factors for so many steps on --data."),
+    ] = None,
+    data: OptionalData = None,
+    learning_rate: Annotated[
+        float, option("--learning-rate", help="Of --finetune-steps; its peak.")
+    ] = 1e-4,
     evaluate_on: Annotated[
         str | None, option("--evaluate-on", help="Held-out data to measure the result on.")
     ] = None,
@@ -146,18 +155,25 @@ def factorize(
 
     with importing([model, *([fisher] if fisher else [])], threads, dry_run):
         from fishertool.commands.factorize import factorize as command
+        from fishertool.surgery.factorize_recover import Finetuning
 
     chosen: dict[str, Any] = dict(pairs("--set", settings))
     if sides is not None:
         if "sides" in chosen:
             raise UsageError("--sides and --set sides say it twice")
         chosen["sides"] = sides
-    options = None
-    if evaluate_on is not None:
-        options = DataOptions(
-            evaluate_on, split, text_column, text_pair_column, chat_column, label_column,
+    if (finetune_steps is None) != (data is None):
+        raise UsageError("--finetune-steps and --data, what to train on, go together")
+
+    def options(source: str) -> DataOptions:
+        return DataOptions(
+            source, split, text_column, text_pair_column, chat_column, label_column,
             num_examples, max_length, shuffle, seed,
         )  # fmt: skip
+
+    finetune = None
+    if finetune_steps is not None and data is not None:
+        finetune = Finetuning(finetune_steps, options(data), learning_rate, batch_size)
     report = command(
         model,
         out,
@@ -172,7 +188,8 @@ def factorize(
         allocate=allocate,
         rank_multiple=rank_multiple,
         format=format,
-        evaluate_on=options,
+        finetune=finetune,
+        evaluate_on=None if evaluate_on is None else options(evaluate_on),
         batch_size=batch_size,
         include=include or [],
         exclude=exclude or [],

@@ -29,9 +29,10 @@ from fishertool.report import (
 from fishertool.searching.ranks import Judge, best_allocation
 from fishertool.surgery.factorize_plan import FORMATS, FactorizePlan, Refined, plan_factorize
 from fishertool.surgery.factorize_ranks import Budget
+from fishertool.surgery.factorize_recover import Finetuning, recover_factors
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
-from fishertool.surgery.factorize_write import dtype_of, write_factorized, written_rows
+from fishertool.surgery.factorize_write import dtype_of, write_factorized
 
 METHODS = "fishertool.factorization"
 BASE_RSS_BYTES = 400_000_000
@@ -58,6 +59,7 @@ def factorize(
     allocate: str | None = None,
     rank_multiple: int = 1,
     format: str = "low-rank",  # noqa: A002 (the flag's name)
+    finetune: Finetuning | None = None,
     evaluate_on: DataOptions | None = None,
     batch_size: int = 8,
     include: Sequence[str] = (),
@@ -74,7 +76,8 @@ def factorize(
     """Write `model` into `out` with a pair of factors in the place of every selected matrix.
 
     One of `keep`, `rank`, `energy` and `target_parameters` says how much is left. Selected are
-    the linear weights inside the blocks, unless `include` says otherwise.
+    the linear weights inside the blocks, unless `include` says otherwise. With `finetune`, the
+    factors are trained before they are measured; the figures of single matrices are of before.
     """
     report = Report("factorize", options_of(locals()), environment=environment(threads, device))
     budget = Budget(keep, rank, energy, target_parameters, allocate, rank_multiple)
@@ -83,8 +86,15 @@ def factorize(
         raise UsageError(f"--format {suggest(format, FORMATS)}")
     if allocate == "auto" and evaluate_on is None:
         raise UsageError("--allocate auto needs --evaluate-on, the held-out data to choose by")
+    if finetune is not None and format == "dense":
+        raise UsageError(
+            "--finetune-steps trains factors, which --format dense has not; write them as low-rank, "
+            "then `fishertool densify`"
+        )
     device = check_device(device)
     report.options["set"] = chosen.settings
+    if finetune is not None:
+        report.options["finetune"] = options_of(vars(finetune))
     with ExitStack() as opened:
         with report.phase("check"):
             plan = plan_factorize(
@@ -92,7 +102,7 @@ def factorize(
                 parse_size(max_shard_size), allow_nonfinite, trust_remote_code,
             )  # fmt: skip
             inputs = [plan.checkpoint, *(tensors for tensors, _ in plan.statistics.kinds.values())]
-            needed = _needed_bytes(plan)
+            needed = _needed_bytes(plan, copies=1 if finetune is None else 2)
             check_output(out, [one.folder for one in inputs], overwrite, sum(needed.values()))
         if dry_run:
             return _forecast(report, plan, needed, threads, out)
@@ -111,11 +121,15 @@ def factorize(
             report.tensors = rows_of(plan, ranks, figures)
             if isinstance(cut, KeptTerms):
                 cut.discard()
-            _evaluate(report, plan, ranks, folder, judge, rows)
+            _evaluate(report, folder, judge, rows)
+            if finetune is not None and plan.low_rank(ranks):
+                digests = _finetune(
+                    report, folder, layout, finetune, judge, device, trust_remote_code, track
+                )
             with report.phase("digest"):
                 report.inputs = _input_files(plan, model, fisher)
-            if evaluate_on is not None:
-                report.inputs += data_files(evaluate_on.data)
+            for options in (finetune and finetune.data, evaluate_on):
+                report.inputs += data_files(options.data) if options else []
             report.output = _output(plan, layout, digests)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -166,10 +180,32 @@ def _ranks(
     return candidates[name], cut, name, rows
 
 
+def _finetune(
+    report: Report,
+    folder: Path,
+    layout: Layout,
+    how: Finetuning,
+    judge: Judge | None,
+    device: str,
+    trust_remote_code: bool,
+    track: Track,
+) -> list[FileDigest]:
+    """Train the factors, and measure again."""
+    with report.phase("finetune"), track("Training", how.steps, "steps") as advance:
+        digests, recovery, texts = recover_factors(
+            folder, layout, how, device, trust_remote_code, advance
+        )
+    report.summary["recovery"] = asdict(recovery)
+    report.warnings += texts.warnings()
+    if judge is not None and report.evaluation is not None:
+        with report.phase("evaluate"):
+            before, after = report.evaluation["metrics"], judge.of_written(folder)
+        report.evaluation |= {"metrics": after, "before_recovery": before}
+    return digests
+
+
 def _evaluate(
     report: Report,
-    plan: FactorizePlan,
-    ranks: Ranks,
     folder: Path,
     judge: Judge | None,
     candidates: list[dict[str, Any]],
@@ -179,7 +215,7 @@ def _evaluate(
         report.warnings.append(UNMEASURED)
         return
     with report.phase("evaluate"):
-        metrics = judge.measure(written_rows(plan, ranks, folder))
+        metrics = judge.of_written(folder)
         others = judge.of_original()
     report.evaluation = {"metrics": metrics, "against": others, "candidates": candidates}
     report.calibration = judge.data.describe()
@@ -197,9 +233,9 @@ def _output(plan: FactorizePlan, layout: Layout, digests: Sequence[FileDigest]) 
     )
 
 
-def _needed_bytes(plan: FactorizePlan) -> dict[str, int]:
+def _needed_bytes(plan: FactorizePlan, copies: int) -> dict[str, int]:
     """At most: the checkpoint again, and the terms of all matrices where ranks follow from them."""
-    found = {"output": sum(info.nbytes for info in plan.checkpoint.infos().values())}
+    found = {"output": copies * sum(info.nbytes for info in plan.checkpoint.infos().values())}
     if plan.budget.needs_spectra:
         found["terms"] = sum(
             (8 if matrix.dtype == "F64" else 4) * matrix.elements for matrix in plan.matrices

@@ -1,6 +1,8 @@
 """The choice among allocations: put each one's products into the model, measure, keep the best."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +10,10 @@ from torch import Tensor
 
 from fishertool import calibration
 from fishertool.calibration import DataOptions
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.evaluation.measure import check_measured, measure, prepare
 from fishertool.factorization.rank import Ranks, total
-from fishertool.models.loading import load_model
+from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
@@ -21,11 +24,7 @@ from fishertool.surgery.factorize_write import factorized_rows
 
 
 class Judge:
-    """Measures a model against the original, on data that neither the Fisher nor the ranks saw.
-
-    Low-rank layers are measured as their products in the place of the weights: the same function,
-    but for rounding.
-    """
+    """Measures models against the original, on data that neither the Fisher nor the ranks saw."""
 
     def __init__(
         self,
@@ -39,9 +38,9 @@ class Judge:
         self.task = task_of(checkpoint.config(), checkpoint.folder)
         options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
-        self.original, self.changed = (
-            load_model(checkpoint, self.task, device, trust_remote_code) for _ in range(2)
-        )
+        self.trust_remote_code = trust_remote_code
+        self._checkpoint = checkpoint
+        self.original = self._load(checkpoint)
         self.data = calibration.load(
             options,
             self.original.tokenizer,
@@ -52,23 +51,39 @@ class Judge:
             long_texts="cut" if self.task.has_labels else "keep",
         )
         self._prepared = prepare(self.task, self.data)
-        self._weights, _ = parameters_by_disk_name(self.changed.pretrained, checkpoint)
 
     def of_original(self) -> dict[str, float]:
-        return measure(
-            self.original, self.task, self._prepared,
-            batch_size=self.batch_size, device=self.device,
-        )  # fmt: skip
+        return self._measure(self.original, None)
+
+    def of_written(self, folder: Path) -> dict[str, float]:
+        """Of an output, loaded as its users load it."""
+        with open_checkpoint(folder) as output:
+            return self._measure(self._load(output), self.original)
 
     @torch.no_grad()
     def measure(self, rows: Iterable[tuple[Matrix, Tensor]]) -> dict[str, float]:
-        """Of the model with these rows on disk in the place of its own."""
+        """Of the model with these rows on disk in the place of its own. Low-rank layers are measured
+        as their products: the same function, but for rounding."""
         for matrix, values in rows:
             weight = self._weights[matrix.name]
             part = weight if matrix.expert is None else weight[matrix.expert]
             part.copy_(values)
+        return self._measure(self._changed, self.original)
+
+    @cached_property
+    def _changed(self) -> LoadedModel:
+        return self._load(self._checkpoint)
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return parameters_by_disk_name(self._changed.pretrained, self._checkpoint)[0]
+
+    def _load(self, checkpoint: Checkpoint) -> LoadedModel:
+        return load_model(checkpoint, self.task, self.device, self.trust_remote_code)
+
+    def _measure(self, model: LoadedModel, against: LoadedModel | None) -> dict[str, float]:
         return measure(
-            self.changed, self.task, self._prepared, against=self.original,
+            model, self.task, self._prepared, against=against,
             batch_size=self.batch_size, device=self.device,
         )  # fmt: skip
 
