@@ -120,7 +120,7 @@ def factorize(
     data: OptionalData = None,
     learning_rate: Annotated[
         float, option("--learning-rate", help="Of --finetune-steps; its peak.")
-    ] = 1e-4,
+    ] = 3e-4,
     evaluate_on: Annotated[
         str | None, option("--evaluate-on", help="Held-out data to measure the result on.")
     ] = None,
