@@ -29,7 +29,7 @@ class Finetuning:
 
     steps: int
     data: DataOptions
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch_size: int = 8
 
     def __post_init__(self) -> None:
