@@ -126,7 +126,10 @@ def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) ->
 
 def has_control_characters(text: str) -> bool:
     """Whether it holds anything a terminal would act on, or no text at all (lone surrogates)."""
-    return any(unicodedata.category(character)[0] == "C" for character in text)
+    # Printable text has none; it is told at once, and nearly every name is.
+    return not text.isprintable() and any(
+        unicodedata.category(character)[0] == "C" for character in text
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
