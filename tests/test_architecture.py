@@ -15,7 +15,8 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "surgery", "searching"}
+PURE = {"factorization", "merging"}
+UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "surgery", "searching"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "errors": set[str](),
@@ -30,11 +31,12 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
+    "factorization": {"errors", "registry", "fisher", "factorization"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | {"merging", "models", "surgery"},
+    "surgery": LIBRARIES | PURE | {"models", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},
