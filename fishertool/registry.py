@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fishertool.errors import UsageError
 
-NOT_A_METHOD = ("method",)
+NOT_A_METHOD = ("method", "rank")
 
 
 @dataclass(frozen=True)

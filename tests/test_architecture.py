@@ -15,7 +15,7 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-PURE = {"merging", "pruning"}
+PURE = {"factorization", "merging", "pruning"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "surgery", "searching"}
 MAY_IMPORT = {
     "__init__": set[str](),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
+    "factorization": {"errors", "registry", "fisher", "factorization"},
     "pruning": {"errors", "registry", "fisher", "pruning"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},

@@ -67,27 +67,35 @@ def parameters_by_disk_name(
 
 
 def _origins_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Origin]:
-    """Names on disk -> where their tensors lie in the model.
-
-    A name is that which `save_pretrained` gives; or the same without the base model's prefix, for
-    the checkpoint of a base model loaded into one with a head, or with it, for the reverse.
-    """
+    """Names on disk -> where their tensors lie in the model."""
     tensors = {
         **dict(module.named_buffers()),
         **dict(module.named_parameters(remove_duplicate=False)),
     }
+    names = origins_by_disk_name(module, tensors, checkpoint.folder)
+    return {name: one for name, one in names.items() if one and name in checkpoint}
+
+
+def origins_by_disk_name(
+    module: nn.Module, tensors: Mapping[str, Tensor], folder: Any
+) -> dict[str, Origin | None]:
+    """All names that tensors of the model may have on disk -> where they lie; None where they are
+    no view of one tensor.
+
+    A name is that which `save_pretrained` gives; or the same without the base model's prefix, for
+    the checkpoint of a base model loaded into one with a head, or with it, for the reverse.
+    """
     try:
         saved = origins(module, tensors)
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{checkpoint.folder}: transformers cannot tell how it saves a "
+            f"{folder}: transformers cannot tell how it saves a "
             f"{type(module).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     bare = {name.removeprefix(prefix): origin for name, origin in saved.items()}
     full = {prefix + name: origin for name, origin in saved.items()}
-    names = full | bare | saved
-    return {name: one for name, one in names.items() if one and name in checkpoint}
+    return full | bare | saved
 
 
 def _check_ends(views: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

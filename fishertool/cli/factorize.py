@@ -1,0 +1,188 @@
+"""`fishertool factorize`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fishertool.cli.app import app
+from fishertool.cli.flags import (
+    AllowNonfinite,
+    BatchSize,
+    ChatColumn,
+    Config,
+    Device,
+    DryRun,
+    Exclude,
+    Include,
+    Json,
+    LabelColumn,
+    MaxLength,
+    MaxShardSize,
+    NumExamples,
+    Overwrite,
+    Quiet,
+    ReportFile,
+    Seed,
+    Shuffle,
+    Split,
+    TextColumn,
+    TextPairColumn,
+    Threads,
+    TrustRemoteCode,
+    importing,
+    option,
+    pairs,
+    thread_count,
+)
+from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.errors import UsageError
+from fishertool.registry import find_method, method_names
+
+FACTORIZATION_METHODS = "fishertool.factorization"
+
+
+def _list_methods(show: bool) -> None:
+    if not show:
+        return
+    for name in method_names(FACTORIZATION_METHODS):
+        found = find_method(FACTORIZATION_METHODS, name)
+        print(f"{name}  {found.summary}")
+        for setting, default in found.settings.items():
+            print(f"    --set {setting}={default}")
+    raise typer.Exit
+
+
+@app.command()
+def factorize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    out: Annotated[Path, option("--out", help="Folder to write the factorized checkpoint to.")],
+    config: Config = None,
+    method: Annotated[
+        str, option("--method", help="svd, fwsvd, asvd, whitened, kronecker or tfwsvd.")
+    ] = "kronecker",
+    methods: Annotated[
+        bool,
+        option(
+            "--methods", is_eager=True, callback=_list_methods, help="List methods and settings."
+        ),
+    ] = False,
+    fisher: Annotated[
+        str | None,
+        option("--fisher", help="The model's sidecar, of a kind that the method needs."),
+    ] = None,
+    sides: Annotated[
+        str | None, option("--sides", help="fwsvd: weigh inputs (in), or outputs too (both).")
+    ] = None,
+    start: Annotated[
+        str | None, option("--start", help="tfwsvd: the method whose result it refines.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        option("--set", help="A setting of the method, as key=value; repeatable."),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        option("--keep", help="Share of the selected weights' parameters that is kept, as 0.5."),
+    ] = None,
+    rank: Annotated[int | None, option("--rank", help="One rank for all.")] = None,
+    energy: Annotated[
+        float | None,
+        option("--energy", help="Share of every matrix's squared singular values to keep."),
+    ] = None,
+    target_parameters: Annotated[
+        int | None, option("--target-parameters", help="What the whole model may have at most.")
+    ] = None,
+    allocate: Annotated[
+        str | None,
+        option(
+            "--allocate",
+            help="How a budget is divided: uniform, energy, global, or auto, the best of these on "
+            "--evaluate-on. [default: uniform]",
+        ),
+    ] = None,
+    rank_multiple: Annotated[
+        int, option("--rank-multiple", help="Ranks are multiples of this; 8 suits GPUs.")
+    ] = 1,
+    format: Annotated[  # noqa: A002 (the flag's name)
+        str,
+        option(
+            "--format",
+            help="low-rank: smaller, loads after `import fishertool`; dense: the products, of the "
+            "old size, load everywhere.",
+        ),
+    ] = "low-rank",
+    evaluate_on: Annotated[
+        str | None, option("--evaluate-on", help="Held-out data to measure the result on.")
+    ] = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    text_pair_column: TextPairColumn = None,
+    chat_column: ChatColumn = None,
+    label_column: LabelColumn = "label",
+    num_examples: NumExamples = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 8,
+    shuffle: Shuffle = False,
+    seed: Seed = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    report_file: ReportFile = None,
+) -> None:
+    """Replace linear layers by pairs of smaller ones, chosen by what the data say matters.
+
+    Example: fishertool factorize MODEL --fisher F --keep 0.5 --evaluate-on test.jsonl --out OUT
+    """
+    from fishertool.calibration import DataOptions
+
+    with importing([model, *([fisher] if fisher else [])], threads, dry_run):
+        from fishertool.commands.factorize import factorize as command
+
+    chosen: dict[str, Any] = dict(pairs("--set", settings))
+    if sides is not None:
+        if "sides" in chosen:
+            raise UsageError("--sides and --set sides say it twice")
+        chosen["sides"] = sides
+    options = None
+    if evaluate_on is not None:
+        options = DataOptions(
+            evaluate_on, split, text_column, text_pair_column, chat_column, label_column,
+            num_examples, max_length, shuffle, seed,
+        )  # fmt: skip
+    report = command(
+        model,
+        out,
+        method=method,
+        fisher=fisher,
+        settings=chosen,
+        start=start,
+        keep=keep,
+        rank=rank,
+        energy=energy,
+        target_parameters=target_parameters,
+        allocate=allocate,
+        rank_multiple=rank_multiple,
+        format=format,
+        evaluate_on=options,
+        batch_size=batch_size,
+        include=include or [],
+        exclude=exclude or [],
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite,
+        trust_remote_code=trust_remote_code,
+        threads=thread_count(threads),
+        device=device,
+        track=track_on_stderr(quiet),
+    )
+    finish(report, as_json, quiet, report_file)

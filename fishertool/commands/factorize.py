@@ -1,0 +1,221 @@
+"""`fishertool factorize`: dense layers -> low-rank pairs."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.layout import parse_size
+from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.errors import UsageError
+from fishertool.factorization.rank import Ranks
+from fishertool.models.loading import check_device
+from fishertool.progress import Track, silent
+from fishertool.registry import find_method, suggest
+from fishertool.report import (
+    Files,
+    Output,
+    Report,
+    data_files,
+    environment,
+    options_of,
+    public_name,
+)
+from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.surgery.factorize_plan import FORMATS, FactorizePlan, Refined, plan_factorize
+from fishertool.surgery.factorize_ranks import Budget
+from fishertool.surgery.factorize_report import rows_of, summary_of
+from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
+from fishertool.surgery.factorize_write import dtype_of, factorized_rows, write_factorized
+
+METHODS = "fishertool.factorization"
+BASE_RSS_BYTES = 400_000_000
+DOUBLES = 8
+"""Matrices of a layer's size that a decomposition holds at once."""
+UNMEASURED = (
+    "nothing was measured: a small weighted error does not mean a small loss; "
+    "--evaluate-on measures both on held-out data"
+)
+
+
+def factorize(
+    model: str,
+    out: Path,
+    *,
+    method: str = "kronecker",
+    fisher: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    start: str | None = None,
+    keep: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    target_parameters: int | None = None,
+    allocate: str | None = None,
+    rank_multiple: int = 1,
+    format: str = "low-rank",  # noqa: A002 (the flag's name)
+    evaluate_on: DataOptions | None = None,
+    batch_size: int = 8,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    track: Track = silent,
+) -> Report:
+    """Write `model` into `out` with a pair of factors in the place of every selected matrix.
+
+    One of `keep`, `rank`, `energy` and `target_parameters` says how much is left. Selected are
+    the linear weights inside the blocks, unless `include` says otherwise.
+    """
+    report = Report("factorize", options_of(locals()), environment=environment(threads, device))
+    budget = Budget(keep, rank, energy, target_parameters, allocate, rank_multiple)
+    chosen = _resolve(method, settings or {}, start)
+    if format not in FORMATS:
+        raise UsageError(f"--format {suggest(format, FORMATS)}")
+    if allocate == "auto" and evaluate_on is None:
+        raise UsageError("--allocate auto needs --evaluate-on, the held-out data to choose by")
+    device = check_device(device)
+    report.options["set"] = chosen.settings
+    with ExitStack() as opened:
+        with report.phase("check"):
+            plan = plan_factorize(
+                opened, model, fisher, chosen, budget, format, include, exclude,
+                parse_size(max_shard_size), allow_nonfinite, trust_remote_code,
+            )  # fmt: skip
+            inputs = [plan.checkpoint, *(tensors for tensors, _ in plan.statistics.kinds.values())]
+            needed = _needed_bytes(plan)
+            check_output(out, [one.folder for one in inputs], overwrite, sum(needed.values()))
+        if dry_run:
+            return _forecast(report, plan, needed, threads, out)
+        judge = None
+        if evaluate_on is not None:
+            torch.set_num_threads(threads)
+            judge = Judge(plan, evaluate_on, batch_size, device, trust_remote_code)
+        with staged(out, overwrite) as folder:
+            ranks, cut, name, rows = _ranks(plan, folder, judge, report, threads, device, track)
+            total = sum(tensor.elements for tensor in plan.checkpoint.infos().values())
+            with report.phase("write"), track("Writing", total, "weights") as advance:
+                layout, digests, figures = write_factorized(
+                    plan, ranks, cut, folder, threads, advance
+                )
+            report.summary = summary_of(plan, ranks) | {"allocate": name}
+            report.tensors = rows_of(plan, ranks, figures)
+            if judge is None:
+                report.warnings.append(UNMEASURED)
+            else:
+                with report.phase("evaluate"):
+                    metrics = judge.measure(factorized_rows(plan, ranks, cut))
+                    others = judge.of_original()
+                report.evaluation = {"metrics": metrics, "against": others, "candidates": rows}
+                report.calibration = judge.data.describe()
+                report.warnings += judge.data.warnings()
+            if isinstance(cut, KeptTerms):
+                cut.discard()
+            with report.phase("digest"):
+                report.inputs = _input_files(plan, model, fisher)
+            if evaluate_on is not None:
+                report.inputs += data_files(evaluate_on.data)
+            report.output = Output(
+                list(map(asdict, digests)),
+                layout.nbytes,
+                layout.parameters,
+                dtype_of(layout),
+                list(plan.companions.copied),
+                list(plan.companions.left_out),
+            )
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _resolve(name: str, given: Mapping[str, Any], start: str | None) -> Refined:
+    """The method with all its settings, and where it starts."""
+    chosen = find_method(METHODS, name)
+    parsed = chosen.parse(given)
+    for setting, value in parsed.items():
+        if type(value) in (int, float) and not 0 <= value < float("inf"):
+            raise UsageError(f"{name} {setting}: {value} is not a number of at least 0")
+    first = None
+    if start is not None:
+        if "start" not in chosen.inputs:
+            raise UsageError(f"--start is for methods that refine another's result, not {name}")
+        first = find_method(METHODS, start)
+        if "start" in first.inputs:
+            raise UsageError(f"--start {start}: refines another's result itself")
+    return Refined(chosen, parsed, first)
+
+
+def _ranks(
+    plan: FactorizePlan,
+    folder: Path,
+    judge: Judge | None,
+    report: Report,
+    threads: int,
+    device: str,
+    track: Track,
+) -> tuple[Ranks, Cutter, str, list[dict[str, Any]]]:
+    """Every matrix's rank, where its factors come from, the allocation, and what was tried."""
+    shapes, budget = plan.shapes, plan.budget
+    if not budget.needs_spectra:
+        return budget.known(shapes, plan.others), decomposing(plan, device), budget.name, []
+    scratch = folder / "terms"
+    scratch.mkdir()
+    elements = sum(matrix.elements for matrix in plan.matrices)
+    with report.phase("decompose"), track("Decomposing", elements, "weights") as advance:
+        spectra = decompose_all(plan, scratch, device, threads, advance)
+    cut = KeptTerms(plan, scratch, spectra, device)
+    candidates = budget.candidates(spectra, shapes, plan.others)
+    name = next(iter(candidates))
+    rows: list[dict[str, Any]] = []
+    if judge is not None and len(candidates) > 1:
+        with report.phase("allocate"), track("Measuring", len(candidates), "models") as advance:
+            name, rows = best_allocation(plan, candidates, cut, judge, advance)
+    return candidates[name], cut, name, rows
+
+
+def _needed_bytes(plan: FactorizePlan) -> dict[str, int]:
+    """At most: the checkpoint again, and the terms of all matrices where ranks follow from them."""
+    found = {"output": sum(info.nbytes for info in plan.checkpoint.infos().values())}
+    if plan.budget.needs_spectra:
+        found["terms"] = sum(
+            (8 if matrix.dtype == "F64" else 4) * matrix.elements for matrix in plan.matrices
+        )
+    return found
+
+
+def _forecast(
+    report: Report, plan: FactorizePlan, needed: Mapping[str, int], threads: int, out: Path
+) -> Report:
+    largest = max(matrix.elements for matrix in plan.matrices)
+    report.status = "dry-run"
+    if not plan.budget.needs_spectra:
+        ranks = plan.budget.known(plan.shapes, plan.others)
+        report.summary = summary_of(plan, ranks)
+        report.tensors = rows_of(plan, ranks, {})
+        needed = {"output": plan.layout(ranks).nbytes}
+    report.summary |= {
+        "selected": len(plan.matrices),
+        "bytes_to_write": sum(needed.values()),
+        "free_bytes": free_bytes(out),
+        "estimated_peak_bytes": BASE_RSS_BYTES + (threads + 1) * DOUBLES * 8 * largest,
+    }
+    return report
+
+
+def _input_files(plan: FactorizePlan, model: str, fisher: str | None) -> list[Files]:
+    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    if fisher is not None:
+        files = [
+            asdict(digest)
+            for tensors, _ in plan.statistics.kinds.values()
+            for digest in tensors.digests()
+        ]
+        found.append(Files(public_name(fisher), "fisher", files))
+    return found

@@ -1,0 +1,1 @@
+"""Low-rank factorization methods, a file each, and the ranks they are cut at; pure functions."""

@@ -1,0 +1,57 @@
+"""What a factorization method is.
+
+A pure function in a file of its own name, called once for every matrix:
+
+    def name(weight, [fisher], [rows], [columns], [inputs], [gradients], [start],
+             *, setting=default) -> Decomposition
+
+weight     W of a linear layer, [out, in]
+fisher     its diagonal Fisher, [out, in]
+rows       the Fisher summed over inputs, [out]
+columns    the Fisher summed over outputs, [in]
+inputs     A = E[x x^T] of the layer's input, [in, in]
+gradients  B = E[d d^T], d the gradient at the layer's output, [out, out]
+start      another method's decomposition, to be refined; a method that names it refines
+
+The result is in float64 and good for every rank: `truncate` cuts it. Nothing is written into the
+arguments. Raises ValueError for a statistic that is zero everywhere, negative or not finite.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """W ~ left @ right, a column of `left` as long as the row of `right` that it goes with."""
+
+    left: Tensor
+    """[out, rank]"""
+    right: Tensor
+    """[rank, in]"""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A matrix as a sum of outer products, those first that the method's norm finds largest."""
+
+    singular_values: Tensor
+    """[min(out, in)], descending, in the method's norm: the squares of those cut off are the error."""
+    left: Tensor
+    """[out, term]"""
+    right: Tensor
+    """[term, in]"""
+    square_norm: Callable[[Tensor], Tensor]
+    """What the method minimizes, of an error [out, in]; up to a factor that is the same for all."""
+    refine: Callable[[Factors], Factors] | None = None
+    """Where the truncated sum is not yet the answer: what leads from it to the answer."""
+
+    def truncate(self, rank: int) -> Factors:
+        """The factors of that rank. Raises ValueError for one that the terms do not reach."""
+        terms = self.left.shape[1]
+        if not 1 <= rank <= terms:
+            raise ValueError(f"rank {rank} of {terms} terms")
+        factors = Factors(self.left[:, :rank], self.right[:rank])
+        return factors if self.refine is None else self.refine(factors)

@@ -1,0 +1,1 @@
+"""What several factorization methods have in common."""

@@ -1,0 +1,104 @@
+"""The best low-rank approximation in a weighted norm, by the Gram matrix of the smaller side."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fishertool.factorization.method import Decomposition
+
+FLOOR = 1e-9
+"""Of the mean eigenvalue of a weighting, for what is singular: far below anything measured, and
+float64 has room for its inverse root."""
+
+
+class Weighting:
+    """A symmetric positive weighting of one side of a matrix: none, a number an index, or a matrix.
+
+    `square` is None, [side] or [side, side]; `floor` that of its entries or eigenvalues relative to
+    their mean, where a root is taken. Raises ValueError for one that is zero everywhere, negative
+    or not finite.
+    """
+
+    def __init__(self, square: Tensor | None, floor: float = FLOOR):
+        self.square: Tensor | None = None
+        if square is None:
+            return
+        wide = square.double()
+        diagonal = wide if wide.dim() == 1 else wide.diagonal()
+        mean = float(diagonal.mean())
+        if not 0 < mean < float("inf") or not bool(wide.isfinite().all()):
+            raise ValueError("the statistic is zero everywhere, or not finite")
+        if bool((diagonal < 0).any()):
+            raise ValueError("the statistic is negative somewhere")
+        self._least = floor * mean
+        self.square = wide.clamp(min=self._least) if wide.dim() == 1 else (wide + wide.T) / 2
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """square @ matrix, [side, column]."""
+        if self.square is None:
+            return matrix
+        return self.square @ matrix if self.square.dim() > 1 else self.square[:, None] * matrix
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        return self._power(0.5, matrix)
+
+    def inverse_root_times(self, matrix: Tensor) -> Tensor:
+        return self._power(-0.5, matrix)
+
+    def _power(self, power: float, matrix: Tensor) -> Tensor:
+        if self.square is None:
+            return matrix
+        if self.square.dim() == 1:
+            return self.square.pow(power)[:, None] * matrix
+        values, vectors = self._eigen
+        return vectors @ (values.pow(power)[:, None] * (vectors.T @ matrix))
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        assert self.square is not None
+        values, vectors = torch.linalg.eigh(self.square)
+        return values.clamp(min=self._least), vectors
+
+
+def decompose(
+    weight: Tensor, rows: Weighting | None = None, columns: Weighting | None = None
+) -> Decomposition:
+    """Minimize norm(R (W - W_r) C) over W_r of every rank, R^2 and C^2 being the two weightings.
+
+    With out <= in, U the eigenvectors of R W C^2 W^T R,
+
+        left = R^-1 U        right = U^T R W
+
+    so C is neither rooted nor inverted: where R is the identity this is W projected, whatever C.
+    The other way round with out > in. The error of rank r is the sum of the eigenvalues after the
+    r-th (Eckart and Young 1936, of R W C).
+
+    Shapes: weight [out, in]; R^2 [out] or [out, out]; C^2 [in] or [in, in]. In float64.
+    """
+    rows, columns = rows or Weighting(None), columns or Weighting(None)
+    wide = weight.double()
+
+    def square_norm(error: Tensor) -> Tensor:
+        return (rows.times(error) * columns.times(error.T).T).sum()
+
+    if wide.shape[0] <= wide.shape[1]:
+        values, left, right = _terms(wide, rows, columns)
+    else:
+        values, right, left = _terms(wide.T, columns, rows)
+        left, right = left.T, right.T
+    # Each term in two equal halves, so that neither factor overflows a narrow dtype.
+    lengths = left.norm(dim=0), right.norm(dim=1)
+    ratio = (lengths[1] / lengths[0]).sqrt()
+    ratio[(ratio == 0) | ~ratio.isfinite()] = 1.0
+    return Decomposition(values, left * ratio, right / ratio[:, None], square_norm)
+
+
+def _terms(wide: Tensor, near: Weighting, far: Weighting) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values, [near, term] and [term, far] of a matrix [near, far] with near <= far."""
+    rooted = near.root_times(wide)
+    gram = rooted @ far.times(rooted.T)
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    vectors = vectors.flip(1)
+    values = values.flip(0).clamp(min=0).sqrt()
+    return values, near.inverse_root_times(vectors), vectors.T @ rooted

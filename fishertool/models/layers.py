@@ -1,0 +1,101 @@
+"""Which tensors of a checkpoint are matrices that a layer multiplies by, told from the architecture."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.errors import InputError
+from fishertool.models.names import origins_by_disk_name
+from fishertool.models.probes import Origin
+
+IN_A_BLOCK = re.compile(r"\.\d+\.")
+"""Blocks are numbered, and what lies outside of them is not."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor on disk, [out, in] or a stack of such."""
+
+    name: str
+    kind: str
+    """linear; part (of a linear layer that is one in memory and several on disk); expert (the same,
+    of a stack); experts (a stack on disk too); embedding."""
+    turned: bool
+    """Whether it is [in, out]."""
+    in_block: bool
+    tied: str | None
+    """Another name of the same parameter."""
+
+
+def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Layer]:
+    """By name on disk. Reads headers and config.json, and makes no weights.
+
+    Raises InputError for an architecture that transformers does not have.
+    """
+    module = _skeleton(checkpoint, trust_remote_code)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        aliases[id(parameter)].append(name)
+    found: dict[str, Layer] = {}
+    origins = origins_by_disk_name(module, parameters, checkpoint.folder)
+    for name in checkpoint:
+        origin = origins.get(name)
+        if origin is None or checkpoint.info(name).shape != origin.shape:
+            continue
+        parameter = parameters[origin.name]
+        owner = module.get_submodule(origin.name.rpartition(".")[0])
+        kind = _kind(owner, origin, parameter)
+        if kind is None:
+            continue
+        others = [alias for alias in aliases[id(parameter)] if alias != origin.name]
+        stacked = kind == "experts" and bool(getattr(owner, "is_transposed", False))
+        found[name] = Layer(
+            name,
+            kind,
+            stacked or type(owner).__name__ == "Conv1D",
+            IN_A_BLOCK.search(name) is not None,
+            others[0] if others else None,
+        )
+    return found
+
+
+def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | None:
+    dimensions = len(origin.shape)
+    if parameter.dim() == 3:
+        return {3: "experts", 2: "expert"}.get(dimensions)
+    if dimensions != 2 or not origin.name.endswith(".weight"):
+        return None
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D":
+        return "linear" if origin.shape == tuple(parameter.shape) else "part"
+    return None
+
+
+def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
+    """The model on the meta device."""
+    import transformers
+
+    folder, names = checkpoint.folder, checkpoint.config().get("architectures") or []
+    made: Any = getattr(transformers, names[0], None) if names else None
+    if made is None:
+        raise InputError(
+            f"{folder / 'config.json'}: architecture {', '.join(names) or 'not given'} is not in "
+            "transformers, so its linear layers cannot be told"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            module: nn.Module = made(config)
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: transformers cannot make its model: {reason}") from error
+    return module

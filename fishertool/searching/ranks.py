@@ -1,0 +1,90 @@
+"""The choice among allocations: put each one's products into the model, measure, keep the best."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishertool import calibration
+from fishertool.calibration import DataOptions
+from fishertool.evaluation.measure import check_measured, measure, prepare
+from fishertool.factorization.rank import Ranks, total
+from fishertool.models.loading import load_model
+from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.tasks import task_of
+from fishertool.progress import Advance
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.factorize_plan import FactorizePlan
+from fishertool.surgery.factorize_terms import Cutter
+from fishertool.surgery.factorize_write import factorized_rows
+
+
+class Judge:
+    """Measures a model against the original, on data that neither the Fisher nor the ranks saw.
+
+    Low-rank layers are measured as their products in the place of the weights: the same function,
+    but for rounding.
+    """
+
+    def __init__(
+        self,
+        plan: FactorizePlan,
+        options: DataOptions,
+        batch_size: int,
+        device: str,
+        trust_remote_code: bool,
+    ):
+        checkpoint = plan.checkpoint
+        self.task = task_of(checkpoint.config(), checkpoint.folder)
+        options = check_measured(self.task, options)
+        self.batch_size, self.device = batch_size, device
+        self.original, self.changed = (
+            load_model(checkpoint, self.task, device, trust_remote_code) for _ in range(2)
+        )
+        self.data = calibration.load(
+            options,
+            self.original.tokenizer,
+            self.original.max_length,
+            self.original.labels,
+            self.task.form,
+            need_labels=self.task.has_labels,
+            long_texts="cut" if self.task.has_labels else "keep",
+        )
+        self._prepared = prepare(self.task, self.data)
+        self._weights, _ = parameters_by_disk_name(self.changed.pretrained, checkpoint)
+
+    def of_original(self) -> dict[str, float]:
+        return measure(
+            self.original, self.task, self._prepared,
+            batch_size=self.batch_size, device=self.device,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def measure(self, rows: Iterable[tuple[Matrix, Tensor]]) -> dict[str, float]:
+        """Of the model with these rows on disk in the place of its own."""
+        for matrix, values in rows:
+            weight = self._weights[matrix.name]
+            part = weight if matrix.expert is None else weight[matrix.expert]
+            part.copy_(values)
+        return measure(
+            self.changed, self.task, self._prepared, against=self.original,
+            batch_size=self.batch_size, device=self.device,
+        )  # fmt: skip
+
+
+def best_allocation(
+    plan: FactorizePlan,
+    candidates: Mapping[str, Ranks],
+    cut: Cutter,
+    judge: Judge,
+    advance: Advance,
+) -> tuple[str, list[dict[str, Any]]]:
+    """The candidate whose predictions stay nearest to the original's, and all that was measured."""
+    rows: list[dict[str, Any]] = []
+    for name, ranks in candidates.items():
+        metrics = judge.measure(factorized_rows(plan, ranks, cut))
+        rows.append({"allocate": name, "parameters": total(plan.shapes, ranks), **metrics})
+        advance(1)
+    best = min(rows, key=lambda row: row["kl"])
+    return best["allocate"], rows

@@ -1,0 +1,73 @@
+"""What a factorization did, in the report's terms."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from fishertool.factorization.rank import Ranks, parameters
+from fishertool.surgery.factorize_plan import FactorizePlan
+
+
+def rows_of(
+    plan: FactorizePlan, ranks: Ranks, figures: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row a matrix that was selected, and one for every other tensor, in file order.
+
+    Parameters are those of the factors, also where --format dense writes their product.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for matrix in plan.matrices:
+        rank = ranks[matrix.key]
+        row: dict[str, Any] = {
+            "name": matrix.key,
+            "shape": list(matrix.shape),
+            "dtype": matrix.dtype,
+            "action": "keep" if rank is None else "factorize",
+            "parameters_before": matrix.elements,
+            "parameters_after": parameters(matrix.shape, rank),
+        }
+        if rank is None:
+            row["why"] = "at break-even: factors would have no fewer parameters"
+        else:
+            row |= {"rank": rank, **figures.get(matrix.key, {})}
+        found.setdefault(matrix.name, []).append(row)
+    for name, why in plan.kept.items():
+        info = plan.checkpoint.info(name)
+        found[name] = [
+            {
+                "name": name,
+                "shape": list(info.shape),
+                "dtype": info.dtype,
+                "action": "keep",
+                "why": why,
+            }
+        ]
+    return [row for name in plan.checkpoint for row in found.get(name, [])]
+
+
+def summary_of(plan: FactorizePlan, ranks: Ranks) -> dict[str, Any]:
+    """Parameters that are left, as shares of three wholes: what is factorized, all linear weights,
+    and the model."""
+    after = {matrix.key: parameters(matrix.shape, ranks[matrix.key]) for matrix in plan.matrices}
+    gone = sum(matrix.elements - after[matrix.key] for matrix in plan.matrices)
+    factorized = [matrix for matrix in plan.matrices if ranks[matrix.key] is not None]
+    before = sum(matrix.elements for matrix in factorized)
+    names = {matrix.name for matrix in plan.matrices} | set(plan.kept)
+    linear = sum(
+        plan.checkpoint.info(name).elements
+        for name in names & plan.layers.keys()
+        if plan.layers[name].kind != "embedding"
+    )
+    whole = plan.others + sum(matrix.elements for matrix in plan.matrices)
+    return {
+        "method": plan.chosen.method.name,
+        "format": plan.format,
+        "matrices": dict(
+            Counter("dense" if ranks[m.key] is None else "factorized" for m in plan.matrices)
+        ),
+        "parameters_before": whole,
+        "parameters_after": whole - gone,
+        "kept_of_factorized": (before - gone) / before if before else 1.0,
+        "kept_of_linear": (linear - gone) / linear if linear else 1.0,
+        "kept_of_model": (whole - gone) / whole,
+    }

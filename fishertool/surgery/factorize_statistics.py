@@ -1,0 +1,133 @@
+"""What a factorization method asks of a sidecar: which kinds it needs, and one matrix's part of them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.errors import InputError, UsageError, some
+from fishertool.fisher.header import FisherHeader
+from fishertool.registry import Method
+from fishertool.sidecar import check_fits, open_sidecar
+from fishertool.surgery.factorize_matrix import Matrix
+
+SUFFICES = {
+    "fisher": ("diagonal",),
+    "rows": ("factored", "diagonal"),
+    "columns": ("factored", "diagonal"),
+    "inputs": ("kronecker", "activation"),
+    "gradients": ("kronecker",),
+}
+"""Input of a method -> the kinds that give it, the cheapest first."""
+SUMMED = ("fisher", "rows", "columns")
+
+
+class Statistics:
+    """The kinds of one sidecar that are needed, open."""
+
+    def __init__(self, kinds: dict[str, tuple[Checkpoint, FisherHeader]]):
+        self.kinds = kinds
+
+    def kind_of(self, wanted: str) -> str:
+        """Which of the open kinds gives an input."""
+        return next(kind for kind in SUFFICES[wanted] if kind in self.kinds)
+
+    def read(self, wanted: str, matrix: Matrix) -> Tensor:
+        """One input of a method for one matrix, as [out, in] says whatever is on disk.
+
+        Raises InputError for values that are not finite or, of a Fisher, negative.
+        """
+        kind = self.kind_of(wanted)
+        tensors, header = self.kinds[kind]
+        name = matrix.name
+        if wanted == "inputs":
+            name = f"{header.leaders[name]}#input"
+        elif wanted == "gradients":
+            name = f"{name}#output"
+        elif kind == "factored":
+            part = "rows" if (wanted == "rows") != matrix.turned else "columns"
+            name = f"{name}#{part}"
+        if kind == "diagonal":
+            values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
+            values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
+        else:
+            values = tensors[name]
+        if not bool(values.isfinite().all()) or (
+            wanted in SUMMED and not bool((values >= 0).all())
+        ):
+            raise InputError(f"{tensors.where(name)}: a Fisher must be finite and not negative")
+        return values
+
+    def check(self, wanted: Sequence[str], matrices: Sequence[Matrix]) -> None:
+        """Refuse, from headers, matrices that these inputs are not there for, or all zero."""
+        for one in wanted:
+            kind = self.kind_of(one)
+            tensors, header = self.kinds[kind]
+            lost = [matrix.name for matrix in matrices if matrix.name not in header.statistics]
+            if lost:
+                raise InputError(
+                    f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "
+                    "leave these out with --exclude, or estimate it of them"
+                )
+            if kind != "activation" and (
+                zero := sorted(
+                    {m.name for m in matrices if not header.statistics[m.name].total > 0}
+                )
+            ):
+                raise InputError(
+                    f"{tensors.folder}: the {kind} Fisher of {some(zero)} is zero everywhere: the "
+                    "data did not reach it; leave it out with --exclude, or estimate on other data"
+                )
+            for matrix in matrices:
+                self._check_sides(one, tensors, header, matrix)
+
+    def _check_sides(
+        self, wanted: str, tensors: Checkpoint, header: FisherHeader, matrix: Matrix
+    ) -> None:
+        if wanted not in ("inputs", "gradients"):
+            return
+        side = matrix.shape[1] if wanted == "inputs" else matrix.shape[0]
+        name = f"{header.leaders[matrix.name]}#input"
+        if wanted == "gradients":
+            name = f"{matrix.name}#output"
+        if name not in tensors or tensors.info(name).shape != (side, side):
+            raise InputError(
+                f"{tensors.folder}: tensor {name} should be [{side}, {side}] for {matrix.name} of "
+                f"{list(matrix.shape)}; estimate it again"
+            )
+
+
+def open_statistics(
+    opened: ExitStack, folder: Path | None, methods: Sequence[Method], model: Checkpoint
+) -> Statistics:
+    """What the methods need, and beside that a diagonal or factored Fisher if there is one.
+
+    Raises UsageError for no sidecar where one is needed; InputError for one that lacks what is
+    needed, or is of another checkpoint.
+    """
+    there: list[str] = []
+    if folder is not None:
+        names = dict.fromkeys(kind for kinds in SUFFICES.values() for kind in kinds)
+        there = [kind for kind in names if any(folder.glob(f"{kind}*.safetensors*"))]
+    wanted: list[str] = [kind for kind in ("diagonal", "factored") if kind in there][:1]
+    for method in methods:
+        for one, kinds in SUFFICES.items():
+            if not method.inputs.get(one):
+                continue
+            need = f"method {method.name} needs a Fisher of kind {' or '.join(kinds)}"
+            if folder is None:
+                raise UsageError(f"{need}; give --fisher")
+            usable = [kind for kind in kinds if kind in there]
+            if not usable:
+                raise InputError(f"{folder}: {need}, which this has not; estimate it with --kind")
+            wanted.append(usable[0])
+    kinds_open: dict[str, tuple[Checkpoint, FisherHeader]] = {}
+    for kind in dict.fromkeys(wanted):
+        assert folder is not None
+        tensors, header = open_sidecar(folder, kind)
+        opened.enter_context(tensors)
+        check_fits(tensors, header, model)
+        kinds_open[kind] = (tensors, header)
+    return Statistics(kinds_open)

@@ -1,0 +1,150 @@
+"""Where a matrix's factors come from: decomposed when asked for, or once, and kept on disk."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fishertool.checkpoint.dtypes import NAMES, compute_dtype
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.layout import lay_out
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.stream import Piece, stream
+from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.errors import InputError
+from fishertool.factorization.method import Decomposition, Factors
+from fishertool.factorization.rank import largest_saving
+from fishertool.progress import Advance
+from fishertool.registry import Method
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.factorize_plan import FactorizePlan
+
+STEM = "terms"
+
+
+class Cut(NamedTuple):
+    """A matrix's factors of one rank."""
+
+    factors: Factors
+    energy: float
+    """Share of the matrix's squared norm, in the method's terms, that they keep."""
+
+
+Cutter = Callable[[Matrix, int], Cut]
+
+
+def read_weight(plan: FactorizePlan, matrix: Matrix) -> Tensor:
+    """[out, in], as stored. Raises InputError for NaN and Inf, which nothing can be made of."""
+    rows = plan.checkpoint.read(matrix.name, matrix.start, matrix.stop)
+    if not bool(rows.isfinite().all()):
+        raise InputError(
+            f"{plan.checkpoint.where(matrix.name)}: has NaN or Inf; repair it, or leave it out "
+            "with --exclude"
+        )
+    return matrix.upright(rows)
+
+
+def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor, Decomposition]:
+    """The weight and its decomposition by the plan's method. Raises InputError for a statistic
+    that is zero everywhere."""
+    weight = read_weight(plan, matrix).to(device)
+    chosen = plan.chosen
+    given = {name: plan.statistics.read(name, matrix).to(device) for name in chosen.inputs}
+
+    def run(method: Method, **more: object) -> Decomposition:
+        wanted = {name: value for name, value in given.items() if name in method.inputs}
+        try:
+            found: Decomposition = method.function(weight, **wanted, **more)
+        except ValueError as error:
+            raise InputError(
+                f"{plan.checkpoint.where(matrix.key)}: {error}; leave it out with --exclude, or "
+                "estimate on other data"
+            ) from error
+        return found
+
+    if chosen.start is None:
+        return weight, run(chosen.method, **chosen.settings)
+    start = run(chosen.start, **chosen.start.settings)
+    return weight, run(chosen.method, start=start, **chosen.settings)
+
+
+def decomposing(plan: FactorizePlan, device: str) -> Cutter:
+    """Every matrix when it is asked for."""
+
+    def cut(matrix: Matrix, rank: int) -> Cut:
+        weight, found = decompose(plan, matrix, device)
+        factors = found.truncate(rank)
+        if found.refine is None:
+            energy = kept_share(found.singular_values, rank)
+        else:
+            error = weight.double() - factors.left @ factors.right
+            whole = float(found.square_norm(weight.double()))
+            energy = 1 - float(found.square_norm(error)) / whole if whole else 1.0
+        return Cut(Factors(factors.left.cpu(), factors.right.cpu()), energy)
+
+    return cut
+
+
+def decompose_all(
+    plan: FactorizePlan, folder: Path, device: str, threads: int, advance: Advance
+) -> dict[str, Tensor]:
+    """Write the terms of every matrix that may be needed into `folder`; the spectra by matrix."""
+    infos = [
+        TensorInfo(f"{matrix.key}#{side}", NAMES[compute_dtype(matrix.dtype)], (terms, length))
+        for matrix in plan.matrices
+        for side, length in zip(("left", "right"), matrix.shape, strict=True)
+        if (terms := largest_saving(matrix.shape))
+    ]
+    spectra: dict[str, Tensor] = {}
+    matrices = {matrix.key: matrix for matrix in plan.matrices}
+    with CheckpointWriter(folder, lay_out(infos, 1 << 62, stem=STEM)) as writer:
+
+        def one(piece: Piece) -> None:
+            matrix = matrices[piece.name]
+            _, found = decompose(plan, matrix, device)
+            spectra[matrix.key] = found.singular_values.cpu()
+            terms, dtype = largest_saving(matrix.shape), compute_dtype(matrix.dtype)
+            if terms:
+                writer.write(f"{matrix.key}#left", found.left[:, :terms].T.to("cpu", dtype))
+                writer.write(f"{matrix.key}#right", found.right[:terms].to("cpu", dtype))
+
+        stream(map(whole_piece, plan.matrices), one, threads, advance)
+        writer.finish()
+    return {matrix.key: spectra[matrix.key] for matrix in plan.matrices}
+
+
+class KeptTerms:
+    """Cuts of what `decompose_all` wrote; of a method that refines, refined when asked for."""
+
+    def __init__(self, plan: FactorizePlan, folder: Path, spectra: dict[str, Tensor], device: str):
+        self._refined = decomposing(plan, device) if plan.chosen.refines else None
+        self._terms = open_checkpoint(folder, stem=STEM)
+        self._spectra = spectra
+
+    def __call__(self, matrix: Matrix, rank: int) -> Cut:
+        if self._refined is not None:
+            return self._refined(matrix, rank)
+        left = self._terms.read(f"{matrix.key}#left", 0, rank).T
+        right = self._terms.read(f"{matrix.key}#right", 0, rank)
+        return Cut(Factors(left, right), kept_share(self._spectra[matrix.key], rank))
+
+    def discard(self) -> None:
+        self._terms.close()
+        shutil.rmtree(self._terms.folder)
+
+
+def whole_piece(matrix: Matrix) -> Piece:
+    return Piece(matrix.key, matrix.start, matrix.stop, matrix.elements)
+
+
+def kept_share(singular_values: Tensor, rank: int) -> float:
+    """Of the sum of squares, by the first of them.
+
+    >>> kept_share(torch.tensor([3.0, 4.0]), 1)
+    0.36
+    """
+    energies = singular_values.double().square()
+    whole = float(energies.sum())
+    return round(float(energies[:rank].sum()) / whole, 12) if whole else 1.0
