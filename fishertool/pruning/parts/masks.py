@@ -13,6 +13,9 @@ from fishertool.pruning.parts.ranking import largest, largest_of_each_row
 Budget = Literal["tensor", "row", "global"]
 BUDGETS: tuple[Budget, ...] = ("tensor", "row", "global")
 
+FEW = 1 << 16
+"""So many numbers are sorted faster than their digits are counted."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -82,7 +85,7 @@ def choose(
     if budget == "row":
         mask = largest_of_each_row(units, kept_of(units.shape[1], sparsity))
     else:
-        [mask] = largest(lambda: [units], kept_of(units.numel(), sparsity))
+        mask = _largest_of_all(units, kept_of(units.numel(), sparsity))
     return _spread(mask, pattern)
 
 
@@ -99,6 +102,23 @@ def choose_globally(
         yield _spread(mask, pattern)
 
 
+def choose_columns(
+    saliency: Tensor, start: int, pattern: Pattern, sparsity: float, budget: Budget
+) -> Tensor:
+    """The mask of the columns from `start` on of a matrix, so that the counts of all are exact.
+
+    For n:m, and for weights that stand by themselves.
+    """
+    rows, width = saliency.shape
+    if pattern.m:
+        return choose(saliency, pattern, sparsity, budget)
+    if budget == "row":
+        count = kept_of(start + width, sparsity) - kept_of(start, sparsity)
+        return largest_of_each_row(saliency, count)
+    count = kept_of(rows * (start + width), sparsity) - kept_of(rows * start, sparsity)
+    return _largest_of_all(saliency, count)
+
+
 def overlap(mask: Tensor, other: Tensor) -> tuple[int, int]:
     """How many weights both masks keep, and how many the first one does."""
     return int((mask & other).sum()), int(mask.sum())
@@ -113,6 +133,13 @@ def pack(mask: Tensor) -> Tensor:
     bits = mask.flatten().to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _largest_of_all(values: Tensor, count: int) -> Tensor:
+    if values.numel() <= FEW:
+        return largest_of_each_row(values.flatten(), count).reshape(values.shape)
+    [mask] = largest(lambda: [values], count)
+    return mask
 
 
 def _units(saliency: Tensor, pattern: Pattern) -> Tensor:
