@@ -16,9 +16,11 @@ PACKAGE = Path(fishertool.__file__).parent
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
 PURE = {"factorization", "merging", "pruning"}
-UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "surgery", "searching"}
+UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
+UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
-    "__init__": set[str](),
+    "__init__": {"plugin"},
+    "plugin": set[str](),
     "errors": set[str](),
     "progress": set[str](),
     "memory": set[str](),
@@ -33,17 +35,22 @@ MAY_IMPORT = {
     "merging": {"errors", "registry", "fisher", "merging"},
     "factorization": {"errors", "registry", "fisher", "factorization"},
     "pruning": {"errors", "registry", "fisher", "pruning"},
+    "recipe": {"errors", "registry", "recipe"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | PURE | {"models", "estimation", "surgery"},
+    "surgery": LIBRARIES | PURE | {"models", "estimation", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress"}}
+LAZILY = {
+    "__init__": {"models"},
+    "plugin": {"models"},
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"},
+}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},
@@ -53,6 +60,8 @@ ONLY_IN = {
     "huggingface_hub": {"hub", "calibration"},
 }
 WITHOUT_TORCH = {
+    "__init__",
+    "plugin",
     "cli",
     "memory",
     "config",
@@ -62,6 +71,7 @@ WITHOUT_TORCH = {
     "registry",
     "progress",
     "hub",
+    "recipe",
 }
 
 

@@ -134,8 +134,8 @@ def test_matena_keeps_the_first_head_and_survives_zero_weights(
         "merge", *pair, *flags, "--preset", "matena", "--weights", "0,1", "--out", "o", "--json"
     )
     assert result.code == 0, result.err
-    assert result.report["options"]["head"] == "keep-first"
-    assert result.report["options"]["set"]["normalization"] == "l2"
+    assert result.report["options"]["recipe"]["head"] == "keep-first"
+    assert result.report["options"]["recipe"]["parameters"]["normalization"] == "l2"
     merged, first, second = (weights_of(p) for p in (tmp_path / "o", *pair))
     for name, value in merged.items():
         assert value.isfinite().all()
@@ -381,7 +381,7 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
     ("flags", "told"),
     [
         (["--method", "fisher"], "one --fisher for each"),
-        (["--fisher", "fa"], "takes no --fisher"),
+        (["--fisher", "fa"], "1 sidecars for 2 models"),
         (["--base", "a"], "takes no --base"),
         (["--method", "fishr"], "did you mean 'fisher'?"),
         (["--set", "normalise=1"], "did you mean 'normalize'?"),

@@ -1,4 +1,4 @@
-"""Merge methods: identities over all of them, and each formula against a loop over numbers."""
+"""`linear` and `fisher` against loops over numbers."""
 
 import itertools
 import math
@@ -7,100 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from merge_driver import PACKAGE, fishers_for, random
 from torch import Tensor
 
-from fishertool.commands.merge import PRESETS
 from fishertool.merging.fisher import fisher
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher
-from fishertool.registry import find_method, method_names
+from fishertool.recipe.flags import PRESETS
+from fishertool.registry import find_method
 
-PACKAGE = "fishertool.merging"
-SHAPES = [(1,), (2,), (63,), (64,), (7, 9)]
-KNOWN_INPUTS = {"models", "weights", "fishers", "base"}
-METHODS = [
-    name
-    for name in method_names(PACKAGE)
-    if {i for i, required in find_method(PACKAGE, name).inputs.items() if required} <= KNOWN_INPUTS
-]
-WITHOUT_BASE = [name for name in METHODS if not find_method(PACKAGE, name).inputs.get("base")]
 WEIGHTS = [(0.5, 0.5), (0.3, 0.7), (2.0, 1.0)]
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def sidecar(values: Tensor) -> Fisher:
-    """One tensor that is the whole model."""
-    wide = values.double()
-    mean = float(wide.mean())
-    return Fisher(values, mean, mean, float(wide.square().sum().sqrt()))
-
-
-def fishers_for(models: Sequence[Tensor]) -> list[Fisher]:
-    """Squares, over several orders of magnitude."""
-    return [
-        sidecar(random(*model.shape, seed=50 + n, dtype=model.dtype).pow(4))
-        for n, model in enumerate(models)
-    ]
-
-
-def run(
-    name: str, models: Sequence[Tensor], weights: Sequence[float], base: Tensor | None
-) -> Tensor:
-    inputs = find_method(PACKAGE, name).inputs
-    arguments: dict[str, Any] = {}
-    if "fishers" in inputs:
-        arguments["fishers"] = fishers_for(models)
-    if base is not None and "base" in inputs:
-        arguments["base"] = base
-    before = [tensor.clone() for tensor in _tensors(models, arguments)]
-    merged: Tensor = find_method(PACKAGE, name).function(models, weights, **arguments)
-    for tensor, old in zip(_tensors(models, arguments), before, strict=True):
-        assert torch.equal(tensor, old)
-        assert merged.data_ptr() != tensor.data_ptr()
-    assert (merged.shape, merged.dtype) == (models[0].shape, models[0].dtype)
-    assert merged.isfinite().all()
-    return merged
-
-
-def _tensors(models: Sequence[Tensor], arguments: dict[str, Any]) -> list[Tensor]:
-    bases = [arguments["base"]] if "base" in arguments else []
-    return [*models, *bases, *(one.values for one in arguments.get("fishers", []))]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-def test_equal_models_merge_to_themselves(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    model = random(*shape, seed=1, dtype=dtype)
-    for count in (2, 3):
-        for base in (None, model.clone()) if name in WITHOUT_BASE else (model.clone(),):
-            merged = run(name, [model.clone() for _ in range(count)], [1 / count] * count, base)
-            torch.testing.assert_close(merged, model)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-def test_arguments_are_left_alone_and_the_result_is_finite(
-    name: str, shape: tuple[int, ...]
-) -> None:
-    models = [random(*shape, seed=n) for n in range(3)]
-    bases = [random(*shape, seed=9)] + ([None] if name in WITHOUT_BASE else [])
-    for base in bases:
-        run(name, models, [0.2, 0.3, 0.5], base)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", WITHOUT_BASE)
-def test_all_the_weight_on_one_model_gives_that_model(name: str, shape: tuple[int, ...]) -> None:
-    models = [random(*shape, seed=1), random(*shape, seed=2)]
-    for number, weights in enumerate([(1.0, 0.0), (0.0, 1.0)]):
-        merged = run(name, models, weights, None)
-        torch.testing.assert_close(merged, models[number], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -27,14 +27,14 @@ def test_kth_largest_is_what_sorting_finds(dtype: torch.dtype, elements: int, ki
     def pieces() -> list[tuple[Sequence[Tensor], None]]:
         return [(part.unbind(), None) for part in torch.split(scores, 1000, dim=1)]
 
-    found = make_passes(kth_largest(lambda models, base: models, ranks, dtype), pieces)
+    found = make_passes(kth_largest(lambda models, base: models, ranks), pieces)
     for values, asked, score in zip(found, ranks, scores, strict=True):
         ordered = score.sort(descending=True).values
         assert values == [float(ordered[rank - 1]) for rank in asked]
 
 
-def test_a_negative_zero_counts_as_zero() -> None:
-    scores = torch.tensor([-0.0, 0.0, 1.0])
+def test_signs_do_not_count() -> None:
+    scores = torch.tensor([-0.0, 0.0, -1.0])
     found = make_passes(
         kth_largest(lambda models, base: models, [[1, 2, 3]]), lambda: [([scores], None)]
     )

@@ -23,6 +23,7 @@ def stage(cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path) -> Calla
     def prepare() -> None:
         make_model("model-a", seed=1)
         make_model("model-b", seed=2)
+        make_model("base", seed=3)
         for name in ("a", "b"):
             (tmp_path / f"{name}.jsonl").write_bytes(data.read_bytes())
         make_model("embedder", head="Model")

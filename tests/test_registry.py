@@ -24,6 +24,18 @@ def slow_roast(models, weights, base=None, *, hot: bool = False, turns: int = 2,
     """
     return hot, turns, hours, wood, name, rest, limit
 '''
+PAIR = '''
+from collections.abc import Sequence
+
+PerModel = float | Sequence[float]
+
+def pair(models: tuple[str, str], weights, whole, *, share: PerModel = 0.5, lambda_: float = 1.0):
+    """Cook two."""
+    return whole, share, lambda_
+
+def whole(weights, elements, *, share: PerModel = 0.5):
+    return elements, share
+'''
 
 
 @pytest.fixture
@@ -36,10 +48,13 @@ def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "__init__.py": '"""Methods."""',
         "method.py": "def method(models): ...",
         "slow_roast.py": SLOW_ROAST,
+        "pair.py": PAIR,
         "broken.py": "raise RuntimeError",
         "notes.txt": "",
     }.items():
         (folder / file).write_text(text, encoding="utf-8")
+    (folder / "tools").mkdir()
+    (folder / "tools" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     return "house_of_methods.cooking"
 
@@ -50,8 +65,8 @@ def roast(kitchen: str) -> Method:
 
 
 def test_a_method_is_a_file(kitchen: str) -> None:
-    assert method_names(kitchen) == ["broken", "slow-roast"]
-    assert method_names("fishertool.merging")[:2] == ["fisher", "linear"]
+    assert method_names(kitchen) == ["broken", "pair", "slow-roast"]
+    assert {"fisher", "linear", "task-arithmetic"} <= set(method_names("fishertool.merging"))
 
 
 def test_the_signature_is_the_schema(roast: Method) -> None:
@@ -59,6 +74,44 @@ def test_the_signature_is_the_schema(roast: Method) -> None:
     assert roast.inputs == {"models": True, "weights": True, "base": False}
     assert list(roast.settings) == ["hot", "turns", "hours", "wood", "name", "rest", "limit"]
     assert roast.function(None, None, **roast.parse({})) == (False, 2, 1.5, "oak", "x", None, 3)
+
+
+def test_a_method_may_look_at_the_whole_tensor_and_fix_its_models(
+    kitchen: str, roast: Method
+) -> None:
+    pair = find_method(kitchen, "pair")
+    assert pair.whole is not None and pair.whole([], 7, share=0.1) == (7, 0.1)
+    assert (pair.inputs["whole"], pair.models) == (True, 2)
+    assert (roast.whole, roast.models) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (0.25, 0.25),
+        ("0.25", 0.25),
+        ("0.1,0.2", [0.1, 0.2]),
+        ([0.1, "0.2"], [0.1, 0.2]),
+        ((1, 2, 3), [1.0, 2.0, 3.0]),
+        ([0.5], 0.5),
+    ],
+)
+def test_a_setting_may_be_one_number_a_model(kitchen: str, given: Any, wanted: Any) -> None:
+    pair = find_method(kitchen, "pair")
+    assert pair.parse({"share": given})["share"] == wanted
+
+
+@pytest.mark.parametrize("given", ["a", "0.1,b", [0.1, None], None, [[0.1], 0.2]])
+def test_what_is_no_number_a_model_is_refused(kitchen: str, given: Any) -> None:
+    with pytest.raises(UsageError, match=r"^pair share: .* is not a float"):
+        find_method(kitchen, "pair").parse({"share": given})
+
+
+def test_lambda_is_set_by_its_name(kitchen: str) -> None:
+    pair = find_method(kitchen, "pair")
+    assert pair.parse({"lambda": "2"})["lambda_"] == 2.0
+    with pytest.raises(UsageError, match="no setting 'lambda_'; did you mean 'lambda'"):
+        pair.parse({"lambda_": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -98,6 +151,8 @@ def test_settings_are_converted_by_their_annotation(
         ("turns", 2.5),
         ("turns", "many"),
         ("turns", None),
+        ("turns", True),
+        ("hours", True),
         ("hours", "long"),
         ("hours", None),
         ("hours", [1.0]),
@@ -130,7 +185,9 @@ def test_unknown_settings_and_methods_get_a_suggestion(kitchen: str, roast: Meth
         find_method("fishertool.merging", "fsher")
 
 
-@pytest.mark.parametrize("name", ["method", "__init__", "notes", "", "../linear", "models"])
+@pytest.mark.parametrize(
+    "name", ["method", "__init__", "notes", "", "../linear", "models", "tools"]
+)
 def test_what_is_no_method_is_not_found(kitchen: str, name: str) -> None:
     for package in (kitchen, "fishertool.merging"):
         with pytest.raises(UsageError, match="no method"):
@@ -148,6 +205,7 @@ def test_every_method_documents_itself(package: str, name: str) -> None:
     assert method.summary.endswith(".") and text.isascii()
     assert "Source:" in text and "Shapes:" in text
     for setting in method.settings:
-        assert f"`{setting}`" in text, f"{name} does not document `{setting}`"
+        called = setting.removesuffix("_")
+        assert f"`{called}`" in text, f"{name} does not document `{called}`"
     assert set(method.parse({})) == set(method.settings)
     assert method.inputs["models"] and method.function.__module__.endswith(method.function.__name__)

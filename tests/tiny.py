@@ -1,10 +1,19 @@
 """A tiny random model of every architecture that is tested, as transformers makes them."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from conftest import VOCABULARY, make_bert, make_gpt2, make_llama
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fishertool.models.low_rank import quantization_config
 
 LABELS = 3
 SIZE = {
@@ -75,3 +84,48 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         image_size=8, patch_size=4, num_labels=LABELS,
     ),
 }  # fmt: skip
+
+
+BLOCK_LINEARS = (
+    r"(attention|attn|self_attn|(Self|EncDec)Attention(?!\.relative)|intermediate|output|mlp"
+    r"|DenseReluDense)\.([\w.]+\.)?\w+\.weight"
+)
+
+
+def make_low_rank(
+    dense: Path, out: Path, select: str = BLOCK_LINEARS, rank: int | None = None
+) -> dict[str, int]:
+    """A low-rank copy of a tiny checkpoint by truncated SVDs, of full rank unless told otherwise.
+
+    Returns the ranks by module. Weights whose name matches `select` are factorized, all of them
+    2-D; those of GPT-2 are [in, out].
+    """
+    shutil.copytree(dense, out)
+    config = json.loads((dense / "config.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    ranks = {}
+    for name, stored in load_file(dense / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if not re.search(select, name) or stored.dim() != 2:
+            tensors[name] = stored
+            continue
+        weight = stored.double()
+        if config["model_type"] == "gpt2":
+            weight = weight.T
+        ranks[module] = r = min(rank or min(weight.shape), *weight.shape)
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        root = values[:r].sqrt()
+        tensors[f"{module}.down.weight"] = (root.unsqueeze(1) * right[:r]).to(stored.dtype)
+        tensors[f"{module}.up.weight"] = (left[:, :r] * root).to(stored.dtype)
+        tensors[f"{module}.weight"] = torch.empty(0, dtype=stored.dtype)
+    for module in ranks:
+        if f"{module}.bias" in tensors:
+            tensors[f"{module}.up.bias"] = tensors.pop(f"{module}.bias")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
+    config["quantization_config"] = quantization_config(ranks)
+    (out / "config.json").write_text(json.dumps(config))
+    return ranks

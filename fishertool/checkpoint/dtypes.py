@@ -73,3 +73,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     flat = tensor.reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A sum is one pass without a temporary; only where it is not finite is each value looked at.
+    if values.dtype not in (torch.bfloat16, torch.float64):
+        values = values.float()  # the others have no room for a sum, or no sum
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -10,7 +10,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from fishertool.cli import combine, estimate, evaluate, factorize, merge, prune  # noqa: F401 (they put their verbs on the app)
+from fishertool.cli import combine, densify, estimate, evaluate, factorize, merge, prune  # noqa: F401 (they put their verbs on the app)
 from fishertool.cli.app import app
 from fishertool.errors import FishertoolError, UsageError
 from fishertool.memory import keep_freed_memory

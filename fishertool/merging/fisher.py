@@ -49,7 +49,7 @@ def fisher(
     With a base, task vectors tau_i = theta_i - theta_0 may be changed before and after:
 
         tau_i = 0 but for the fraction `trim` of a tensor's weights with the largest F_i tau_i^2
-        theta = theta_0 + lambda (the average - theta_0)
+        theta = theta_0 + `lambda` (the average - theta_0)
 
     A weight trimmed from tau_i speaks for the base as strongly as it spoke for theta_i.
 

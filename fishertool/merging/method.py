@@ -5,7 +5,8 @@ A pure function in a file of its own name, called once for every piece of every 
     def name(models, weights, [base], [fishers], [activations], [kroneckers], [generators],
              [whole], *, setting=default) -> Tensor
 
-models       k tensors of one shape, float32 (float64 where stored so)
+models       k tensors of one shape, float32 (float64 where stored so); `tuple[Tensor, Tensor]`
+             where k is two, of which mergekit calls the first `base_model`
 weights      k numbers
 base         the common ancestor's tensor; a method that names this input takes `--base`
 fishers      k `Fisher`s; a method that names this input needs `--fisher`
@@ -15,8 +16,8 @@ kroneckers   k `Kronecker`s; the piece is then the whole weight, [out, in]
 generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
 whole        what the file's `whole` found out about the whole tensor
 
-It returns a tensor of that shape and dtype, and writes into none of its arguments. Where the
-tensor has several dimensions a piece is a run of its rows, with the other dimensions whole.
+It returns a tensor of that shape and dtype, and writes into none of its arguments. A piece is
+`[rows, width]` with the last dimension whole, and `[elements]` of a vector.
 
 A method that must know more of a tensor than one piece has a second function in its file, a
 generator that makes passes over all pieces:
@@ -57,12 +58,17 @@ class Fisher(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """One model's Kronecker factors of one linear layer."""
+    """One model's Kronecker factors of one linear layer: F is about gradient kron activation."""
 
     activation: Tensor
-    """Second moment of the input, [in, in]."""
+    """Second moment of a token's input, [in, in]."""
     gradient: Tensor
-    """Second moment of the output's gradient, [out, out]."""
+    """Second moment of the gradient at a token's output, times the tokens of an example,
+    [out, out]."""
+    mean: float
+    """Mean of the diagonal of this F over all merged weights that have factors."""
+    l2: float
+    """L2 norm of that diagonal."""
 
 
 def per_model(setting: PerModel, models: int) -> list[float]:
@@ -76,6 +82,19 @@ def per_model(setting: PerModel, models: int) -> list[float]:
     if len(setting) != models:
         raise ValueError(f"{len(setting)} numbers for {models} models")
     return [float(number) for number in setting]
+
+
+def fractions(setting: PerModel, models: int, name: str) -> list[float]:
+    """One number a model, each from 0 to 1. Raises ValueError with the setting's name for others.
+
+    >>> fractions(0.5, 2, "density")
+    [0.5, 0.5]
+    """
+    found = per_model(setting, models)
+    for number in found:
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} {number} is not from 0 to 1")
+    return found
 
 
 def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:

@@ -9,6 +9,7 @@ from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
+from fishertool.evaluation.correlation import spearman
 from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import task_of
@@ -30,15 +31,16 @@ class Judge:
         device: str,
         trust_remote_code: bool,
     ):
-        first = plan.models[0]
+        first = plan.first
         self.task = task_of(first.config(), first.folder)
         options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
-        loaded = load_model(first, self.task, device, trust_remote_code)
+        with open_checkpoint(first.folder) as checkpoint:
+            loaded = load_model(checkpoint, self.task, device, trust_remote_code)
         self.data = calibration.load(
             options,
-            loaded.tokenizer,
+            plan.vocabulary.tokenizer or loaded.tokenizer,
             loaded.max_length,
             loaded.labels,
             self.task.form,
@@ -78,9 +80,21 @@ def search_weights(
     rows: list[dict[str, Any]] = []
     for weights in candidates:
         scratch.mkdir()
-        write_merge(plan, weights, scratch, threads, lambda count: None)
-        rows.append({"weights": weights, **judge.measure(scratch)})
+        written = write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
+        row = {"weights": weights, **judge.measure(scratch)}
+        if written.predicted_loss is not None:
+            row["predicted_loss"] = written.predicted_loss
+        rows.append(row)
         shutil.rmtree(scratch)
         advance(1)
     best = min(rows, key=judge.key)
     return best["weights"], rows
+
+
+def agreement(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation over candidates of the predicted loss, all models' together, with the
+    loss measured; None without predictions, or for too few candidates to tell."""
+    known = [row for row in rows if "predicted_loss" in row]
+    if len(known) < 3:
+        return None
+    return spearman([sum(row["predicted_loss"]) for row in known], [row["loss"] for row in known])

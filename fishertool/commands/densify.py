@@ -1,0 +1,222 @@
+"""`fishertool densify`: a low-rank checkpoint -> the dense one that it stands for."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fishertool import hub
+from fishertool.checkpoint.companions import (
+    Companions,
+    copy_companions,
+    find_companions,
+    write_json,
+)
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite, torch_name
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.layout import Layout, lay_out, parse_size
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.checkpoint.stream import Piece, pieces, stream
+from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.errors import InputError
+from fishertool.models.low_rank import (
+    Factors,
+    factors_of,
+    is_low_rank,
+    is_turned,
+    modules_of,
+    product,
+)
+from fishertool.models.names import empty_model
+from fishertool.progress import Advance, Track, silent
+from fishertool.report import Files, Output, Report, environment, options_of, public_name
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before the first tensor is read."""
+
+    checkpoint: Checkpoint
+    factors: Mapping[str, tuple[Factors, bool]]
+    """By the dense weight's name; and whether that is [in, out]."""
+    sources: Mapping[str, str]
+    """Output tensors that are copied, and their names in the input."""
+    layout: Layout
+    companions: Companions
+    allow_nonfinite: bool
+
+    def outputs(self) -> list[TensorInfo]:
+        return [tensor for shard in self.layout.shards for tensor in shard.tensors]
+
+
+def densify(
+    model: str,
+    out: Path,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int = 1,
+    track: Track = silent,
+) -> Report:
+    """Write W = up @ down in place of every pair of factors, and all else as it is.
+
+    The product is taken in float32 and rounded once, to the factors' dtype.
+    """
+    report = Report("densify", options_of(locals()), environment=environment(threads, "cpu"))
+    with ExitStack() as opened:
+        with report.phase("check"):
+            checkpoint = opened.enter_context(open_checkpoint(hub.resolve(model)))
+            plan = _plan(checkpoint, parse_size(max_shard_size), allow_nonfinite)
+            check_output(out, [checkpoint.folder], overwrite, plan.layout.nbytes)
+        report.tensors = _rows(plan)
+        report.summary = _summary(plan)
+        if dry_run:
+            report.status = "dry-run"
+            report.summary["free_bytes"] = free_bytes(out)
+            return report
+        with staged(out, overwrite) as folder:
+            with (
+                report.phase("densify"),
+                track("Densifying", plan.layout.parameters, "weights") as step,
+            ):
+                digests = _write(plan, folder, threads, step)
+            with report.phase("digest"):
+                files = list(map(asdict, checkpoint.digests()))
+                report.inputs = [Files(public_name(model), "model", files)]
+            report.output = Output(
+                list(map(asdict, digests)),
+                plan.layout.nbytes,
+                plan.layout.parameters,
+                torch_name(next(iter(plan.factors.values()))[0].dtype),
+                list(plan.companions.copied),
+                list(plan.companions.left_out),
+            )
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _plan(checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -> _Plan:
+    folder, config = checkpoint.folder, checkpoint.config()
+    if not is_low_rank(config):
+        quantized = config.get("quantization_config")
+        raise InputError(
+            f"{folder}: is not low-rank, "
+            + (
+                "but quantized otherwise; dequantize it with transformers"
+                if quantized
+                else "so it is dense already; use it as it is"
+            )
+        )
+    found = factors_of(checkpoint, config["quantization_config"])
+    model = empty_model(checkpoint)
+    if model is None:
+        raise InputError(
+            f"{folder / 'config.json'}: its architecture is not in transformers, so how its dense "
+            "weights lie cannot be told"
+        )
+    modules = modules_of(model, found, checkpoint)
+    factors = {
+        one.weight: (one, is_turned(model.get_submodule(name))) for name, one in modules.items()
+    }
+    if unknown := [one.module for one in found if one.weight not in factors]:
+        raise InputError(
+            f"{folder}: has factors of {unknown[0]}, and a {type(model).__name__} no such module"
+        )
+    inside = {name for one in found for name in (one.down, one.up)}
+    renamed = {one.up_bias: one.bias for one in found}
+    sources: dict[str, str] = {}
+    outputs = []
+    for name in checkpoint:
+        info = checkpoint.info(name)
+        if name in factors:
+            one, turned = factors[name]
+            shape = (one.inputs, one.outputs) if turned else (one.outputs, one.inputs)
+            outputs.append(TensorInfo(name, one.dtype, shape))
+        elif name not in inside:
+            new = renamed.get(name, name)
+            sources[new] = name
+            outputs.append(replace(info, name=new))
+    layout = lay_out(outputs, max_shard_bytes)
+    return _Plan(checkpoint, factors, sources, layout, find_companions(folder), allow_nonfinite)
+
+
+def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[FileDigest]:
+    with CheckpointWriter(folder, plan.layout) as writer:
+
+        def one(piece: Piece) -> None:
+            writer.write(piece.name, _piece(plan, piece), piece.start)
+
+        stream(pieces(plan.outputs()), one, threads, advance)
+        digests = writer.finish()
+    config = plan.checkpoint.config()
+    del config["quantization_config"]
+    write_json(folder / "config.json", config)
+    copy_companions(plan.checkpoint.folder, plan.companions, folder)
+    return digests
+
+
+def _piece(plan: _Plan, piece: Piece) -> Tensor:
+    """Rows of an output tensor, in its stored dtype."""
+    checkpoint = plan.checkpoint
+    if piece.name not in plan.factors:
+        name = plan.sources[piece.name]
+        values = checkpoint.read(name, piece.start, piece.stop)
+        if checkpoint.info(name).dtype in FLOATING:
+            _check_finite(plan, name, values)
+        return values
+    one, turned = plan.factors[piece.name]
+    if turned:
+        down = checkpoint.read_columns(one.down, piece.start, piece.stop)
+        up = checkpoint.read(one.up)
+    else:
+        down, up = checkpoint.read(one.down), checkpoint.read(one.up, piece.start, piece.stop)
+    for name, values in ((one.down, down), (one.up, up)):
+        _check_finite(plan, name, values)
+    dense = product(up, down).to(TORCH[one.dtype])
+    if not plan.allow_nonfinite and not all_finite(dense):
+        raise InputError(
+            f"{checkpoint.where(one.weight)}: the product of its factors does not fit {one.dtype}; "
+            "go on with --allow-nonfinite, or load it in transformers and dequantize to float32"
+        )
+    return dense.T if turned else dense
+
+
+def _check_finite(plan: _Plan, name: str, values: Tensor) -> None:
+    if not plan.allow_nonfinite and not all_finite(values):
+        raise InputError(
+            f"{plan.checkpoint.where(name)}: has NaN or Inf; repair it, or go on with "
+            "--allow-nonfinite"
+        )
+
+
+def _rows(plan: _Plan) -> list[dict[str, Any]]:
+    rows = []
+    for tensor in plan.outputs():
+        row: dict[str, Any] = {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "action": "densify" if tensor.name in plan.factors else "keep",
+        }
+        if tensor.name in plan.factors:
+            row["rank"] = plan.factors[tensor.name][0].rank
+        rows.append(row)
+    return rows
+
+
+def _summary(plan: _Plan) -> dict[str, Any]:
+    infos = plan.checkpoint.infos().values()
+    return {
+        "modules": len(plan.factors),
+        "parameters": plan.layout.parameters,
+        "parameters_before": sum(info.elements for info in infos),
+        "bytes": plan.layout.nbytes,
+        "bytes_before": sum(info.nbytes for info in infos),
+    }
