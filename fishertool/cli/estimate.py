@@ -59,16 +59,25 @@ def estimate_fisher(
         str,
         option(
             "--kind",
-            help="diagonal, factored, kronecker, activation, rank-one; several with commas.",
+            help="diagonal, factored, kronecker, activation, mean-gradient, rank-one; several with "
+            "commas.",
         ),
     ] = "diagonal",
+    with_mean_gradient: Annotated[
+        bool,
+        option(
+            "--with-mean-gradient",
+            help="Beside --kind: the mean gradient over the examples, with the data's labels.",
+        ),
+    ] = False,
     labels: Annotated[
         str,
         option(
             "--labels",
             help="empirical: the data's; sampled: drawn from the model; expected: exact mean over "
             "classes; expected-signed: its estimate by random signs, for any vocabulary; auto: "
-            "expected for up to 8 classes, else sampled; empirical for text and queries.",
+            "expected for up to 8 classes, else sampled; empirical for text, queries and mean "
+            "gradients.",
         ),
     ] = "auto",
     draws: Annotated[
@@ -218,7 +227,7 @@ def estimate_fisher(
         out,
         settings=Settings(
             kind, labels, draws, max_classes, estimator, group, bank_dtype,
-            until_relative_error, skip_nonfinite, batch_size, fsdp,
+            until_relative_error, skip_nonfinite, batch_size, fsdp, with_mean_gradient,
         ),
         task=task,
         part=part,
