@@ -35,6 +35,10 @@ class DataOptions:
     mask_fraction: float | None = None
     scale: float | None = None
     in_batch_negatives: int | None = None
+    select: str | None = None
+    """How `num_examples` are chosen: `random` or `kmeans`; the first ones, where it is None."""
+    select_from: int | None = None
+    """Rows to choose from; None is all."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class CalibrationData:
     examples: list[Example]
     name: str
     truncated: int
-    """Examples cut at the maximum length."""
+    """Examples cut at the maximum length; this and the next are counted in the pool, if there is one."""
     empty: int
     """Rows left out because they have no text."""
     max_length: int
@@ -97,6 +101,8 @@ class CalibrationData:
     why_unscored: str = ""
     labelled: bool = True
     """Whether the targets are known."""
+    selection: Mapping[str, Any] | None = None
+    """How the examples were chosen from a pool."""
 
     @property
     def tokens(self) -> int:
@@ -130,14 +136,15 @@ class CalibrationData:
             "empty": self.empty,
             "unscored": self.unscored,
             "token_ids_sha256": self.fingerprint(),
+            **({} if self.selection is None else {"selection": dict(self.selection)}),
         }
 
     def warnings(self) -> list[str]:
         found = []
         if self.truncated:
+            read = len(self.examples) if self.selection is None else self.selection["pool"]
             found.append(
-                f"{self.truncated} of {len(self.examples)} examples were cut at "
-                f"{self.max_length} tokens"
+                f"{self.truncated} of {read} examples were cut at {self.max_length} tokens"
             )
         if self.empty:
             found.append(f"{self.empty} rows without text were left out")

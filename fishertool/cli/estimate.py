@@ -32,6 +32,8 @@ from fishertool.cli.flags import (
     ReportFile,
     Scale,
     Seed,
+    Select,
+    SelectFrom,
     Shuffle,
     Split,
     TargetColumn,
@@ -137,6 +139,8 @@ def estimate_fisher(
     mask_fraction: MaskFraction = None,
     mask_prompt: MaskPrompt = False,
     num_examples: NumExamples = None,
+    select: Select = None,
+    select_from: SelectFrom = None,
     max_length: MaxLength = None,
     batch_size: MicroBatchSize = "auto",
     adapter: Annotated[
@@ -219,7 +223,7 @@ def estimate_fisher(
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
         num_examples, max_length, shuffle, seed, target_column, query_column, positive_column,
-        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives,
+        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives, select, select_from,
     )  # fmt: skip
     report = command(
         model,

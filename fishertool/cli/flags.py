@@ -179,5 +179,16 @@ MaxLength = Annotated[
     int | None,
     option("--max-length", min=2, help="Tokens a text [default: 512, or the model's limit]."),
 ]
+Select = Annotated[
+    str | None,
+    option(
+        "--select",
+        help="Which --num-examples of the pool: random, or kmeans, the one nearest to each centre "
+        "by the model's own embeddings [default: the first].",
+    ),
+]
+SelectFrom = Annotated[
+    int | None, option("--select-from", min=1, help="Rows in the pool of --select [default: all].")
+]
 Shuffle = Annotated[bool, option("--shuffle", help="Shuffle before --num-examples, by --seed.")]
 Seed = Annotated[int, option("--seed", min=0)]
