@@ -5,7 +5,13 @@ from pathlib import Path
 
 from fishertool.errors import HubError, InputError
 
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+
+
+def may_be(source: str) -> bool:
+    """Whether it is a folder, or looks like a Hub id."""
+    return Path(source).expanduser().is_dir() or HUB_ID.fullmatch(source) is not None
 
 
 def resolve(source: str) -> Path:
@@ -18,8 +24,8 @@ def resolve(source: str) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{source}: is a file; give the folder that holds it")
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
-    if match is None or source.startswith((".", "~")):
+    match = HUB_ID.fullmatch(source)
+    if match is None:
         raise InputError(f"{source}: no such folder, and not a Hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

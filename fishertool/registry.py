@@ -33,10 +33,19 @@ class Method:
     """Keyword-only parameters with their defaults."""
     whole: Callable[..., Any] | None = None
     """The second function of a method that must know more of a tensor than one piece."""
+    models: tuple[int, int | None] = (2, None)
+    """The fewest and the most models that it takes: the file's `MODELS`, if it has that."""
 
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def passes(self, weights: Sequence[float], elements: int, settings: Mapping[str, Any]) -> Any:
+        """The passes over a whole tensor that `whole` makes, with those settings that it takes."""
+        assert self.whole is not None
+        taken = inspect.signature(self.whole).parameters
+        own = {name: value for name, value in settings.items() if name in taken}
+        return self.whole(weights, elements, **own)
 
     def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings as the function takes them: text is converted by the annotations, defaults fill in."""
@@ -69,7 +78,8 @@ def find_method(package: str, name: str) -> Method:
     parameters = inspect.signature(function).parameters.values()
     inputs = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return Method(name, function, inputs, settings, getattr(module, "whole", None))
+    whole, models = getattr(module, "whole", None), getattr(module, "MODELS", (2, None))
+    return Method(name, function, inputs, settings, whole, models)
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:
@@ -110,7 +120,7 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and isinstance(value, float):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
             raise ValueError
         return kind(value)
     except (KeyError, ValueError, TypeError):

@@ -16,6 +16,7 @@ from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.factored import expand
@@ -46,9 +47,17 @@ def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
 
     Raises InputError as `open_sidecar` does.
     """
-    has_diagonal = any(folder.glob("diagonal*.safetensors*"))
-    has_factored = any(folder.glob("factored*.safetensors*"))
-    return open_sidecar(folder, "factored" if has_factored and not has_diagonal else "diagonal")
+    factored = has_kind(folder, "factored") and not has_kind(folder, "diagonal")
+    return open_sidecar(folder, "factored" if factored else "diagonal")
+
+
+def has_kind(folder: Path, kind: str) -> bool:
+    return any(folder.glob(f"{kind}*.safetensors*"))
+
+
+def has_diagonal(folder: Path) -> bool:
+    """Whether it can be told from what is there, as `open_diagonal` does."""
+    return has_kind(folder, "diagonal") or has_kind(folder, "factored")
 
 
 def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -56,6 +65,26 @@ def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tens
     if name in tensors:
         return tensors.read(name, start, stop)
     return expand(tensors.read(f"{name}#rows", start, stop), tensors.read(f"{name}#columns"))
+
+
+def read_activation(tensors: Checkpoint, header: FisherHeader, name: str) -> Tensor:
+    """Second moment of the input of a linear layer's weight, [in, in]."""
+    return tensors.read(f"{header.leaders[name]}#input")
+
+
+def read_kronecker(tensors: Checkpoint, header: FisherHeader, name: str) -> tuple[Tensor, Tensor]:
+    """The factors A [in, in] and B [out, out] of a weight's Fisher B kron A.
+
+    As stored they are means over tokens; here B is times the tokens an example has.
+    """
+    a, b = read_activation(tensors, header, name), tensors.read(f"{name}#output")
+    traces = float(a.diagonal().double().sum()) * float(b.diagonal().double().sum())
+    return a, b * (header.statistics[name].total / traces if traces else 1.0)
+
+
+def oriented(header: FisherHeader, name: str, weight: Tensor) -> Tensor:
+    """A weight as [out, in], whichever way its layer has it; applied twice, as it was."""
+    return weight.mT if name in header.transposed else weight
 
 
 def write_sidecar(
@@ -173,11 +202,13 @@ def weight_of(name: str) -> str:
     return name.partition("#")[0]
 
 
-def check_fits(tensors: Checkpoint, header: FisherHeader, model: Checkpoint) -> None:
+def check_fits(tensors: Checkpoint, header: FisherHeader, model: TensorSource) -> None:
     """Refuse a sidecar estimated on other weights than these: order on the command line matters."""
     for name in header.statistics:
         if name not in model:
             raise InputError(f"{tensors.folder}: tensor {name}: {model.folder} has no such tensor")
+        if name in header.leaders:
+            _check_factors(tensors, header, name, model)
         stored = f"{name}#rows" if header.kind == "factored" and name not in tensors else name
         if stored not in tensors:
             continue
@@ -196,3 +227,20 @@ def check_fits(tensors: Checkpoint, header: FisherHeader, model: Checkpoint) -> 
             f"{tensors.folder}: was estimated on other weights ({header.model}) than "
             f"{model.folder}; give --fisher in the order of the models, or estimate it again"
         )
+
+
+def _check_factors(
+    tensors: Checkpoint, header: FisherHeader, name: str, model: TensorSource
+) -> None:
+    shape = model.info(name).shape
+    sides = shape[::-1] if name in header.transposed else shape
+    parts = {f"{header.leaders[name]}#input": sides[-1]}
+    if header.kind == "kronecker":
+        parts[f"{name}#output"] = sides[0]
+    for part, side in parts.items():
+        theirs = tensors.info(part).shape
+        if theirs != (side, side):
+            raise InputError(
+                f"{tensors.where(part)} is {list(theirs)}, but {name} is {list(shape)} in "
+                f"{model.folder}, which needs {[side, side]}"
+            )

@@ -102,9 +102,8 @@ LAYER = f"base_model.model.{LAYERS['llama'][0]}"
     ("config", "change", "told"),
     [
         ({"peft_type": "IA3"}, None, "peft_type IA3"),
-        ({"use_dora": True}, None, "use_dora True: not served"),
-        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
-        ({"bias": "all"}, None, "bias 'all'"),
+        ({"use_dora": True}, None, "says use_dora True, its magnitudes in the file say otherwise"),
+        ({"trainable_token_indices": [3]}, None, r"trainable_token_indices \[3\]: not served"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights 'pissa'"),
         ({"something_new": 3}, None, "something_new 3"),
         ({"rank_pattern": {}}, None, r"is \[2, 32\], but adapter_config.json gives rank 4"),
@@ -113,7 +112,7 @@ LAYER = f"base_model.model.{LAYERS['llama'][0]}"
         (
             {},
             lambda t: t.update({f"{LAYER}x.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}),
-            "no layer of that name and shape for .*q_projx",
+            r"no parameter of that name and shape for .*q_projx.weight \(\[4, 4\] here, not there\)",
         ),
     ],
 )  # fmt: skip
@@ -145,3 +144,37 @@ def test_a_choice_without_an_adapter_is_refused(
     assert "--adapter-fisher is for --adapter" in cli(*command, "--adapter-fisher", "adapter").err
     result = cli(*command, "--adapter", "x", "--adapter-fisher", "both")
     assert result.code == 2 and "known: merged, adapter" in result.err
+
+
+def test_what_is_no_pair_of_a_linear_layer_takes_part_in_the_merged_model_only(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    """A DoRA, and a norm saved whole."""
+    base = make_model("base", "llama")
+    adapter = make_adapter(
+        tmp_path / "dora", base, LAYERS["llama"], use_dora=True, modules_to_save=["norm"]
+    )
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    merged = make_model("merged", "llama")
+    for layer, scale in zip(LAYERS["llama"], scales(False), strict=True):
+        name = f"base_model.model.{layer}.lora_"
+        whole = weights[f"{layer}.weight"] + scale * (
+            tensors[f"{name}B.weight"] @ tensors[f"{name}A.weight"]
+        )
+        lengths = torch.linspace(0.5, 2, len(whole))
+        tensors[f"{name}magnitude_vector"] = lengths
+        weights[f"{layer}.weight"] = whole * (lengths / whole.norm(dim=1)).unsqueeze(1)
+    norm = torch.linspace(0.5, 1.5, 16)
+    tensors["base_model.model.model.norm.weight"] = weights["model.norm.weight"] = norm
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    save_file(weights, merged / "model.safetensors", {"format": "pt"})
+    assert cli("estimate-fisher", merged, "--data", data, "--out", "m").code == 0
+    command = ("estimate-fisher", base, "--data", data, "--adapter", adapter)
+    result = cli(*command, "--out", "f")
+    assert result.code == 0, result.err
+    found, expected = (load_file(f"{one}/diagonal.safetensors") for one in "fm")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(value.max()))
+    result = cli(*command, "--adapter-fisher", "adapter", "--out", "a")
+    assert result.code == 3 and "magnitude_vector" in result.err, result.err

@@ -15,7 +15,8 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "surgery", "searching"}
+UPPER = LIBRARIES | {"merging", "models", "evaluation", "estimation", "recipe"}
+UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "errors": set[str](),
@@ -30,17 +31,20 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
+    "recipe": {"errors", "registry", "recipe"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | {"merging", "models", "surgery"},
+    "surgery": LIBRARIES | {"merging", "models", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},
     "__main__": {"cli"},
 }
-LAZILY = {"cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress"}}
+LAZILY = {
+    "cli": {"calibration", "checkpoint", "commands", "config", "estimation", "progress", "recipe"}
+}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"progress"},
@@ -59,6 +63,7 @@ WITHOUT_TORCH = {
     "registry",
     "progress",
     "hub",
+    "recipe",
 }
 
 

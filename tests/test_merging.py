@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishertool.commands.merge import PRESETS
 from fishertool.merging.fisher import fisher
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher
+from fishertool.recipe.flags import PRESETS
 from fishertool.registry import find_method, method_names
 
 PACKAGE = "fishertool.merging"

@@ -98,6 +98,8 @@ def test_settings_are_converted_by_their_annotation(
         ("turns", 2.5),
         ("turns", "many"),
         ("turns", None),
+        ("turns", True),
+        ("hours", True),
         ("hours", "long"),
         ("hours", None),
         ("hours", [1.0]),

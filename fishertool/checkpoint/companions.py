@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
@@ -74,17 +74,21 @@ def copy_companions(folder: Path, companions: Companions, out: Path) -> None:
         shutil.copyfile(folder / name, out / name)
 
 
-def write_config(folder: Path, out: Path, dtype: str) -> None:
-    """Copy config.json byte for byte, unless the dtype it states would be untrue of `out`."""
+def write_config(
+    folder: Path, out: Path, dtype: str, changes: Mapping[str, Any] | None = None
+) -> None:
+    """Copy config.json byte for byte, unless it would be untrue of `out`: by dtype, or `changes`."""
     source = folder / "config.json"
     config = load_json(source)
+    changed = {key: value for key, value in (changes or {}).items() if config.get(key) != value}
     stated = config.get("dtype", config.get("torch_dtype"))
-    if stated in (None, dtype):
+    if stated not in (None, dtype):
+        config.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    if changed:
+        write_json(out / "config.json", config | changed)
+    else:
         shutil.copyfile(source, out / "config.json")
-        return
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    write_json(out / "config.json", config)
 
 
 def write_json(path: Path, value: Any) -> None:

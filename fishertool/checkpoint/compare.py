@@ -3,12 +3,12 @@
 from collections.abc import Collection, Sequence
 
 from fishertool.checkpoint.dtypes import FLOATING
-from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
 
 
 def check_same_tensors(
-    models: Sequence[Checkpoint], apart: Collection[str], names: Sequence[Collection[str]]
+    models: Sequence[TensorSource], apart: Collection[str], names: Sequence[Collection[str]]
 ) -> None:
     """Refuse models whose tensors (`names`, one collection each) differ from the first's.
 
@@ -16,13 +16,15 @@ def check_same_tensors(
     file, the tensor and both shapes.
     """
     first = models[0]
-    for model, own in zip(models[1:], names[1:], strict=True):
+    known = set(names[0])
+    for model, other in zip(models[1:], names[1:], strict=True):
+        own = set(other)
         if missing := [name for name in names[0] if name not in own and name not in apart]:
             raise InputError(
                 f"{model.folder}: lacks {some(missing)}, which {first.folder} has; "
                 f"{WAY_OUT_OF_A_MISMATCH}"
             )
-        if extra := [name for name in own if name not in names[0] and name not in apart]:
+        if extra := [name for name in other if name not in known and name not in apart]:
             raise InputError(
                 f"{first.folder}: lacks {some(extra)}, which {model.folder} has; "
                 f"{WAY_OUT_OF_A_MISMATCH}"
@@ -37,17 +39,20 @@ WAY_OUT_OF_A_MISMATCH = (
 )
 
 
-def check_same_shape(first: Checkpoint, other: Checkpoint, name: str) -> None:
+def check_same_shape(
+    first: TensorSource, other: TensorSource, name: str, theirs_name: str | None = None
+) -> None:
     """Refuse a tensor that has another shape, or is floating point in only one of the two."""
-    mine, theirs = first.info(name), other.info(name)
+    other_name = theirs_name or name
+    mine, theirs = first.info(name), other.info(other_name)
     if mine.shape != theirs.shape or (mine.dtype in FLOATING) != (theirs.dtype in FLOATING):
         raise InputError(
-            f"{other.where(name)} is {theirs}, but {mine} in {first.folder}; "
+            f"{other.where(other_name)} is {theirs}, but {mine} in {first.folder}; "
             f"{WAY_OUT_OF_A_MISMATCH}"
         )
 
 
-def check_not_quantized(model: Checkpoint) -> None:
+def check_not_quantized(model: TensorSource) -> None:
     """Refuse weights that are codes and scales: arithmetic on them is meaningless."""
     quantization = model.config().get("quantization_config")
     if quantization:

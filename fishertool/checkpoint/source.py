@@ -22,7 +22,10 @@ class TensorSource(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype and shape that `read` gives rows of; of a view, not necessarily those on disk."""
+        """Shape that `read` gives rows of, and the dtype to store the tensor in.
+
+        A view may give values in a wider dtype, which are not rounded to that one yet.
+        """
 
     def where(self, name: str) -> str: ...
 

@@ -63,6 +63,12 @@ class Subject:
         parts = (self.source.model, self.source.adapter)
         return "+".join(public_name(part) for part in parts if part)
 
+    def fingerprint(self) -> str:
+        """Of the weights that the Fisher is of."""
+        if self.adapter is not None and self.tensors is self.checkpoint:
+            return self.adapter.fingerprint_on(self.checkpoint)
+        return self.tensors.fingerprint()
+
     def infos(self) -> list[TensorInfo]:
         return [self.tensors.info(name) for name in self.wanted]
 
@@ -111,7 +117,7 @@ class LoadedSubject:
             labels=self.labels,
             task=subject.task.name,
             model=subject.name,
-            fingerprint=subject.tensors.fingerprint(),
+            fingerprint=subject.fingerprint(),
             examples=len(self.texts.examples),
             tokens=self.texts.tokens,
             token_ids_sha256=self.texts.fingerprint(),
@@ -166,7 +172,7 @@ def load_subject(
         _check_finite(checkpoint, model.pretrained)
     named, buffers = parameters_by_disk_name(model.pretrained, checkpoint)
     if (adapter := subject.adapter) is not None:
-        adapter.check(model.pretrained)
+        adapter = adapter.fitted_to(model.pretrained)
         if settings.fsdp:
             raise UsageError("--adapter and --fsdp: merge the adapter first, or leave one out")
         if subject.tensors is checkpoint:

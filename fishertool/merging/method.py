@@ -15,6 +15,8 @@ kroneckers   k `Kronecker`s; the piece is then the whole weight, [out, in]
 generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
 whole        what the file's `whole` found out about the whole tensor
 
+A file's `MODELS`, the fewest and the most models, is (2, None) unless it says otherwise.
+
 It returns a tensor of that shape and dtype, and writes into none of its arguments. Where the
 tensor has several dimensions a piece is a run of its rows, with the other dimensions whole.
 
@@ -57,12 +59,17 @@ class Fisher(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """One model's Kronecker factors of one linear layer."""
+    """One model's Kronecker factors of one linear layer: F is about gradient kron activation."""
 
     activation: Tensor
-    """Second moment of the input, [in, in]."""
+    """Second moment of a token's input, [in, in]."""
     gradient: Tensor
-    """Second moment of the output's gradient, [out, out]."""
+    """Second moment of the gradient at a token's output, times the tokens of an example,
+    [out, out]."""
+    mean: float
+    """Mean of the diagonal of this F over all merged weights that have factors."""
+    l2: float
+    """L2 norm of that diagonal."""
 
 
 def per_model(setting: PerModel, models: int) -> list[float]:

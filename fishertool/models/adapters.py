@@ -1,50 +1,37 @@
-"""LoRA adapters as peft saves them: merged into the base's weights, or beside them.
+"""LoRA adapters as peft saves them: merged into the base's weights, or beside them."""
 
-y = W x + scale B A x with A [rank, in], B [out, rank], and scale = alpha / rank, or
-alpha / sqrt(rank) with rank stabilisation. Sources: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski
-2023, arXiv 2312.03732.
-"""
-
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fishertool.checkpoint.dtypes import FLOATING, NAMES, compute_dtype
 from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
 from fishertool.errors import InputError, some
+from fishertool.models.lora import LowRank
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
-NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+PREFIX = "base_model.model."
+PART = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.(weight|bias))?")
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
 UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-    "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 """Options that are honoured, or whose effect is all in the file's tensors; others must be off."""
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 """Ways to initialise that leave the base's weights as they are."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one linear layer."""
-
-    module: str
-    """The layer's name in the model."""
-    down: str
-    up: str
-    """Names in the adapter's file of A and B."""
-    scale: float
-    turned: bool
-    """Whether the layer's weight is [in, out]."""
 
 
 class Adapted(nn.Module):
@@ -68,96 +55,222 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An open adapter."""
+    """An open adapter; its keys are names of the model's parameters."""
 
     tensors: Checkpoint
-    layers: Sequence[LowRank]
+    layers: dict[str, LowRank]
+    replaced: Mapping[str, str]
+    """Parameters saved whole (biases, heads, embeddings) -> names in the adapter's file."""
+    added: Mapping[str, tuple[str, float]]
+    """Biases -> name in the file and scale of what is added to them."""
 
-    def check(self, model: nn.Module) -> None:
-        """Raises InputError for layers the model lacks, or has in other shapes."""
+    @property
+    def names(self) -> set[str]:
+        """All parameters that it changes."""
+        return {*self.layers, *self.replaced, *self.added}
+
+    def fitted_to(self, model: nn.Module) -> "Adapter":
+        """The same, by the model's own names and the way its layers hold their weights.
+
+        Names may lack the base model's prefix, or have it where the model has none. Raises
+        InputError for parameters the model lacks, has in other shapes, or ties to others.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         modules = dict(model.named_modules())
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        own = {}
+        for name in self.names:
+            spellings = (name, prefix + name, name.removeprefix(prefix))
+            own[name] = next((one for one in spellings if one in parameters), name)
+        fitted = self.renamed(own)
+        for name, one in fitted.layers.items():
+            module = modules.get(name.removesuffix(".weight"))
+            fitted.layers[name] = replace(one, turned=_is_turned(module))
+        fitted.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        for name in fitted.names:
+            ties = [other for other, one in parameters.items() if one is parameters[name]]
+            if parameters[name].dim() > 1 and len(ties) > 1:
+                raise InputError(
+                    f"{self.tensors.folder}: changes {name}, but the model ties {some(ties)}; "
+                    "merge the adapter with peft, and save the result with tie_word_embeddings false"
+                )
+        return fitted
+
+    def renamed(self, names: Mapping[str, str]) -> "Adapter":
+        return replace(
+            self,
+            layers={names[name]: one for name, one in self.layers.items()},
+            replaced={names[name]: stored for name, stored in self.replaced.items()},
+            added={names[name]: stored for name, stored in self.added.items()},
+        )
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InputError for what it changes and is not there in that shape."""
         wrong = []
-        for one in self.layers:
-            weight = getattr(modules.get(one.module), "weight", None)
-            shape = self.tensors.info(one.up).shape[0], self.tensors.info(one.down).shape[1]
-            if weight is None or tuple(weight.shape) != (shape[::-1] if one.turned else shape):
-                wrong.append(one.module)
+        for name in sorted(self.names):
+            stored = [
+                one for one in (self.replaced.get(name), *self.added.get(name, ())[:1]) if one
+            ]
+            wanted = [self.tensors.info(one).shape for one in stored]
+            if name in self.layers:
+                wanted.append(self.layers[name].shape)
+            if any(shapes.get(name) != shape for shape in wanted):
+                found = f"{list(shapes[name])} there" if name in shapes else "not there"
+                wrong.append(f"{name} ({list(wanted[0])} here, {found})")
         if wrong:
             raise InputError(
-                f"{self.tensors.folder}: the model has no layer of that name and shape for "
-                f"{some(wrong)}; is it another base's?"
+                f"{self.tensors.folder}: the model has no parameter of that name and shape for "
+                f"{some(wrong)}; is it another base's, or of one with another head?"
             )
 
+    def fingerprint_on(self, base: Checkpoint) -> str:
+        """A SHA-256 that tells this adapter on this base from any other weights."""
+        scales = {one.down: one.scale for one in self.layers.values()} | dict(self.added.values())
+        parts = [base.fingerprint(), self.tensors.fingerprint(), json.dumps(sorted(scales.items()))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
     def merge_into(self, model: nn.Module) -> None:
-        """W += scale B A, in float32, then in the weight's own dtype."""
-        for one in self.layers:
-            weight = model.get_submodule(one.module).get_parameter("weight")
-            added = one.scale * self.tensors[one.up].float() @ self.tensors[one.down].float()
-            added = (added.T if one.turned else added).to(weight.device)
+        """Change the parameters of a model it was fitted to: in float32, then in their own dtype."""
+        for name in self.names:
+            parameter = model.get_parameter(name)
+            values = self.summed(name, parameter.cpu().to(compute_dtype(NAMES[parameter.dtype])))
+            if (one := self.layers.get(name)) is not None:
+                norms = torch.linalg.vector_norm(values, dim=0) if one.turned else None
+                values = one.stretch(values, 0, norms)
             with torch.no_grad():
-                weight.copy_(weight.float() + added)
+                parameter.copy_(values)
+
+    def summed(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """A parameter's rows from row `start` on, with all that the adapter does but a DoRA's lengths."""
+        stop = start + len(rows)
+        if (stored := self.replaced.get(name)) is not None:
+            rows = self.tensors.read(stored, start, stop).to(rows.dtype)
+        if name in self.added:
+            stored, scale = self.added[name]
+            rows = rows + scale * self.tensors.read(stored, start, stop).to(rows.dtype)
+        return self.layers[name].add_to(rows, start) if name in self.layers else rows
 
     def attach(self, model: nn.Module) -> dict[str, Tensor]:
-        """Put A and B beside their layers, unmerged; the file's names -> the parameters there."""
+        """Put A and B beside their layers, unmerged; the file's names -> the parameters there.
+
+        Raises InputError, by name, for what is more than A and B of linear layers.
+        """
+        pairs = {
+            name
+            for one in self.layers.values()
+            if not one.embedding and one.magnitude is None
+            for name in (one.down, one.up)
+        }
+        if more := [name for name in self.tensors if name not in pairs]:
+            raise InputError(
+                f"{self.tensors.folder}: {some(more)}: not a linear layer's pair A and B, which "
+                "is all that --adapter-fisher adapter is of; the merged model's Fisher is served"
+            )
         parameters: dict[str, Tensor] = {}
-        for one in self.layers:
-            parent, _, own = one.module.rpartition(".")
-            base = model.get_submodule(one.module)
+        for weight, one in self.layers.items():
+            module = weight.removesuffix(".weight")
+            parent, _, own = module.rpartition(".")
+            base = model.get_submodule(module)
             adapted = Adapted(base, self.tensors[one.down], self.tensors[one.up], one.scale)
             setattr(model.get_submodule(parent), own, adapted)
             parameters |= {one.down: adapted.down.weight, one.up: adapted.up.weight}
         return {name: parameters[name] for name in self.tensors}
 
 
+def _is_turned(module: nn.Module | None) -> bool:
+    """Whether a layer's weight is [in, out]: an embedding's, and that of GPT-2's linear layers."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
 @contextmanager
 def open_adapter(folder: Path) -> Iterator[Adapter]:
-    """An adapter's tensors, and what they add to which layers.
+    """An adapter's tensors, and what they do to which parameters.
 
-    Raises InputError, by name, for an option or a tensor that is not understood (DoRA, modules
-    saved whole, embeddings), and for ranks that are not those of the file.
+    Raises InputError, by name, for an option or a tensor that is not understood, and for shapes
+    that are not those of a pair of its rank.
     """
     config = load_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')}; LORA is served")
-    foreign = {
-        name
-        for name, value in config.items()
-        if name not in UNDERSTOOD and value and (name, value) != ("bias", "none")
-    }
-    if config.get("init_lora_weights", True) not in KEEPS_BASE:
-        foreign.add("init_lora_weights")  # the base that it was trained on is not the one on disk
+    foreign = {name for name, value in config.items() if name not in UNDERSTOOD and value}
+    start = config.get("init_lora_weights", True)
+    if start not in KEEPS_BASE:
+        raise InputError(
+            f"{folder / CONFIG}: init_lora_weights {start!r}: it was trained on a base that this "
+            "initialisation had changed; convert it as peft's save_pretrained does with "
+            "path_initial_model_for_weight_conversion, or merge it with peft"
+        )
     if foreign:
         options = some(sorted(f"{name} {config[name]!r}" for name in foreign))
         raise InputError(f"{folder / CONFIG}: {options}: not served; merge the adapter with peft")
     with open_checkpoint(folder, stem=STEM) as tensors:
-        yield Adapter(tensors, _low_ranks(tensors, config))
+        yield _parse(tensors, config)
 
 
-def _low_ranks(tensors: Checkpoint, config: Mapping[str, Any]) -> list[LowRank]:
-    sides: dict[str, dict[str, str]] = {}
+def _parse(tensors: Checkpoint, config: Mapping[str, Any]) -> Adapter:
+    parts: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    added: dict[str, tuple[str, float]] = {}
     unknown = []
     for name in tensors:
-        match = NAME.fullmatch(name)
-        if match is None or len(tensors.info(name).shape) != 2:
+        own = name.removeprefix(PREFIX)
+        match = PART.fullmatch(own)
+        if own == name or tensors.info(name).dtype not in FLOATING:
             unknown.append(name)
-        else:
-            sides.setdefault(match[1], {})[match[2]] = name
-    unknown += [name for pair in sides.values() if len(pair) == 1 for name in pair.values()]
+        elif match and match[3] == "bias":
+            scale = _rank_and_scale(match[1], config)[1]
+            added[f"{match[1]}.bias"] = name, scale
+        elif match:
+            parts.setdefault(match[1], {})[match[2]] = name
+        elif "lora_" in own or "token_adapter" in own:
+            unknown.append(name)
+        elif (
+            ".original_module." not in own
+        ):  # the base's, which peft leaves in place of bias copies
+            replaced.setdefault(WRAPPERS.sub("", own), name)
+    layers = {}
+    for module, names in parts.items():
+        dimensions = {part: len(tensors.info(name).shape) for part, name in names.items()}
+        dimensions.pop("magnitude_vector", None)
+        if dimensions != {"A": 2, "B": 2}:
+            unknown += names.values()
+            continue
+        layers[f"{module}.weight"] = _low_rank(tensors, module, names, config)
     if unknown:
-        raise InputError(f"{tensors.folder}: {some(unknown)}: not a linear layer's pair A and B")
-    found = []
-    for module, pair in sides.items():
-        rank = _of(config.get("rank_pattern"), module, config["r"])
-        alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
-        shapes = tensors.info(pair["A"]).shape, tensors.info(pair["B"]).shape
-        if (shapes[0][0], shapes[1][1]) != (rank, rank):
-            raise InputError(
-                f"{tensors.where(pair['A'])} is {list(shapes[0])}, but {CONFIG} gives rank {rank}"
-            )
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        turned = bool(config.get("fan_in_fan_out"))
-        found.append(LowRank(module, pair["A"], pair["B"], scale, turned))
-    return found
+        raise InputError(
+            f"{tensors.folder}: {some(unknown)}: not a linear layer's pair A and B, nor a tensor "
+            "saved whole"
+        )
+    return Adapter(tensors, layers, replaced, added)
+
+
+def _low_rank(
+    tensors: Checkpoint, module: str, names: Mapping[str, str], config: Mapping[str, Any]
+) -> LowRank:
+    rank, scale = _rank_and_scale(module, config)
+    down, up = tensors.info(names["A"]).shape, tensors.info(names["B"]).shape
+    if (down[0], up[1]) != (rank, rank):
+        raise InputError(
+            f"{tensors.where(names['A'])} is {list(down)}, but {CONFIG} gives rank {rank}"
+        )
+    magnitude = names.get("magnitude_vector")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise InputError(
+            f"{tensors.where(names['A'])}: {CONFIG} says use_dora {bool(config.get('use_dora'))}, "
+            "its magnitudes in the file say otherwise"
+        )
+    if magnitude is not None and tensors.info(magnitude).elements != up[0]:
+        raise InputError(
+            f"{tensors.where(magnitude)} is {list(tensors.info(magnitude).shape)} for {up[0]} outputs"
+        )
+    turned = bool(config.get("fan_in_fan_out")) or names["A"].endswith("lora_embedding_A")
+    return LowRank(tensors, names["A"], names["B"], scale, turned, magnitude)
+
+
+def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    rank = _of(config.get("rank_pattern"), module, config["r"])
+    alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return int(rank), alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _of(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:

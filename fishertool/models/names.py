@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
 from fishertool.models.probes import Origin, origins
 
@@ -131,29 +132,74 @@ def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> lis
     return [name for name in names if not name.startswith(prefix)]
 
 
-def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
+def empty_model(checkpoint: TensorSource) -> nn.Module | None:
+    """The checkpoint's architecture without values; None for one that transformers does not have."""
+    import transformers
+
+    architecture = (checkpoint.config().get("architectures") or [""])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        return None
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            module: nn.Module = model_class(parsed)
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{checkpoint.folder}: transformers cannot make a {architecture} of its config.json: "
+            f"{reason}"
+        ) from error
+    return module
+
+
+def names_on_disk(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        origin.name: name
+        for name, origin in _origins_on_disk(module, checkpoint).items()
+        if origin.name in parameters
+        and (origin.offset, origin.shape, origin.stride)
+        == (0, tuple(parameters[origin.name].shape), parameters[origin.name].stride())
+    }
+
+
+def tied_names(source: TensorSource) -> dict[str, str]:
     """Tensors that are on disk twice though the architecture ties them: the copy -> the original.
 
     Only where their bytes agree; transformers loads them apart where they do not.
     """
-    config = checkpoint.config()
+    config = source.config()
     vocabulary = config.get("vocab_size")
-    rows = [name for name in checkpoint if checkpoint.info(name).shape[:1] == (vocabulary,)]
+    rows = [name for name in source if source.info(name).shape[:1] == (vocabulary,)]
     if len(rows) < 2 or not config.get("tie_word_embeddings", True):
         return {}
-    import transformers
-
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        return {}
-    parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    with torch.device("meta"):
-        ties = model_class(parsed).all_tied_weights_keys
+    model = empty_model(source)
+    ties: Any = {} if model is None else model.all_tied_weights_keys
     return {
         copy: original
         for copy, original in ties.items()
-        if copy in checkpoint
-        and original in checkpoint
-        and torch.equal(checkpoint[copy].view(torch.uint8), checkpoint[original].view(torch.uint8))
+        if copy in source
+        and original in source
+        and torch.equal(
+            source.read(copy).view(torch.uint8), source.read(original).view(torch.uint8)
+        )
     }
+
+
+def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str]) -> list[str]:
+    """Of the tensors outside a stack of layers (`model.layers.`), those the model has after it.
+
+    Raises InputError for an architecture transformers does not have.
+    """
+    model = empty_model(source)
+    if model is None:
+        raise InputError(
+            f"{source.folder}: what comes before and after its layers cannot be told: its "
+            "architecture is not in transformers"
+        )
+    order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    last = max((place for place, name in enumerate(order) if stack in name), default=-1)
+    after = order[last + 1 :]
+    return [name for name in outside if any(other.endswith(name) for other in after)]

@@ -30,12 +30,13 @@ class Judge:
         device: str,
         trust_remote_code: bool,
     ):
-        first = plan.models[0]
+        first = plan.first
         self.task = task_of(first.config(), first.folder)
         options = check_measured(self.task, options)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
-        loaded = load_model(first, self.task, device, trust_remote_code)
+        with open_checkpoint(first.folder) as checkpoint:
+            loaded = load_model(checkpoint, self.task, device, trust_remote_code)
         self.data = calibration.load(
             options,
             loaded.tokenizer,
@@ -78,7 +79,7 @@ def search_weights(
     rows: list[dict[str, Any]] = []
     for weights in candidates:
         scratch.mkdir()
-        write_merge(plan, weights, scratch, threads, lambda count: None)
+        write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
         rows.append({"weights": weights, **judge.measure(scratch)})
         shutil.rmtree(scratch)
         advance(1)

@@ -1,39 +1,73 @@
 """What a merge will do, decided from headers alone: everything that can be refused is refused here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions
-from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
-from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
-from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.errors import InputError, UsageError, some
-from fishertool.fisher.header import FisherHeader
-from fishertool.models.names import head_names, tied_names
+from fishertool.checkpoint.source import TensorSource
+from fishertool.errors import UsageError
+from fishertool.recipe.resolve import Resolved, Resolver
+from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
 from fishertool.selection import select
-from fishertool.sidecar import check_fits, open_diagonal
+from fishertool.surgery.merge_inputs import Inputs, arrange, check_tensor, open_inputs
+from fishertool.surgery.merge_layers import Place
+from fishertool.surgery.merge_statistics import (
+    Sidecar,
+    check_complete,
+    open_factors,
+    open_fishers,
+)
+from fishertool.surgery.merge_trial import try_settings
+
+STORED = {
+    str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items() if name in FLOATING
+}
+"""Dtypes as a recipe names them -> as a safetensors header does."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the output, and what it is made of."""
+
+    info: TensorInfo
+    action: str
+    """merge, average (the method's statistic does not exist for it), equal (whole numbers), or
+    keep-first."""
+    sources: tuple[tuple[int, str], ...]
+    """Numbers of the plan's sources, each with the tensor's name there."""
+    base: tuple[int, str] | None
+    weights: list[float]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """All that is decided before the first tensor is read."""
 
-    models: list[Checkpoint]
-    base: Checkpoint | None
-    sidecars: list[tuple[Checkpoint, FisherHeader]]
+    inputs: Inputs
     method: Method
-    settings: dict[str, Any]
-    actions: dict[str, str]
-    """What becomes of each output tensor: merge, average (no Fisher exists), equal, keep-first."""
+    targets: dict[str, Target]
+    fishers: dict[int, Sidecar]
+    """Diagonals by number of the source."""
+    factors: dict[int, Sidecar]
+    """Second moments of linear layers by number of the source, if the method needs them."""
     layout: Layout
     companions: Companions
+    config: dict[str, Any]
+    """What changes in the first model's config."""
+    seed: int
     allow_nonfinite: bool
+
+    @property
+    def first(self) -> TensorSource:
+        """The model that config, companion files and tensors left alone are taken from."""
+        return self.inputs.sources[0]
 
     @property
     def dtype(self) -> str:
@@ -47,92 +81,89 @@ class MergePlan:
     def outputs(self) -> list[TensorInfo]:
         return [tensor for shard in self.layout.shards for tensor in shard.tensors]
 
+    def fishers_of(self, target: Target) -> list[Sidecar]:
+        """Each model's that is merged, or none where not all of them know the tensor."""
+        found = [self.fishers.get(number) for number, _ in target.sources]
+        known = [
+            one
+            for one, (_, name) in zip(found, target.sources, strict=True)
+            if one is not None and one.knows(name)
+        ]
+        return known if len(known) == len(found) else []
+
+    def with_weights(self, weights: Sequence[float]) -> "MergePlan":
+        """The same merge by other weights, alike for every tensor."""
+        targets = {
+            name: replace(target, weights=list(weights)) for name, target in self.targets.items()
+        }
+        return replace(self, targets=targets)
+
 
 def plan_merge(
-    opened: ExitStack,
-    sources: Sequence[str],
-    fisher: Sequence[str],
-    base: str | None,
-    chosen: Method,
-    settings: dict[str, Any],
-    head: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    max_shard_bytes: int,
-    allow_nonfinite: bool,
+    opened: ExitStack, recipe: Recipe, method: Method, max_shard_bytes: int, allow_nonfinite: bool
 ) -> MergePlan:
     """Open everything, compare the headers, and decide what becomes of every tensor."""
-    models = [opened.enter_context(open_checkpoint(hub.resolve(source))) for source in sources]
-    ancestor = None if base is None else opened.enter_context(open_checkpoint(hub.resolve(base)))
-    _check_inputs(chosen, settings, len(models), len(fisher), base)
-    for checkpoint in [*models, *([ancestor] if ancestor else [])]:
-        check_not_quantized(checkpoint)
-    first = models[0]
-    names = [[name for name in model if name not in tied_names(model)] for model in models]
-    apart = _kept_heads(models, head)
-    check_same_tensors(models, apart, names)
-    selected = set(select(names[0], include, exclude))
-    merged = [name for name in names[0] if name in selected and name not in apart]
-    actions = dict.fromkeys(names[0], "keep-first")
-    for name in merged:
-        actions[name] = "merge" if first.info(name).dtype in FLOATING else "equal"
-        if ancestor is not None:
-            if name not in ancestor:
-                raise InputError(f"{ancestor.folder}: lacks {name}, which the models have")
-            check_same_shape(first, ancestor, name)
-    sidecars = []
-    for source, model in zip(fisher, models, strict=False):
-        tensors, header = open_diagonal(hub.resolve(source))
-        opened.enter_context(tensors)
-        check_fits(tensors, header, model)
-        sidecars.append((tensors, header))
-        for name in merged:
-            if name in header.without:
-                actions[name] = "average"
-        lost = [
-            name for name in merged if actions[name] == "merge" and name not in header.statistics
-        ]
-        if lost:
-            raise InputError(
-                f"{tensors.folder}: has no Fisher of {some(lost)}; estimate it of all tensors, "
-                "or leave these out with --exclude"
-            )
-    layout = lay_out([first.info(name) for name in names[0]], max_shard_bytes)
+    resolver = Resolver(recipe, method)
+    inputs = open_inputs(opened, recipe, method)
+    arrangement, apart = arrange(recipe, inputs)
+    names = [place.name for place in arrangement.places]
+    merged = set(select(names, recipe.include, recipe.exclude)) - apart
+    fishers = open_fishers(opened, inputs, method)
+    factors = open_factors(opened, inputs, method)
+    needed = factors or (fishers if "fishers" in method.inputs else {})
+    without = {number: set(sidecar.header.without) for number, sidecar in needed.items()}
+    targets = {}
+    for place in arrangement.places:
+        resolved = resolver.at(place.slice, place.name, place.depth)
+        target = _target(place, inputs, place.name in merged, recipe.dtype, resolved)
+        unknown = any(name in without.get(number, ()) for number, name in target.sources)
+        if target.action == "merge" and unknown:
+            target = replace(target, action="average")
+        targets[place.name] = target
+    _check_rules(resolver, len(names))
+    _check_settings(method, targets.values())
+    for number, sidecar in [*fishers.items(), *factors.items()]:
+        used = _names_in(number, targets.values())
+        check_complete(sidecar, used)
+        sidecar.measure(used)
+    layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     return MergePlan(
-        models, ancestor, sidecars, chosen, settings, actions, layout,
-        find_companions(first.folder), allow_nonfinite,
+        inputs, method, targets, fishers, factors, layout, find_companions(inputs.sources[0].folder),
+        arrangement.config, recipe.seed, allow_nonfinite,
     )  # fmt: skip
 
 
-def _check_inputs(
-    chosen: Method, settings: Mapping[str, Any], models: int, sidecars: int, base: str | None
-) -> None:
-    if "fishers" in chosen.inputs and sidecars != models:
-        raise UsageError(
-            f"method {chosen.name} needs one --fisher for each of {models} models, in their "
-            f"order; {sidecars} given"
-        )
-    if "fishers" not in chosen.inputs and sidecars:
-        raise UsageError(f"method {chosen.name} takes no --fisher")
-    if base is not None and "base" not in chosen.inputs:
-        raise UsageError(f"method {chosen.name} takes no --base")
-    if base is None and settings.get("anchor"):
-        raise UsageError("an anchor needs --base, the model to be anchored to")
+def _target(
+    place: Place, inputs: Inputs, merged: bool, dtype: str | None, resolved: Resolved
+) -> Target:
+    named = tuple(zip(inputs.slices[place.slice], place.names, strict=True))
+    ancestor = inputs.bases[place.slice]
+    base = None if ancestor is None else (ancestor, place.names[0])
+    stored = inputs.sources[named[0][0]].info(place.names[0])
+    floating = stored.dtype in FLOATING
+    action = ("merge" if floating else "equal") if merged else "keep-first"
+    if merged:
+        check_tensor(inputs, named, base)
+    written = STORED[dtype] if floating and dtype is not None else stored.dtype
+    info = TensorInfo(place.name, written, stored.shape)
+    return Target(info, action, named, base, resolved.weights, resolved.settings)
 
 
-def _kept_heads(models: Sequence[Checkpoint], head: str) -> set[str]:
-    """Names of head tensors that stay the first model's; with `error`, heads that differ are refused."""
-    if head == "keep-first":
-        return {
-            name for model in models for name in head_names(model.config(), model, model.folder)
-        }
-    first = models[0].config().get("id2label")
-    for model in models[1:]:
-        labels = model.config().get("id2label")
-        if head == "error" and first and labels and labels != first:
-            raise InputError(
-                f"{model.folder}: its classes ({', '.join(map(str, labels.values()))}) are not "
-                f"those of {models[0].folder} ({', '.join(map(str, first.values()))}); "
-                "--head keep-first takes the first model's head, --head merge merges them as they are"
-            )
-    return set()
+def _names_in(number: int, targets: Iterable[Target]) -> list[str]:
+    """A source's tensors that are merged."""
+    merged = [target.sources for target in targets if target.action == "merge"]
+    return [name for sources in merged for source, name in sources if source == number]
+
+
+def _check_rules(resolver: Resolver, tensors: int) -> None:
+    for place, pattern in resolver.unmatched():
+        raise UsageError(f"{place}: {pattern!r} matches none of {tensors} tensors")
+
+
+def _check_settings(method: Method, targets: Iterable[Target]) -> None:
+    tried = set()
+    for target in targets:
+        combination = repr((target.weights, target.settings))
+        if target.action == "merge" and combination not in tried:
+            tried.add(combination)
+            try_settings(method, target.weights, target.settings, target.base is not None)

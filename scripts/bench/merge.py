@@ -1,11 +1,13 @@
-"""Linear merge of two synthetic bf16 checkpoints: time, peak memory, and how both grow.
+"""Merges of two synthetic bf16 checkpoints: time, peak memory, and how both grow.
 
     python scripts/bench/merge.py [--mergekit PATH/TO/mergekit-yaml] [--runs 3] [--folder DIR]
+                                  [--methods linear ties] [--sizes "0.5 GB" "2.2 GB" "4.4 GB"]
 
 Llama shapes in 0.5, 2.2 and 4.4 GB (2.2 GB is 1.1B parameters), three shards each. In turn, each
 a process of its own, page cache warm: fishertool; mergekit at 2.2 GB (if its command is given: it
 wants an environment of its own); and the floor, reading both inputs and writing a copy of one
-with fsync. Agreement with mergekit is checked on the outputs.
+with fsync. All read the same recipe; ties has a base. Agreement with mergekit is checked on the
+outputs. Then a mixture of experts of 20,000 small tensors: how long its plan takes, and the merge.
 """
 
 import argparse
@@ -54,7 +56,7 @@ for name in os.listdir(first):
 """
 
 
-def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
+def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         block: dict[str, tuple[int, ...]] = {
@@ -69,18 +71,10 @@ def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
             "post_attention_layernorm": (HIDDEN,),
         }
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    tensors = [TensorInfo(name, "BF16", shape) for name, shape in shapes.items()]
-    total = sum(tensor.nbytes for tensor in tensors)
-    generator = torch.Generator().manual_seed(seed)
-    block_values = (torch.randn(BLOCK + 8192, generator=generator) * 0.02).bfloat16()
-    folder.mkdir()
-    with CheckpointWriter(folder, lay_out(tensors, total // 3 + (200 << 20))) as writer:
-        for number, piece in enumerate(pieces(tensors, BLOCK)):
-            start = number * 13 % 8192
-            values = block_values[start : start + piece.elements]
-            writer.write(piece.name, values, piece.start)
-        writer.finish()
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -93,6 +87,36 @@ def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
+    write_random(folder, llama_shapes(layers), config, seed)
+
+
+def make_experts(folder: Path, seed: int) -> None:
+    """Mixtral's names: 52 layers of 128 experts with three matrices each, 64 wide."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, 64)}
+    for layer in range(52):
+        name = f"model.layers.{layer}.block_sparse_moe"
+        for expert in range(128):
+            for matrix in ("w1", "w2", "w3"):
+                shapes[f"{name}.experts.{expert}.{matrix}.weight"] = (64, 64)
+        shapes[f"{name}.gate.weight"] = (128, 64)
+    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 256}
+    write_random(folder, shapes, config, seed)
+
+
+def write_random(
+    folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, object], seed: int
+) -> None:
+    tensors = [TensorInfo(name, "BF16", shape) for name, shape in shapes.items()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    generator = torch.Generator().manual_seed(seed)
+    block_values = (torch.randn(BLOCK + 8192, generator=generator) * 0.02).bfloat16()
+    folder.mkdir()
+    with CheckpointWriter(folder, lay_out(tensors, total // 3 + (200 << 20))) as writer:
+        for number, piece in enumerate(pieces(tensors, BLOCK)):
+            start = number * 13 % 8192
+            values = block_values[start : start + piece.elements]
+            writer.write(piece.name, values, piece.start)
+        writer.finish()
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -107,16 +131,80 @@ def run(command: list[str]) -> tuple[float, int]:
     return float(seconds), int(kilobytes) * 1024
 
 
-def largest_difference(ours: Path, theirs: Path) -> float:
-    """In units of one bf16 rounding (2 ** -8 of the larger value)."""
-    worst = 0.0
+def differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """The largest, and the share above one, in units of one bf16 rounding of the larger value."""
+    worst, above, total = 0.0, 0, 0
     with open_checkpoint(ours) as first, open_checkpoint(theirs) as second:
         assert set(first) == set(second)
         for name in first:
             x, y = first[name].float(), second[name].float()
             unit = torch.maximum(x.abs(), y.abs()).clamp_(min=1e-30) * 2**-7
-            worst = max(worst, float(((x - y).abs() / unit).max()))
-    return worst
+            steps = (x - y).abs() / unit
+            worst = max(worst, float(steps.max()))
+            above, total = above + int((steps > 1).sum()), total + steps.numel()
+    return {"largest": round(worst, 3), "share_above_one": above / total}
+
+
+def write_recipe(path: Path, method: str, models: list[Path], base: Path) -> None:
+    lines = [f"merge_method: {method}", "dtype: bfloat16", "models:"]
+    for weight, model in zip((0.6, 0.4), models, strict=True):
+        density = ", density: 0.5" if method == "ties" else ""
+        lines.append(f"  - {{model: {model}, parameters: {{weight: {weight}{density}}}}}")
+    if method == "ties":
+        lines.append(f"base_model: {base}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def measure(work: Path, method: str, mergekit: Path | None, runs: int) -> dict[str, object]:
+    """Seconds, peak memory and ratios of each contestant, on the checkpoints in the folder."""
+    models, base = [work / "first", work / "second"], work / "base"
+    recipe = work / "recipe.yml"
+    write_recipe(recipe, method, models, base)
+    outs = {name: work / name for name in ("fishertool", "mergekit", "floor")}
+    ours = [sys.executable, "-m", "fishertool", "merge", "--config", str(recipe)]
+    commands = {
+        "fishertool": [*ours, "--out", str(outs["fishertool"])],
+        "floor": [sys.executable, "-c", FLOOR, *map(str, (*models, outs["floor"]))],
+    }
+    if mergekit:
+        commands["mergekit"] = [str(mergekit), str(recipe), str(outs["mergekit"])]
+    figures: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    for _ in range(runs):
+        for name, command in commands.items():
+            shutil.rmtree(outs[name], ignore_errors=True)
+            os.sync()
+            figures[name].append(run(command))
+    own = figures["fishertool"]
+    result: dict[str, object] = {
+        name: {
+            "seconds": [round(seconds, 1) for seconds, _ in rows],
+            "peak_rss_mb": round(max(peak for _, peak in rows) / 1e6),
+            "ratio_to_fishertool": round(
+                statistics.median(row[0] / mine[0] for row, mine in zip(rows, own, strict=True)), 2
+            ),
+        }
+        for name, rows in figures.items()
+    }
+    if mergekit:
+        result["difference_in_bf16_roundings"] = differences(outs["fishertool"], outs["mergekit"])
+    for folder in outs.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def measure_experts(work: Path) -> dict[str, object]:
+    """A mixture of experts of 20,000 tensors: time to plan, and to merge."""
+    models = [work / "moe-a", work / "moe-b"]
+    for seed, model in enumerate(models):
+        make_experts(model, seed)
+    command = [sys.executable, "-m", "fishertool", "merge", *map(str, models)]
+    command += ["--out", str(work / "moe-out")]
+    planned, merged = run([*command, "--dry-run", "-q"]), run([*command, "-q"])
+    return {
+        "plan_seconds": round(planned[0], 1),
+        "merge_seconds": round(merged[0], 1),
+        "peak_rss_mb": round(merged[1] / 1e6),
+    }
 
 
 def main() -> None:
@@ -124,55 +212,22 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
-    parser.add_argument("--sizes", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--sizes", nargs="*", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--methods", nargs="+", choices=["linear", "ties"], default=["linear"])
     options = parser.parse_args()
-    result: dict[str, dict[str, object]] = {}
+    result: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         work = Path(temporary)
-        for size, layers in ((size, LAYERS[size]) for size in options.sizes):
-            first, second = work / "first", work / "second"
-            make_checkpoint(first, layers, 1)
-            make_checkpoint(second, layers, 2)
-            outs = {name: work / name for name in ("fishertool", "mergekit", "floor")}
-            recipe = work / "recipe.yml"
-            recipe.write_text(
-                "merge_method: linear\ndtype: bfloat16\nmodels:\n"
-                f"  - {{model: {first}, parameters: {{weight: 0.6}}}}\n"
-                f"  - {{model: {second}, parameters: {{weight: 0.4}}}}\n"
-            )
-            ours = [sys.executable, "-m", "fishertool", "merge", str(first), str(second)]
-            commands = {
-                "fishertool": [*ours, "--weights", "0.6,0.4", "--out", str(outs["fishertool"])],
-                "floor": [sys.executable, "-c", FLOOR, *map(str, (first, second, outs["floor"]))],
-            }
-            if options.mergekit and size == "2.2 GB":
-                commands["mergekit"] = [str(options.mergekit), str(recipe), str(outs["mergekit"])]
-            figures: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-            for _ in range(options.runs):
-                for name, command in commands.items():
-                    shutil.rmtree(outs[name], ignore_errors=True)
-                    os.sync()
-                    figures[name].append(run(command))
-            result[size] = {
-                name: {
-                    "seconds": [round(seconds, 1) for seconds, _ in rows],
-                    "peak_rss_mb": round(max(peak for _, peak in rows) / 1e6),
-                    "ratio_to_fishertool": round(
-                        statistics.median(
-                            row[0] / own[0]
-                            for row, own in zip(rows, figures["fishertool"], strict=True)
-                        ),
-                        2,
-                    ),
-                }
-                for name, rows in figures.items()
-            }
-            if "mergekit" in commands:
-                result[size]["largest_difference_in_bf16_roundings"] = round(
-                    largest_difference(outs["fishertool"], outs["mergekit"]), 3
-                )
-            for folder in (first, second, *outs.values()):
-                shutil.rmtree(folder, ignore_errors=True)
+        result["20,000 tensors"] = measure_experts(work)
+        for size in options.sizes:
+            folders = [work / name for name in ("base", "first", "second")]
+            for seed, folder in enumerate(folders):
+                make_checkpoint(folder, LAYERS[size], seed)
+            mergekit = options.mergekit if size == "2.2 GB" else None
+            for method in options.methods:
+                result[f"{method}, {size}"] = measure(work, method, mergekit, options.runs)
+            for folder in folders:
+                shutil.rmtree(folder)
     print(json.dumps(result, indent=2))
 
 

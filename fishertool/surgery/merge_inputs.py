@@ -1,0 +1,121 @@
+"""What a recipe names, opened and compared by headers."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
+from fishertool.checkpoint.source import TensorSource
+from fishertool.errors import InputError, UsageError
+from fishertool.models.names import head_names
+from fishertool.models.sources import open_source
+from fishertool.recipe.schema import Recipe
+from fishertool.registry import Method
+from fishertool.surgery.merge_layers import Arrangement, arrange_slices, arrange_whole, own_names
+
+
+@dataclass
+class Inputs:
+    """Everything that weights are read from, by number in the order in which the recipe names it."""
+
+    sources: list[TensorSource] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    """The sources as the recipe names them."""
+    slices: list[list[int]] = field(default_factory=list)
+    bases: list[int | None] = field(default_factory=list)
+    """For each slice."""
+    sidecars: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[int]:
+        """Those that are merged."""
+        return sorted({number for numbers in self.slices for number in numbers})
+
+
+def open_inputs(opened: ExitStack, recipe: Recipe, method: Method) -> Inputs:
+    """Open each model and base once. Raises UsageError where the method takes other inputs."""
+    inputs = Inputs()
+
+    def number_of(reference: str) -> int:
+        if reference not in inputs.references:
+            source = opened.enter_context(open_source(reference))
+            check_not_quantized(source)
+            inputs.references.append(reference)
+            inputs.sources.append(source)
+        return inputs.references.index(reference)
+
+    for piece in recipe.slices:
+        inputs.slices.append([number_of(one.model) for one in piece.sources])
+        for one, number in zip(piece.sources, inputs.slices[-1], strict=True):
+            if one.fisher is not None:
+                inputs.sidecars[number] = one.fisher
+    for piece in recipe.slices:
+        base = piece.base or recipe.base
+        _check_counts(method, len(piece.sources), base)
+        inputs.bases.append(None if base is None else number_of(base))
+    return inputs
+
+
+def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
+    """The output's tensors, and those of heads that stay the first model's."""
+    models = [inputs.sources[number] for number in inputs.models]
+    apart = _kept_heads(models, recipe.head or "error")
+    if recipe.whole:
+        whole = [inputs.sources[number] for number in inputs.slices[0]]
+        names = [own_names(model) for model in whole]
+        check_same_tensors(whole, apart, names)
+        return arrange_whole(names[0], len(whole)), apart
+    runs = []
+    for piece, numbers in zip(recipe.slices, inputs.slices, strict=True):
+        sources = [inputs.sources[number] for number in numbers]
+        runs.append(
+            [
+                (source, one.layers)
+                for source, one in zip(sources, piece.sources, strict=True)
+                if one.layers is not None
+            ]
+        )
+    return arrange_slices(runs), apart
+
+
+def check_tensor(
+    inputs: Inputs, named: Sequence[tuple[int, str]], base: tuple[int, str] | None
+) -> None:
+    """Refuse a tensor that one of its sources lacks, or has in another shape."""
+    first, name = inputs.sources[named[0][0]], named[0][1]
+    for number, other in [*named[1:], *([base] if base else [])]:
+        source = inputs.sources[number]
+        if other not in source:
+            raise InputError(f"{source.folder}: lacks {other}, which {first.folder} has as {name}")
+        check_same_shape(first, source, name, other)
+
+
+def _check_counts(method: Method, models: int, base: str | None) -> None:
+    fewest, most = method.models
+    if models < fewest or (most is not None and models > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else (
+            f"{fewest} to {most}"
+        )  # fmt: skip
+        raise UsageError(f"method {method.name} merges {wanted} models; {models} given")
+    if base is not None and "base" not in method.inputs:
+        raise UsageError(f"method {method.name} takes no --base")
+    if base is None and method.inputs.get("base"):
+        raise UsageError(f"method {method.name} needs --base, the models' common ancestor")
+
+
+def _kept_heads(models: Sequence[TensorSource], head: str) -> set[str]:
+    """Names of head tensors that stay the first model's; with `error`, heads that differ are refused."""
+    if head == "keep-first":
+        return {
+            name for model in models for name in head_names(model.config(), model, model.folder)
+        }
+    first = models[0].config().get("id2label")
+    for model in models[1:]:
+        labels = model.config().get("id2label")
+        if head == "error" and first and labels and labels != first:
+            raise InputError(
+                f"{model.folder}: its classes ({', '.join(map(str, labels.values()))}) are not "
+                f"those of {models[0].folder} ({', '.join(map(str, first.values()))}); "
+                "--head keep-first takes the first model's head, --head merge merges them as they are"
+            )
+    return set()

@@ -1,0 +1,156 @@
+"""Which tensors a merge writes, and what each is called in every model it comes from."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fishertool.checkpoint.source import TensorSource
+from fishertool.errors import InputError, UsageError, some
+from fishertool.models.names import names_after_layers, tied_names
+
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER = re.compile(r"(^|.*?\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One output tensor: its slice, and its depth there from 0, the first layer, to 1, the last."""
+
+    name: str
+    slice: int
+    depth: float
+    names: tuple[str, ...]
+    """Its name in each of the slice's sources."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    places: list[Place]
+    config: dict[str, Any] = field(default_factory=dict)
+    """What it changes in the first model's config."""
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The stack and number of the layer that a tensor is part of.
+
+    >>> layer_of("model.layers.3.mlp.experts.5.up.weight"), layer_of("lm_head.weight")
+    (('model.layers.', 3), None)
+    """
+    match = LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def own_names(source: TensorSource) -> list[str]:
+    """A model's tensors without the copies of tied ones."""
+    tied = tied_names(source)
+    return [name for name in source if name not in tied]
+
+
+def arrange_whole(names: Sequence[str], models: int) -> Arrangement:
+    """All tensors of models of one depth, under their own names."""
+    last: dict[str, int] = {}
+    layers = [layer_of(name) for name in names]
+    for layer in layers:
+        if layer is not None:
+            last[layer[0]] = max(last.get(layer[0], 0), layer[1])
+    places = []
+    for name, layer in zip(names, layers, strict=True):
+        depth = 0.0
+        if layer is not None:
+            depth = layer[1] / last[layer[0]] if last[layer[0]] else 1.0
+        places.append(Place(name, 0, depth, (name,) * models))
+    return Arrangement(places)
+
+
+def arrange_slices(
+    slices: Sequence[Sequence[tuple[TensorSource, tuple[int, int]]]],
+) -> Arrangement:
+    """Runs of layers put on top of each other, as (source, layers) for each source of each slice.
+
+    What comes before the layers is the first slice's, what comes after them the last's. Raises
+    InputError for a model without exactly one stack of layers, UsageError for layers it has not,
+    or for sources of one slice with runs of different length.
+    """
+    stack = _stack(slices[0][0][0])
+    places: list[Place] = []
+    layers: list[int] = []
+    for number, sources in enumerate(slices):
+        _check_runs(number, sources, stack)
+        first, (start, stop) = sources[0]
+        grouped: dict[int, list[str]] = {}
+        for name in own_names(first):
+            layer = layer_of(name)
+            if layer is not None:
+                grouped.setdefault(layer[1], []).append(name[len(f"{stack}{layer[1]}") :])
+        for offset in range(stop - start):
+            depth = offset / (stop - start - 1) if stop - start > 1 else 1.0
+            for rest in grouped.get(start + offset, []):
+                inside = tuple(f"{stack}{run[0] + offset}{rest}" for _, run in sources)
+                places.append(Place(f"{stack}{len(layers)}{rest}", number, depth, inside))
+            layers.append(start + offset)
+    outside = [name for name in own_names(slices[0][0][0]) if layer_of(name) is None]
+    after = names_after_layers(slices[0][0][0], stack, outside)
+    before = [
+        Place(name, 0, 0.0, (name,) * len(slices[0])) for name in outside if name not in after
+    ]
+    end = [Place(name, len(slices) - 1, 0.0, (name,) * len(slices[-1])) for name in after]
+    source = slices[0][0][0]
+    changes = config_of_layers(source.config(), _depth(source), layers)
+    return Arrangement([*before, *places, *end], changes)
+
+
+def config_of_layers(
+    config: Mapping[str, Any], depth: int, layers: Sequence[int]
+) -> dict[str, Any]:
+    """What changes in the config of a model of some depth when these of its layers are put together.
+
+    Raises InputError where it does not say how many layers there are.
+
+    >>> config_of_layers({"n_layer": 3, "layer_types": ["a", "b", "c"]}, 3, [0, 1, 1, 2])
+    {'n_layer': 4, 'layer_types': ['a', 'b', 'b', 'c']}
+    """
+    changes: dict[str, Any] = {key: len(layers) for key in DEPTH_KEYS if config.get(key) == depth}
+    if not changes:
+        raise InputError(
+            f"config.json: none of {', '.join(DEPTH_KEYS)} is {depth}, the number of layers"
+        )
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, list) and len(value) == depth:
+            changes[key] = [value[layer] for layer in layers]
+    return changes
+
+
+def _stack(source: TensorSource) -> str:
+    stacks = {layer[0] for layer in map(layer_of, source) if layer is not None}
+    if len(stacks) != 1:
+        raise InputError(
+            f"{source.folder}: slices need a model with one stack of layers; it has "
+            f"{some(sorted(stacks)) if stacks else 'none'}"
+        )
+    return stacks.pop()
+
+
+def _check_runs(
+    number: int, sources: Sequence[tuple[TensorSource, tuple[int, int]]], stack: str
+) -> None:
+    lengths = {stop - start for _, (start, stop) in sources}
+    if len(lengths) != 1 or min(lengths) < 1:
+        raise UsageError(
+            f"slices[{number}]: its sources have {' and '.join(map(str, sorted(lengths)))} layers; "
+            "a slice needs as many of each, and one at least"
+        )
+    for source, (start, stop) in sources:
+        if _stack(source) != stack:
+            raise InputError(
+                f"{source.folder}: its layers are {_stack(source)}*, the others' {stack}*"
+            )
+        depth = _depth(source)
+        if start < 0 or stop > depth:
+            raise UsageError(
+                f"slices[{number}]: layers {start} to {stop} of {source.folder}, which has {depth}"
+            )
+
+
+def _depth(source: TensorSource) -> int:
+    return 1 + max(layer[1] for layer in map(layer_of, source) if layer is not None)

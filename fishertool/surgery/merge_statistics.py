@@ -1,0 +1,134 @@
+"""The sidecars of a merge: opened, checked against their models, and read piece by piece."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fishertool import hub
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import TensorSource
+from fishertool.errors import InputError, UsageError, some
+from fishertool.fisher.header import FisherHeader
+from fishertool.merging.method import Fisher, Kronecker
+from fishertool.registry import Method
+from fishertool.sidecar import (
+    check_fits,
+    has_diagonal,
+    has_kind,
+    open_diagonal,
+    open_sidecar,
+    oriented,
+    read_activation,
+    read_diagonal,
+    read_kronecker,
+)
+from fishertool.surgery.merge_inputs import Inputs
+
+MATRICES = {"activations", "kroneckers"}
+"""Inputs of methods that are given a linear layer's weight whole."""
+
+
+@dataclass
+class Sidecar:
+    """One kind of one model's sidecar."""
+
+    tensors: Checkpoint
+    header: FisherHeader
+    scale: tuple[float, float] = field(default=(1.0, 1.0))
+    """Mean and L2 norm of the diagonal over the merged weights."""
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those weights that it should tell about and does not."""
+        known = {*self.header.statistics, *self.header.without}
+        return [name for name in names if name not in known]
+
+    def knows(self, name: str) -> bool:
+        return name in self.header.statistics
+
+    def measure(self, merged: Iterable[str]) -> None:
+        """Find the scale over these weights. Raises InputError for a Fisher of nothing but zeros."""
+        counted = [self.header.statistics[name] for name in merged if self.knows(name)]
+        elements = sum(statistic.elements for statistic in counted)
+        total = sum(statistic.total for statistic in counted)
+        squares = sum(statistic.squares for statistic in counted)
+        if not total > 0 or not squares < float("inf"):
+            raise InputError(f"{self.tensors.folder}: its Fisher is zero everywhere, or not finite")
+        self.scale = (total / elements, squares**0.5)
+
+    def fisher(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Fisher:
+        """Rows of a weight's diagonal."""
+        values = read_diagonal(self.tensors, name, start, stop).to(dtype)
+        if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
+            raise InputError(
+                f"{self.tensors.where(name)}: a Fisher must be finite and not negative"
+            )
+        statistic = self.header.statistics[name]
+        return Fisher(values, statistic.total / statistic.elements, *self.scale)
+
+    def activation(self, name: str) -> Tensor:
+        """Second moment of a linear layer's input."""
+        return read_activation(self.tensors, self.header, name)
+
+    def kronecker(self, name: str) -> Kronecker:
+        """Both factors of a linear layer's Fisher."""
+        return Kronecker(*read_kronecker(self.tensors, self.header, name), *self.scale)
+
+    def oriented(self, name: str, weight: Tensor) -> Tensor:
+        """A weight as [out, in]; applied twice, as it was."""
+        return oriented(self.header, name, weight)
+
+
+def open_fishers(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int, Sidecar]:
+    """Each model's diagonal, by its number; those that have one, unless the method needs it."""
+    needed = "fishers" in method.inputs
+    if needed:
+        _check_all_given(inputs, method)
+    found = {}
+    for number, place in inputs.sidecars.items():
+        folder = hub.resolve(place)
+        if needed or has_diagonal(folder):
+            tensors, header = open_diagonal(folder)
+            found[number] = _checked(opened, tensors, header, inputs.sources[number])
+    return found
+
+
+def open_factors(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int, Sidecar]:
+    """Each model's second moments of linear layers, by its number, if the method needs them."""
+    if not MATRICES & method.inputs.keys():
+        return {}
+    _check_all_given(inputs, method)
+    found = {}
+    for number, place in inputs.sidecars.items():
+        folder = hub.resolve(place)
+        halves = "activations" in method.inputs and has_kind(folder, "activation")
+        tensors, header = open_sidecar(folder, "activation" if halves else "kronecker")
+        found[number] = _checked(opened, tensors, header, inputs.sources[number])
+    return found
+
+
+def _check_all_given(inputs: Inputs, method: Method) -> None:
+    if lost := set(inputs.models) - inputs.sidecars.keys():
+        raise UsageError(
+            f"method {method.name} needs one --fisher for each of {len(inputs.models)} models, in "
+            f"their order; {len(inputs.models) - len(lost)} given"
+        )
+
+
+def _checked(
+    opened: ExitStack, tensors: Checkpoint, header: FisherHeader, model: TensorSource
+) -> Sidecar:
+    opened.enter_context(tensors)
+    check_fits(tensors, header, model)
+    return Sidecar(tensors, header)
+
+
+def check_complete(sidecar: Sidecar, merged: Iterable[str]) -> None:
+    """Raises InputError where it tells nothing of a weight that is to be merged by it."""
+    if lost := sidecar.missing(merged):
+        raise InputError(
+            f"{sidecar.tensors.folder}: has no Fisher of {some(lost)}; estimate it of all tensors, "
+            "or leave these out with --exclude"
+        )

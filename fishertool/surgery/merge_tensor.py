@@ -1,0 +1,185 @@
+"""One tensor of a merge: its pieces are read, merged and rounded."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.stream import Piece, pieces
+from fishertool.errors import InputError
+from fishertool.merging.linear import linear
+from fishertool.merging.method import Fisher, make_passes
+from fishertool.surgery.merge_plan import MergePlan, Target
+from fishertool.surgery.merge_statistics import MATRICES
+
+
+class Part(NamedTuple):
+    """What is read of a target for one piece of it, ready to be computed with."""
+
+    models: list[Tensor]
+    base: Tensor | None
+    fishers: list[Fisher]
+    """Empty where not every model has one."""
+
+
+def jobs(plan: MergePlan) -> Iterator[Piece]:
+    """The work to be spread over threads: a tensor that must be seen whole is one job."""
+    whole = plan.method.whole is not None or bool(MATRICES & plan.method.inputs.keys())
+    for info in plan.outputs():
+        if whole and plan.targets[info.name].action == "merge":
+            yield Piece(info.name, 0, info.rows, info.elements)
+        else:
+            yield from pieces([info])
+
+
+def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part | None]]:
+    """The rows of a job in the output's dtype, in pieces where it is larger than one.
+
+    With each what it was merged from; None where it was not.
+    """
+    target = plan.targets[job.name]
+    if target.action in ("keep-first", "equal"):
+        take = _kept if target.action == "keep-first" else _equal
+        yield job, take(plan, target, job), None
+        return
+    merging = target.action == "merge"
+    in_passes = merging and plan.method.whole is not None
+    parts = list(pieces([target.info])) if in_passes else [job]
+    read = _reader(plan, target)
+    if len(parts) == 1:
+        read = lru_cache(1)(read)  # what the passes have read serves the merge
+    given = dict(target.settings)
+    if in_passes:
+        passes = plan.method.passes(target.weights, target.info.elements, target.settings)
+        shown = 3 if "fishers" in plan.method.inputs else 2
+        given["whole"] = make_passes(passes, lambda: (read(piece)[:shown] for piece in parts))
+    for piece in parts:
+        part = read(piece)
+        if merging and plan.factors:
+            merged = _merge_matrices(plan, target, part)
+        elif merging:
+            inputs = _inputs(plan, target, piece, part)
+            merged = plan.method.function(part.models, target.weights, **inputs, **given)
+        else:
+            merged = linear(part.models, target.weights)
+        yield piece, _rounded(plan, target, merged), part
+
+
+def _reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
+    named = [(plan.inputs.sources[number], name) for number, name in target.sources]
+    base = None if target.base is None else (plan.inputs.sources[target.base[0]], target.base[1])
+    fishers = plan.fishers_of(target)
+    stored = {source.info(name).dtype for source, name in named} | {target.info.dtype}
+    dtype = torch.float64 if "F64" in stored else torch.float32
+    rest = target.info.shape[1:]
+
+    def shaped(rows: Tensor) -> Tensor:
+        return rows.reshape(-1, *rest) if rest else rows
+
+    def one(source: TensorSource, name: str, piece: Piece) -> Tensor:
+        return shaped(_read_finite(plan, source, name, piece).to(dtype))
+
+    def read(piece: Piece) -> Part:
+        models = [one(source, name, piece) for source, name in named]
+        found = [
+            sidecar.fisher(name, piece.start, piece.stop, dtype)
+            for sidecar, (_, name) in zip(fishers, named, strict=False)
+        ]
+        found = [fisher._replace(values=shaped(fisher.values)) for fisher in found]
+        return Part(models, None if base is None else one(*base, piece), found)
+
+    return read
+
+
+def _inputs(plan: MergePlan, target: Target, piece: Piece, part: Part) -> dict[str, Any]:
+    """The method's inputs besides models and weights."""
+    wanted = plan.method.inputs
+    given: dict[str, Any] = {}
+    if part.base is not None:
+        given["base"] = part.base
+    if "fishers" in wanted:
+        given["fishers"] = part.fishers
+    if "generators" in wanted:
+        given["generators"] = [
+            _generator(plan.seed, target.info.name, number, piece.start)
+            for number in range(len(target.sources))
+        ]
+    return given
+
+
+def _merge_matrices(plan: MergePlan, target: Target, part: Part) -> Tensor:
+    """By the second moments of a linear layer, for which its weight is [out, in]."""
+    named = [(plan.factors[number], name) for number, name in target.sources]
+    models = [
+        sidecar.oriented(name, model)
+        for (sidecar, name), model in zip(named, part.models, strict=True)
+    ]
+    statistics: dict[str, Any] = {}
+    if "activations" in plan.method.inputs:
+        statistics["activations"] = [sidecar.activation(name) for sidecar, name in named]
+    else:
+        statistics["kroneckers"] = [sidecar.kronecker(name) for sidecar, name in named]
+    merged = plan.method.function(models, target.weights, **statistics, **target.settings)
+    sidecar, name = named[0]
+    return sidecar.oriented(name, merged)
+
+
+def _generator(seed: int, name: str, model: int, start: int) -> torch.Generator:
+    """Of its own for every piece, so that draws do not depend on the order of work."""
+    digest = hashlib.sha256(f"{seed}\0{name}\0{model}\0{start}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _kept(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
+    number, name = target.sources[0]
+    source = plan.inputs.sources[number]
+    if target.info.dtype in FLOATING:
+        values = _read_finite(plan, source, name, piece)
+        return _rounded(plan, target, values)
+    return source.read(name, piece.start, piece.stop)
+
+
+def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
+    """Whole numbers, which all models must agree on."""
+    number, name = target.sources[0]
+    first = plan.inputs.sources[number]
+    values = first.read(name, piece.start, piece.stop)
+    for other, same in target.sources[1:]:
+        source = plan.inputs.sources[other]
+        if not torch.equal(values, source.read(same, piece.start, piece.stop)):
+            raise InputError(
+                f"{source.where(same)}: its whole numbers differ from {first.folder}'s; "
+                "--exclude it to keep the first model's"
+            )
+    return values
+
+
+def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
+    rounded = values.to(TORCH[target.info.dtype])
+    if not plan.allow_nonfinite and not _all_finite(rounded):
+        raise InputError(
+            f"{plan.first.folder}: tensor {target.info.name}: the merged values do not fit "
+            f"{target.info.dtype}; lower the weights, or go on with --allow-nonfinite"
+        )
+    return rounded
+
+
+def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
+    values = source.read(name, piece.start, piece.stop)
+    if not plan.allow_nonfinite and not _all_finite(values):
+        raise InputError(
+            f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
+        )
+    return values
+
+
+def _all_finite(values: Tensor) -> bool:
+    # A sum is one pass without a temporary; only where it is not finite is each value looked at.
+    if values.dtype not in (torch.bfloat16, torch.float64):
+        values = values.float()  # the others have no room for a sum, or no sum
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

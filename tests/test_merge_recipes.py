@@ -1,0 +1,248 @@
+"""`fishertool merge --config RECIPE`: slices, gradients, filters, against tensors put together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Cli, ModelMaker
+from safetensors.torch import load_file
+
+from fishertool.surgery.merge_layers import config_of_layers, layer_of
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def layer(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    """A layer's tensors by what they are called in it."""
+    prefixes = {found[0] for found in map(layer_of, tensors) if found}
+    [stack] = prefixes
+    start = f"{stack}{number}."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def recipe(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def llamas(make_model: ModelMaker) -> tuple[Path, Path]:
+    return make_model("a", "llama", 1), make_model("b", "llama", 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_layers_put_on_top_of_each_other_load_and_are_those_of_the_recipe(
+    cli: Cli, make_model: ModelMaker, kind: str, tmp_path: Path
+) -> None:
+    a, b = make_model("a", kind, 1), make_model("b", kind, 2)
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: passthrough\nslices:\n"
+        f"- sources: [{{model: {a}, layer_range: [0, 2]}}]\n"
+        f"- sources: [{{model: {b}, layer_range: [1, 2]}}]\n"
+        f"- sources: [{{model: {b}, layer_range: [0, 2]}}]\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    for number, (source, theirs) in enumerate(
+        [(first, 0), (first, 1), (second, 1), (second, 0), (second, 1)]
+    ):
+        ours, wanted = layer(merged, number), layer(source, theirs)
+        assert set(ours) == set(wanted) and ours
+        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    before = "model.embed_tokens.weight" if kind == "llama" else "transformer.wte.weight"
+    after = "model.norm.weight" if kind == "llama" else "transformer.ln_f.weight"
+    assert torch.equal(merged[before], first[before])
+    assert torch.equal(merged[after], second[after])
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "o", output_loading_info=True
+    )
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_hidden_layers == 5
+
+
+def test_a_slice_merges_layers_of_different_numbers(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = llamas
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: linear\nslices:\n- sources:\n"
+        f"  - {{model: {a}, layer_range: [0, 1], parameters: {{weight: 0.25}}}}\n"
+        f"  - {{model: {b}, layer_range: [1, 2], parameters: {{weight: 0.75}}}}\n",
+    )
+    assert cli("merge", "--config", file, "--out", "o", "-q").code == 0
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    ours = layer(merged, 0)
+    for name, value in layer(first, 0).items():
+        torch.testing.assert_close(ours[name], 0.25 * value + 0.75 * layer(second, 1)[name])
+    assert not layer(merged, 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "wanted"),
+    [("[1, 0]", (1.0, 0.0)), ("[0.2, 0.4, 0.8]", (0.2, 0.8))],
+)
+def test_gradients_run_over_the_layers(
+    cli: Cli, llamas: tuple[Path, Path], weights: str, wanted: tuple[float, float], tmp_path: Path
+) -> None:
+    a, b = llamas
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: linear\nparameters: {normalize: false}\nmodels:\n"
+        f"- {{model: {a}, parameters: {{weight: {weights}}}}}\n"
+        f"- {{model: {b}, parameters: {{weight: 1}}}}\n",
+    )
+    assert cli("merge", "--config", file, "--out", "o", "-q").code == 0
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    for number in range(2):
+        for name, value in layer(merged, number).items():
+            expected = wanted[number] * layer(first, number)[name] + layer(second, number)[name]
+            torch.testing.assert_close(value, expected)
+
+
+def test_the_first_rule_that_matches_wins(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = llamas
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: slerp\n"
+        f"base_model: {a}\nmodels: [{{model: {a}}}, {{model: {b}}}]\n"
+        "parameters:\n  t:\n  - {filter: self_attn, value: 0}\n"
+        "  - {glob: '*.mlp.*', value: 1}\n  - value: 0.5\n",
+    )
+    assert cli("merge", "--config", file, "--out", "o", "-q").code == 0
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    for name, value in merged.items():
+        if "self_attn" in name:
+            torch.testing.assert_close(value, first[name])
+        elif "mlp" in name:
+            torch.testing.assert_close(value, second[name])
+    embedding = "model.embed_tokens.weight"
+    assert not torch.allclose(merged[embedding], first[embedding])
+
+
+def test_the_output_has_the_dtype_of_the_recipe(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = llamas
+    file = recipe(
+        tmp_path / "r.yml",
+        f"merge_method: linear\ndtype: float32\nout_dtype: bfloat16\nmodels:\n"
+        f"- {{model: {a}, parameters: {{weight: 3}}}}\n- {{model: {b}, parameters: {{weight: 1}}}}\n",
+    )
+    report = cli("merge", "--config", file, "--out", "o", "--json").report
+    assert report["output"]["dtype"] == "bfloat16"
+    first, second = weights_of(a), weights_of(b)
+    for name, value in weights_of(tmp_path / "o").items():
+        exact = 0.75 * first[name].double() + 0.25 * second[name].double()
+        assert torch.equal(value, exact.to(torch.bfloat16))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert model.dtype == torch.bfloat16
+
+
+MODELS = "models: [{model: A}, {model: B}]\n"
+BAD: dict[str, tuple[str, int, str]] = {
+    "typo": ("merge_method: linear\nmodles: []\n", 2, "did you mean 'models'"),
+    "unknown method": (f"merge_method: linaer\n{MODELS}", 2, "did you mean 'linear'"),
+    "unknown setting": (
+        f"merge_method: linear\n{MODELS}parameters: {{normalise: true}}\n",
+        2,
+        "did you mean 'normalize'",
+    ),
+    "rule without effect": (
+        f"merge_method: slerp\nbase_model: A\n{MODELS}"
+        "parameters: {t: [{filter: selfattn, value: 0}, {value: 1}]}\n",
+        2,
+        "'selfattn' matches none of 21 tensors",
+    ),
+    "no base": (f"merge_method: ties\n{MODELS}", 2, "needs --base"),
+    "three models": (
+        "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}, {model: C}]\n"
+        "parameters: {t: 0.5}\n",
+        2,
+        "3",
+    ),
+    "density": (
+        f"merge_method: ties\nbase_model: C\n{MODELS}parameters: {{density: 1.5}}\n",
+        2,
+        "density",
+    ),
+    "layers it has not": (
+        "merge_method: passthrough\nslices: [{sources: [{model: A, layer_range: [0, 7]}]}]\n",
+        2,
+        "layers 0 to 7",
+    ),
+    "runs of other lengths": (
+        "merge_method: linear\nslices:\n"
+        "- sources: [{model: A, layer_range: [0, 2]}, {model: B, layer_range: [0, 1]}]\n",
+        2,
+        "1 and 2 layers",
+    ),
+    "missing model": (
+        "merge_method: linear\nmodels: [{model: A}, {model: ./nowhere}]\n", 3, "nowhere",
+    ),
+    "weights that sum to zero": (
+        "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 1}}\n"
+        "- {model: B, parameters: {weight: -1}}\n",
+        2,
+        "linear",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_is_one_line_before_any_work(
+    cli: Cli, make_model: ModelMaker, case: str, tmp_path: Path
+) -> None:
+    text, code, words = BAD[case]
+    for seed, name in enumerate("ABC"):
+        make_model(name, "llama", seed)
+    file = recipe(tmp_path / "r.yml", text)
+    result = cli("merge", "--config", file, "--out", "o")
+    assert (result.code, result.out) == (code, ""), result.err
+    assert words in result.err and len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_recipe_printed_is_a_recipe_that_gives_the_same(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("merge", *llamas, "--weights", "0.3,0.7", "--exclude", "lm_head.*")
+    printed = cli(*flags, "--print-config")
+    assert printed.code == 0 and not (tmp_path / "o").exists()
+    file = recipe(tmp_path / "r.yml", printed.out)
+    assert cli(*flags, "--out", "o", "-q").code == 0
+    assert cli("merge", "--config", file, "--out", "p", "-q").code == 0
+    ours, again = weights_of(tmp_path / "o"), weights_of(tmp_path / "p")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    both = cli("merge", *llamas, "--config", file, "--out", "q")
+    assert (both.code, "the recipe" in both.err) == (2, True)
+
+
+def test_a_config_says_how_deep_the_model_is() -> None:
+    config: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["x", "y"], "hidden_size": 2}
+    changed = config_of_layers(config, 2, [1, 1, 0])
+    assert changed == {"num_hidden_layers": 3, "layer_types": ["y", "y", "x"]}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_random_methods_give_the_same_bytes_at_any_thread_count(
+    cli: Cli, make_model: ModelMaker, threads: int, tmp_path: Path
+) -> None:
+    models = [make_model(name, "llama", seed) for seed, name in enumerate("abc")]
+    flags = ("--method", "dare-ties", "--base", models[2], "--set", "density=0.5", "-q")
+    for out, seed, count in (("o", 1, 1), ("p", 1, threads), ("q", 2, threads)):
+        more = ("--seed", seed, "--threads", count, "--out", out)
+        assert cli("merge", *models[:2], *flags, *more).code == 0
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in "opq"]
+    assert files[0] == files[1] != files[2]

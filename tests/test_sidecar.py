@@ -1,0 +1,67 @@
+"""Reading the factors of a weight from a sidecar."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli, ModelMaker
+
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import InputError
+from fishertool.sidecar import check_fits, open_sidecar, oriented, read_activation, read_kronecker
+
+
+@pytest.mark.parametrize(
+    ("architecture", "leader", "follower"),
+    [
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.weight"),
+        (
+            "bert",
+            "bert.encoder.layer.1.attention.self.query.weight",
+            "bert.encoder.layer.1.attention.self.value.weight",
+        ),
+    ],
+)
+def test_factors_are_those_of_the_weight_as_out_by_in(
+    cli: Cli,
+    make_model: ModelMaker,
+    data: Path,
+    tmp_path: Path,
+    architecture: str,
+    leader: str,
+    follower: str,
+) -> None:
+    model = make_model("m", architecture)
+    flags = ("--data", data, "--kind", "kronecker,activation", "--out", "f")
+    assert cli("estimate-fisher", model, *flags).code == 0
+    tensors, header = open_sidecar(tmp_path / "f", "kronecker")
+    moments, other = open_sidecar(tmp_path / "f", "activation")
+    with tensors, moments, open_checkpoint(model) as checkpoint:
+        check_fits(tensors, header, checkpoint)
+        check_fits(moments, other, checkpoint)
+        a, b = read_kronecker(tensors, header, follower)
+        assert torch.equal(a, tensors.read(f"{leader}#input"))
+        assert torch.equal(a, read_activation(moments, other, follower))
+        # Every token goes through these layers.
+        tokens = header.tokens / header.examples
+        torch.testing.assert_close(b, tensors.read(f"{follower}#output") * tokens)
+        stored = checkpoint.read(follower)
+        weight = oriented(header, follower, stored)
+        assert weight.shape == (len(b), len(a))
+        assert torch.equal(oriented(header, follower, weight), stored)
+
+
+def test_factors_of_other_sides_than_the_weights_are_refused(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    assert (
+        cli("estimate-fisher", model, "--data", data, "--kind", "kronecker", "--out", "f").code == 0
+    )
+    tensors, header = open_sidecar(tmp_path / "f", "kronecker")
+    turned = replace(header, transposed=[name for name in header.transposed if "c_fc" not in name])
+    with tensors, open_checkpoint(model) as checkpoint:
+        wanted = r"c_fc\.weight#input is \[16, 16\], but .* is \[16, 64\] .* needs \[64, 64\]"
+        with pytest.raises(InputError, match=wanted):
+            check_fits(tensors, turned, checkpoint)
