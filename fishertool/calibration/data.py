@@ -39,6 +39,7 @@ class DataOptions:
     """How `num_examples` are chosen: `random` or `kmeans`; the first ones, where it is None."""
     select_from: int | None = None
     """Rows to choose from; None is all."""
+    score_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Example:
     targets: Sequence[int] | None = None
     """A class or token for every token of the text, UNSCORED where none is predicted."""
     candidates: Sequence[Mapping[str, list[int]]] = ()
-    """Of a query: inputs of the documents it is scored against, its positive first."""
+    """Of a query: inputs of the documents it is scored against, its positive first; of a sentence:
+    the one it is compared with."""
+    score: float | None = None
+    """How much alike two sentences are, on a scale of the data's own."""
 
     @property
     def length(self) -> int:
@@ -115,12 +119,14 @@ class CalibrationData:
         return shortest.cut(PROBE_TOKENS)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every text's token ids, of labels and of targets, in order."""
+        """SHA-256 of every text's token ids, of labels, targets and scores, in order."""
         total = hashlib.sha256()
         for example in self.examples:
             label = -1 if example.label is None else example.label
             lists = [ids for text in example.texts for _, ids in sorted(text.items())]
             lists.append(list(example.targets or ()))
+            if example.score is not None:
+                total.update(struct.pack("<d", example.score))
             total.update(struct.pack("<qq", len(lists), label))
             for ids in lists:
                 total.update(struct.pack(f"<q{len(ids)}i", len(ids), *ids))

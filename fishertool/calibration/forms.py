@@ -91,6 +91,11 @@ FORMS = {
         ranking.queries,
         "their queries have no candidate besides the positive",
     ),
+    "scored pairs": Form(
+        {**TEXT, "text_pair_column": None, "score_column": None},
+        lambda options: (options.text_column, options.text_pair_column, options.score_column),
+        texts.scored_pairs,
+    ),
 }
 
 

@@ -163,6 +163,13 @@ InBatchNegatives = Annotated[
     ),
 ]
 Scale = Annotated[float | None, option("--scale", help="Of cosines of embeddings [default: 20].")]
+ScoreColumn = Annotated[
+    str | None,
+    option(
+        "--score-column",
+        help="embedding: how much alike --text-column and --text-pair-column are, a number.",
+    ),
+]
 MaskFraction = Annotated[
     float | None, option("--mask-fraction", help="Of tokens, for masked-lm [default: 0.15].")
 ]
