@@ -281,6 +281,25 @@ def test_steps_go_geometrically_and_never_bring_a_weight_back(
     assert all(torch.equal(last[name], value) for name, value in seen[-1].items())
 
 
+def test_recovery_trains_what_stays_and_nothing_else(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--sparsity", 0.8, "--data", data, "--json")
+    plain = cli("prune", model, *flags, "--out", "plain").report["summary"]
+    more = ("--recover-steps", 20, "--recover-learning-rate", 0.01)
+    result = cli("prune", model, *flags, *more, "--out", "o")
+    assert result.code == 0, result.err
+    recovery = result.report["evaluation"]["recovery"]
+    assert recovery["steps"] == 20 and recovery["loss_after"] < recovery["loss_before"]
+    assert result.report["summary"]["loss_after"] == recovery["held_out_loss"]
+    assert result.report["evaluation"]["steps"][-1]["held_out_loss"] == plain["loss_after"]
+    before, after = weights_of(tmp_path / "plain"), weights_of(tmp_path / "o")
+    for name, old in before.items():
+        assert not torch.equal(after[name], old) or "token_type" in name, name
+        if is_pruned(name):
+            assert torch.equal(after[name] == 0, old == 0), name
+
+
 def test_groups_of_four_lose_one_after_another(cli: Cli, model: Path, data: Path) -> None:
     flags = ("--pattern", "1:4", "--steps", 2, "--data", data, "--out", "o", "--json")
     result = cli("prune", model, *flags)
@@ -489,6 +508,7 @@ def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_pa
         ("--sparsity 0.5 --method obs --fisher fisher --steps 2", 2, "give --data"),
         ("--sparsity 0.5 --method gaprune --fisher fisher --general-fisher fisher --steps 2 "
          "--data data.jsonl", 2, "two sidecars"),
+        ("--sparsity 0.5 --recover-steps 5", 2, "trains on the data: give --data"),
         ("--sparsity 0.5 --compensate joined", 2, "did you mean 'joint'?"),
         ("--sparsity 0.5 --compensate joint", 2, "needs a Fisher of kind rank-one"),
         ("--sparsity 0.5 --budget all", 2, "--budget 'all'"),

@@ -140,6 +140,13 @@ def prune(
         int,
         option("--steps", min=1, help="Prune in so many steps, with a new Fisher for each."),
     ] = 1,
+    recover_steps: Annotated[
+        int,
+        option("--recover-steps", min=0, help="Steps of training at the end, with the mask kept."),
+    ] = 0,
+    recover_learning_rate: Annotated[
+        float, option("--recover-learning-rate", help="Of these steps, at most.")
+    ] = 1e-4,
     data: Annotated[
         str | None,
         option(
@@ -228,6 +235,8 @@ def prune(
         block=block,
         damping=damping,
         steps=steps,
+        recover_steps=recover_steps,
+        recover_learning_rate=recover_learning_rate,
         data=options,
         held_out=held_out,
         labels=labels,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.layout import parse_size
@@ -58,6 +59,7 @@ def prune(
     damping: str | None = None,
     steps: int = 1,
     recover_steps: int = 0,
+    recover_learning_rate: float = 1e-4,
     data: DataOptions | None = None,
     held_out: float = 0.2,
     labels: str = "auto",
@@ -122,13 +124,20 @@ def prune(
                 job = {"options": report.options, "fingerprint": plan.checkpoint.fingerprint()}
                 outcome = run_prune(plan, trial, work, job, seed, track)
                 plain = magnitude_masks(plan, outcome.recipe, work)
+            trained: Mapping[str, Tensor] = {}
+            if recover_steps and trial is not None:
+                with report.phase("recover"):
+                    outcome.recovery = _recover(
+                        plan, outcome, trial, recover_steps, recover_learning_rate, track
+                    )
+                trained = trial.parameters
             total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
             with (
                 report.phase("write"),
                 track("Writing", total, "weights") as advance,
                 open_checkpoint(outcome.pruned, STEM) as pruned,
             ):
-                digests = write_pruned(plan, pruned, folder, threads, advance)
+                digests = write_pruned(plan, pruned, trained, folder, threads, advance)
                 if save_mask:
                     digests += write_mask(plan, pruned, folder)
             report.tensors = rows_of(plan, outcome, plain)
@@ -154,11 +163,22 @@ def prune(
     return report
 
 
+def _recover(
+    plan: PrunePlan, outcome: Outcome, trial: Trial, steps: int, learning_rate: float, track: Track
+) -> dict[str, Any]:
+    with (
+        open_checkpoint(outcome.pruned, STEM) as pruned,
+        track("Recovering", steps, "steps") as advance,
+    ):
+        done = trial.recover(pruned, plan.matrices, steps, learning_rate, advance)
+    return {**asdict(done), "held_out_loss": trial.loss()}
+
+
 def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:
     if trial is None or before is None:
         report.warnings.append(UNMEASURED)
         return
-    after = outcome.steps[-1]["held_out_loss"]
+    after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
     report.summary |= {"loss_before": before, "loss_after": after, "loss_change": after - before}
     report.calibration = trial.calibration.texts.describe()
     report.calibration |= {
@@ -168,6 +188,7 @@ def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: flo
         "held_out_examples": len(trial.held_out.texts.examples),
         "steps": outcome.steps,
         "dampings": outcome.dampings,
+        "recovery": outcome.recovery,
     }
     report.warnings += trial.calibration.warnings
 

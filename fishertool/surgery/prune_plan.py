@@ -88,6 +88,11 @@ def plan_prune(
     )  # fmt: skip
 
 
+def mask_name(weight: str) -> str:
+    """Under which a weight's mask lies beside it."""
+    return f"{weight}#mask"
+
+
 def check_bank(recipe: Recipe, members: int) -> None:
     """Refuse a Fisher that is singular in every block, with damping too small to make up for it."""
     block, damping = recipe.block, recipe.damping

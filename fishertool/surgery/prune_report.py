@@ -7,9 +7,9 @@ from typing import Any
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import PrunePlan
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
-from fishertool.surgery.prune_step import STEM, mask_name
+from fishertool.surgery.prune_step import STEM
 
 NOTHING_GAINED = (
     "nothing: zeros are stored and multiplied like any number; the file has the same bytes, and a "
@@ -29,7 +29,7 @@ def rows_of(plan: PrunePlan, outcome: Outcome, magnitude: Path) -> list[dict[str
             row: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
             if name in by_name:
                 matrix = by_name[name]
-                mask = matrix.upright(pruned[mask_name(matrix)])
+                mask = matrix.upright(pruned[mask_name(matrix.name)])
                 common, kept = overlap(mask, plain[name])
                 row |= {
                     "action": "prune",

@@ -34,6 +34,8 @@ class Outcome:
     """The held-out loss of each that was tried."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of the last step, by matrix."""
+    recovery: dict[str, Any] | None = None
+    """What training after the last step did."""
 
 
 def run_prune(

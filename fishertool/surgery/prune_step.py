@@ -27,14 +27,12 @@ from fishertool.pruning.parts.compensation import joint, summed
 from fishertool.pruning.parts.masks import choose, choose_columns, choose_globally
 from fishertool.registry import Method
 from fishertool.surgery.factorize_matrix import Matrix
-from fishertool.surgery.prune_plan import PrunePlan
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_recipe import Recipe
 from fishertool.surgery.prune_statistics import Statistics
 from fishertool.surgery.prune_trial import Trial
 
 STEM, NOTES = "tensors", "notes.json"
-MASK = "#mask"
-"""Follows a weight's name in the name of its mask."""
 ONE_FILE = 1 << 62
 STEP = 128
 """Columns that SparseGPT prunes before their errors reach the rest."""
@@ -71,11 +69,7 @@ class Step:
         """True where an earlier step pruned, [out, in]."""
         if self.before is None:
             return None
-        return ~matrix.upright(self.before[mask_name(matrix)])
-
-
-def mask_name(matrix: Matrix) -> str:
-    return f"{matrix.name}{MASK}"
+        return ~matrix.upright(self.before[mask_name(matrix.name)])
 
 
 def stored(
@@ -143,7 +137,7 @@ def _outputs(plan: PrunePlan) -> list[TensorInfo]:
         for matrix in plan.matrices
         for info in (
             plan.checkpoint.info(matrix.name),
-            TensorInfo(mask_name(matrix), "BOOL", plan.checkpoint.info(matrix.name).shape),
+            TensorInfo(mask_name(matrix.name), "BOOL", plan.checkpoint.info(matrix.name).shape),
         )
     ]
 
@@ -225,7 +219,7 @@ def _new_weights(step: Step, masks: Checkpoint, advance: Advance) -> Iterator[tu
         figures["update"] = name
         figures["predicted_loss_change"] = _predicted(step, matrix, weight, new)
         yield matrix.name, matrix.upright(new).contiguous()
-        yield mask_name(matrix), matrix.upright(mask).contiguous()
+        yield mask_name(matrix.name), matrix.upright(mask).contiguous()
         advance(matrix.elements)
 
 

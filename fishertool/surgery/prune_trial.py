@@ -15,9 +15,12 @@ from fishertool.estimation.measuring import loss_of, split, write_statistics
 from fishertool.estimation.settings import Settings, check_settings
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
 from fishertool.estimation.workers import joined
+from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.recovery import Recovery, recover
 from fishertool.progress import Advance
 from fishertool.sidecar import open_diagonal, open_sidecar
 from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_statistics import Opened, Statistics
 
 
@@ -28,6 +31,8 @@ class Trial:
     calibration: LoadedSubject
     held_out: LoadedSubject
     settings: Settings
+    parameters: Mapping[str, Tensor]
+    """All of the model's, by name on disk."""
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Set these weights, by name on disk and as they are there."""
@@ -42,6 +47,30 @@ class Trial:
     def loss(self) -> float:
         """Of the held-out examples."""
         return loss_of(self.held_out)
+
+    def recover(
+        self,
+        pruned: Checkpoint,
+        matrices: Sequence[Matrix],
+        steps: int,
+        learning_rate: float,
+        advance: Advance,
+    ) -> Recovery:
+        """Train the model on the calibration examples; what is pruned stays zero."""
+        subject = self.calibration.subject
+        return recover(
+            self.calibration.model,
+            subject.task,
+            self.calibration.texts,
+            steps=steps,
+            learning_rate=learning_rate,
+            masks=[
+                (self.calibration.parameters[matrix.name], pruned[mask_name(matrix.name)])
+                for matrix in matrices
+            ],
+            seed=subject.data.seed,
+            advance=advance,
+        )
 
     def estimate(self, folder: Path, kinds: Sequence[str], advance: Advance) -> None:
         """Write the Fisher of the model as it is now, by the calibration examples."""
@@ -82,7 +111,8 @@ def open_trial(
             f"{len(loaded.texts.examples)} to calibrate on and {len(held.texts.examples)} to "
             "measure; give more data"
         )
-    return Trial(calibration, held, settings)
+    parameters, _ = parameters_by_disk_name(loaded.model.pretrained, subject.checkpoint)
+    return Trial(calibration, held, settings, parameters)
 
 
 def opened_statistics(opened: ExitStack, folder: Path, kinds: Sequence[str]) -> Statistics:

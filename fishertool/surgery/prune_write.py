@@ -1,6 +1,7 @@
 """Write a pruned checkpoint: new weights in place of old ones, everything else copied."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_companions, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -18,16 +19,21 @@ from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
 from fishertool.surgery.factorize_write import dtype_of
-from fishertool.surgery.prune_plan import PrunePlan
-from fishertool.surgery.prune_step import MASK, ONE_FILE
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_step import ONE_FILE
 
 MASK_STEM, MASK_KEY = "pruning_mask", "fishertool.mask"
 
 
 def write_pruned(
-    plan: PrunePlan, pruned: Checkpoint, folder: Path, threads: int, advance: Advance
+    plan: PrunePlan,
+    pruned: Checkpoint,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    threads: int,
+    advance: Advance,
 ) -> list[FileDigest]:
-    """Stream every tensor into `folder`, with config and companions."""
+    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are."""
     inside = plan.checkpoint.folder.relative_to(plan.top)
     place = folder / inside
     place.mkdir(parents=True, exist_ok=True)
@@ -37,10 +43,13 @@ def write_pruned(
     with CheckpointWriter(place, plan.layout) as writer:
 
         def one(piece: Piece) -> None:
-            source = pruned if piece.name in names else plan.checkpoint
-            values = source.read(piece.name, piece.start, piece.stop)
-            if source is plan.checkpoint:
-                _check_finite(plan, piece, values)
+            if piece.name in trained:
+                rows = trained[piece.name].detach()[piece.start : piece.stop]
+                values = rows.to("cpu", TORCH[plan.checkpoint.info(piece.name).dtype])
+            else:
+                source = pruned if piece.name in names else plan.checkpoint
+                values = source.read(piece.name, piece.start, piece.stop)
+            _check_finite(plan, piece, values)
             writer.write(piece.name, values, piece.start)
 
         outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
@@ -61,7 +70,7 @@ def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDi
     shapes = {
         matrix.name: list(plan.checkpoint.info(matrix.name).shape) for matrix in plan.matrices
     }
-    packed = Computed(list(shapes), lambda name: pack(pruned[f"{name}{MASK}"]))
+    packed = Computed(list(shapes), lambda name: pack(pruned[mask_name(name)]))
     metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
     _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)
     return digests
