@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MAKERS, VOCABULARY, ModelMaker, make_text, make_tokenizer, write_rows
+from conftest import MAKERS, VOCABULARY, Cli, ModelMaker, make_text, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 from test_fisher_diagonal import randomize
 from test_sentence import make_sentence_model
@@ -314,7 +314,7 @@ def shrunk(
         for name, value in loaded.module.state_dict().items():
             assert torch.equal(value, before[name]), name  # whole again
         out.mkdir()
-        write_shrunk(plan, outcome, out)
+        write_shrunk(plan, outcome, {}, out)
         return plan, outcome, loaded
 
 
@@ -403,14 +403,14 @@ def test_rearranging_lowers_the_predicted_loss(
     )
     assert by_block[1].kept.keys() == alone[1].kept.keys()
     assert any(not torch.equal(by_block[1].kept[n], alone[1].kept[n]) for n in alone[1].kept)
-    assert all("predicted_loss" not in row for row in alone[1].rows)
+    assert all("predicted_loss_change" not in figures for figures in alone[1].figures.values())
     with ExitStack() as opened:
         plan = plan_shrink(opened, str(folder), ShrinkRecipe("neurons", 0.5), 1 << 40, True)
         moments = gather(plan, by_block[2], lambda count: None).masks
-    for row in by_block[1].rows:
-        name = row["name"]
-        assert row["predicted_loss"] <= predicted_loss(moments[name], alone[1].kept[name]) + 1e-9
-        assert 0 <= row["overlap_with_magnitude"] <= 1
+    for name, figures in by_block[1].figures.items():
+        most = predicted_loss(moments[name], alone[1].kept[name])
+        assert figures["predicted_loss_change"] <= most + 1e-9
+        assert 0 <= figures["overlap_with_magnitude"] <= 1
 
 
 @pytest.mark.parametrize("transformer", ["", "0_Transformer"])
@@ -428,7 +428,7 @@ def test_sentence_transformers_in_and_out(
         loaded = loaded_from(opened, top, tmp_path / "q.jsonl", "auto")
         outcome = run_shrink(plan, loaded, None, 0)
         (out := tmp_path / "out").mkdir()
-        write_shrunk(plan, outcome, out)
+        write_shrunk(plan, outcome, {}, out)
     assert outcome.losses == {}
     files = {path.relative_to(out).as_posix() for path in out.rglob("*.json")}
     assert files >= {
@@ -453,7 +453,7 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
         recipe = ShrinkRecipe("neurons", 0.5, "magnitude")
         plan = plan_shrink(opened, str(folder), recipe, 1 << 40, False)
         (out := tmp_path / "out").mkdir()
-        write_shrunk(plan, run_shrink(plan, None, None, 0), out)
+        write_shrunk(plan, run_shrink(plan, None, None, 0), {}, out)
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     transformers.AutoModelForCausalLM.from_pretrained(out)
 
@@ -547,3 +547,111 @@ def test_counts(make: Callable[[str], Path]) -> None:
         }  # fmt: skip
         assert count_kept(neurons, 0.5) == 12 and count_kept(neurons, 1 / 24) == 23
         check_loads(checkpoint, heads, 2)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
+def test_through_the_command_line(
+    cli: Cli, make: Callable[[str], Path], texts: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = make(kind)
+    flags = ("--pattern", "neurons", "--method", "fisher", "--sparsity", 0.5, "--data", texts)
+    result = cli("prune", folder, *flags, "--compensate", "auto", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    summary = result.report["summary"]
+    assert (summary["kept"], summary["blocks"]) == (summary["units"] // 2, 2)
+    for what in ("parameters", "bytes", "multiplications_per_token"):
+        assert 0 < summary[f"{what}_after"] < summary[f"{what}_before"]
+    losses = result.report["evaluation"]["losses"]
+    assert summary["loss_after"] == pytest.approx(losses[summary["compensate"]], rel=1e-4)
+    assert summary["loss_change"] == pytest.approx(summary["loss_after"] - losses["dense"])
+    stored = load_file(tmp_path / "o" / "model.safetensors")
+    assert summary["parameters_after"] == sum(value.numel() for value in stored.values())
+    rows = {row["name"]: row for row in result.report["tensors"]}
+    assert rows.keys() == stored.keys()
+    dense = load_file(folder / "model.safetensors")
+    for name, row in rows.items():
+        assert row["shape"] == list(stored[name].shape)
+        if row["action"] == "prune":
+            assert row["shape_before"] == list(dense[name].shape) != row["shape"]
+        else:
+            assert torch.equal(stored[name], dense[name])
+    changed = {name for name, row in rows.items() if row["action"] == "prune"}
+    assert len(changed) in (4, 6)  # gate, up and down, or two matrices and a bias, twice
+    reloaded = cli("evaluate", "o", "--data", texts, "--json")
+    assert reloaded.code == 0, reloaded.err
+
+
+def test_multiplications_are_counted(cli: Cli, make: Callable[[str], Path]) -> None:
+    flags = ("--pattern", "neurons", "--sparsity", 0.25, "--out", "o", "--json")
+    summary = cli("prune", make("bert"), *flags, "--dry-run").report["summary"]
+    attention, neurons = 4 * 16 * 16, 2 * 16
+    assert summary["multiplications_per_token_before"] == 2 * (attention + 32 * neurons)
+    assert summary["multiplications_per_token_after"] == 2 * (attention + 24 * neurons)
+    assert summary["config"] == {"intermediate_size": 24}
+    assert not Path("o").exists()
+
+
+def test_heads_and_recovery_through_the_command_line(
+    cli: Cli, make: Callable[[str], Path], texts: Path, tmp_path: Path
+) -> None:
+    flags = ("--pattern", "heads", "--method", "fisher", "--sparsity", 0.5, "--data", texts)
+    recover = ("--recover-steps", 30, "--recover-learning-rate", 1e-2, "--compensate", "mask")
+    result = cli("prune", make("llama"), *flags, *recover, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    recovery = result.report["evaluation"]["recovery"]
+    assert recovery["loss_after"] < recovery["loss_before"]
+    summary = result.report["summary"]
+    assert summary["loss_after"] == pytest.approx(recovery["held_out_loss"], rel=1e-4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 4)
+    assert model.model.layers[0].self_attn.o_proj.weight.shape == (16, 8)
+
+
+def test_magnitude_needs_no_data(cli: Cli, make: Callable[[str], Path]) -> None:
+    folder = make("gpt2")
+    flags = ("--pattern", "neurons", "--sparsity", 0.5, "--json")
+    one = cli("prune", folder, *flags, "--out", "o")
+    assert one.code == 0, one.err
+    assert "nothing was measured" in one.report["warnings"][0]
+    assert all(row.get("overlap_with_magnitude", 1) == 1 for row in one.report["tensors"])
+    assert transformers.AutoModelForCausalLM.from_pretrained("o").config.n_inner == 32
+    for seed in (0, 1):
+        done = cli("prune", folder, *flags, "--method", "random", "--seed", seed, "--out", seed)
+        assert done.code == 0
+    files = [Path(f"{seed}/model.safetensors").read_bytes() for seed in (0, 1)]
+    assert files[0] != files[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (("--pattern", "heads"), 3, NO_SIZE),
+        (("--fisher", "f"), 2, "--fisher means nothing for --pattern neurons"),
+        (("--include", "*"), 2, "--include means nothing for --pattern neurons"),
+        (("--steps", 2), 2, "--steps means nothing"),
+        (("--recover-steps", 2), 2, "--recover-steps trains on the data"),
+        (("--set", "rearange=true", "--method", "fisher"), 2, "did you mean 'rearrange'"),
+        (("--set", "rearrange=maybe", "--method", "fisher"), 2, "'maybe' is not a bool"),
+        (("--set", "rearrange=true"), 2, "method magnitude of --pattern neurons has no setting"),
+        (("--method", "wanda"), 2, "--method 'wanda'"),
+        (("--compensate", "summed"), 2, "--compensate 'summed'"),
+        (("--method", "fisher"), 2, "looks at examples: give --data"),
+    ],
+)
+def test_bad_flags(
+    cli: Cli, make: Callable[[str], Path], flags: tuple[Any, ...], code: int, told: str
+) -> None:
+    base = () if "--pattern" in flags else ("--pattern", "neurons")
+    result = cli("prune", make("bert"), *base, "--sparsity", 0.5, *flags, "--out", "o")
+    assert (result.code, told in result.err) == (code, True), result.err
+    assert cli("prune", make("bert"), "--pattern", "neurons", "--out", "o").code == 2
+
+
+def test_selected_examples(cli: Cli, make: Callable[[str], Path], texts: Path) -> None:
+    flags = ("--pattern", "neurons", "--method", "fisher", "--sparsity", 0.5, "--data", texts)
+    chosen = ("--num-examples", 8, "--select", "kmeans", "--held-out", 0.25)
+    result = cli("prune", make("bert"), *flags, *chosen, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    assert result.report["calibration"]["selection"]["pool"] == 16
+    assert result.report["evaluation"]["held_out_examples"] == 2

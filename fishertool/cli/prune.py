@@ -28,6 +28,8 @@ from fishertool.cli.flags import (
     ReportFile,
     Scale,
     Seed,
+    Select,
+    SelectFrom,
     Shuffle,
     Split,
     Task,
@@ -82,7 +84,12 @@ def prune(
     ] = None,
     pattern: Annotated[
         str,
-        option("--pattern", help="unstructured, n:m (2:4 keeps two of four), or blocks, as 1x4."),
+        option(
+            "--pattern",
+            help="unstructured, n:m (2:4 keeps two of four), blocks, as 1x4; or heads or neurons, "
+            "of which every block has fewer: a smaller model, by --method fisher, magnitude or "
+            "random.",
+        ),
     ] = "unstructured",
     fisher: Annotated[
         str | None,
@@ -116,8 +123,8 @@ def prune(
         option(
             "--compensate",
             help="How the weights that stay make up for the others: none, summed, joint, "
-            "columnwise, or auto, what lowers the held-out loss. [default: none; columnwise for "
-            "sparsegpt]",
+            "columnwise, mask (of heads and neurons: one factor each), or auto, what lowers the "
+            "held-out loss. [default: none; columnwise for sparsegpt]",
         ),
     ] = None,
     block: Annotated[
@@ -175,6 +182,8 @@ def prune(
     in_batch_negatives: InBatchNegatives = None,
     scale: Scale = None,
     num_examples: NumExamples = None,
+    select: Select = None,
+    select_from: SelectFrom = None,
     max_length: MaxLength = None,
     shuffle: Shuffle = False,
     seed: Seed = 0,
@@ -219,6 +228,7 @@ def prune(
             data, split, text_column, text_pair_column, chat_column, label_column, num_examples,
             max_length, shuffle, seed, query_column=query_column, positive_column=positive_column,
             negative_column=negative_column, scale=scale, in_batch_negatives=in_batch_negatives,
+            select=select, select_from=select_from,
         )  # fmt: skip
     report = command(
         model,

@@ -16,6 +16,7 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.estimation.settings import Settings
 from fishertool.models.loading import check_device
+from fishertool.models.units import PATTERNS
 from fishertool.progress import Track, silent
 from fishertool.report import (
     Files,
@@ -34,6 +35,8 @@ from fishertool.surgery.prune_run import Outcome, run_prune
 from fishertool.surgery.prune_step import STEM, magnitude_masks
 from fishertool.surgery.prune_trial import Trial, open_trial
 from fishertool.surgery.prune_write import write_mask, write_pruned
+from fishertool.surgery.shrink_job import Examples, shrink
+from fishertool.surgery.shrink_plan import check_structured, structured_recipe
 
 WORK = "work"
 BASE_RSS_BYTES = 400_000_000
@@ -83,9 +86,33 @@ def prune(
 
     Selected are the linear weights inside the blocks, unless `include` says otherwise. What the
     method asks of a Fisher is in the sidecar `fisher`, or is estimated on `data`; of these, a share
-    `held_out` is only measured on.
+    `held_out` is only measured on. With `pattern` heads or neurons, a share of these is left out of
+    every block, and the model is smaller.
     """
-    report = Report("prune", options_of(locals()), environment=environment(threads, device))
+    given = dict(locals())
+    report = Report("prune", options_of(given), environment=environment(threads, device))
+    if pattern in PATTERNS:
+        check_structured(given)
+        device = check_device(device)
+        torch.set_num_threads(threads)
+        examples = None
+        if data is not None:
+            examples = Examples(data, held_out, labels, task, recover_steps, recover_learning_rate)
+        return shrink(
+            report,
+            model,
+            out,
+            structured_recipe(pattern, sparsity, method, compensate, settings or {}),
+            examples,
+            max_shard_bytes=parse_size(max_shard_size),
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_nonfinite=allow_nonfinite,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            track=track,
+        )
     recipe = resolve_recipe(
         method, settings or {}, sparsity=sparsity, pattern=pattern, budget=budget,
         normalize=normalize, compensate=compensate, block=block, damping=damping, steps=steps,
@@ -111,8 +138,9 @@ def prune(
             with report.phase("open"):
                 kinds = ",".join(recipe.kinds or ["diagonal"])
                 trial = open_trial(
-                    opened, model, task, data, plan.matrices, Settings(kinds, labels, group=group),
-                    held_out, device, trust_remote_code, not allow_nonfinite,
+                    opened, model, task, data, [matrix.name for matrix in plan.matrices],
+                    Settings(kinds, labels, group=group), held_out, device, trust_remote_code,
+                    not allow_nonfinite,
                 )  # fmt: skip
                 if plan.statistics is None and "rank-one" in recipe.kinds:
                     check_bank(recipe, -(-len(trial.calibration.texts.examples) // group))

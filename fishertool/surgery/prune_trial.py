@@ -83,21 +83,22 @@ def open_trial(
     model: str,
     task: str,
     data: DataOptions,
-    matrices: Sequence[Matrix],
+    wanted: Sequence[str],
     settings: Settings,
     held_out: float,
     device: str,
     trust_remote_code: bool,
     check_finite: bool,
 ) -> Trial:
-    """Load the model and the data. Raises UsageError if either part of the examples were empty."""
+    """Load the model and the data; `wanted` tensors are those that will change.
+
+    Raises UsageError if either part of the examples were empty.
+    """
     check_settings(settings)
     if not 0 < held_out < 1:
         raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
     source = Source(model, task, trust_remote_code=trust_remote_code)
-    subject = replace(
-        find_subject(opened, source, data), wanted=[matrix.name for matrix in matrices]
-    )
+    subject = replace(find_subject(opened, source, data), wanted=list(wanted))
     workers = opened.enter_context(joined(None, device))
     loaded = load_subject(subject, settings, workers, None, check_finite)
     if not loaded.texts.labelled:

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_companions, write_config
+from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.reader import Checkpoint
@@ -34,8 +33,7 @@ def write_pruned(
     advance: Advance,
 ) -> list[FileDigest]:
     """Stream every tensor into `folder`, with config and companions; `trained` ones as they are."""
-    inside = plan.checkpoint.folder.relative_to(plan.top)
-    place = folder / inside
+    place = folder / plan.checkpoint.folder.relative_to(plan.top)
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
@@ -56,12 +54,7 @@ def write_pruned(
         stream(pieces(outputs), one, threads, advance)
         digests = writer.finish()
     write_config(plan.checkpoint.folder, place, dtype_of(plan.layout))
-    for source, companions in plan.companions.items():
-        copied = companions.copied
-        if source != plan.checkpoint.folder:  # whose own are all that go along from below
-            copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
-        place = folder / source.relative_to(plan.top)
-        copy_companions(source, replace(companions, copied=copied), place)
+    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
     return digests
 
 

@@ -49,8 +49,8 @@ class Outcome:
     """What was done, where `auto` was asked for."""
     losses: dict[str, float]
     """Held-out, by what was tried; `dense` is that of the whole model."""
-    rows: list[dict[str, Any]]
-    """What the report says of each block."""
+    figures: dict[str, dict[str, Any]]
+    """What the report says of each block, by joining weight."""
 
 
 def run_shrink(
@@ -90,7 +90,10 @@ def run_shrink(
         _joining(plan, kept, gathered, asked),
         asked,
         losses,
-        [_row(plan, block, kept[block.join.name], gathered) for block in plan.units.blocks],
+        {
+            block.join.name: _figures(plan, block, kept[block.join.name], gathered)
+            for block in plan.units.blocks
+        },
     )
 
 
@@ -195,16 +198,9 @@ def _loss_by(
 ) -> float:
     """With the units masked in the model in memory, which is whole again afterwards: what it
     predicts is what the shrunk one will."""
-    dense: dict[str, Tensor] = {}
+    dense = {name: loaded.parameters[name].detach().clone() for name in kept}
     try:
-        for name, new in _joining(plan, kept, gathered, way).items():
-            parameter = loaded.parameters[name]
-            dense[name] = parameter.detach().clone()
-            masked = torch.zeros_like(dense[name].T if plan.units.turned else dense[name])
-            features = masked.shape[1] // plan.units.number
-            masked[:, features_of(kept[name], features)] = new.to(masked)
-            with torch.no_grad():
-                parameter.copy_(masked.T if plan.units.turned else masked)
+        put(plan, loaded, kept, _joining(plan, kept, gathered, way))
         return loss()
     finally:
         with torch.no_grad():
@@ -212,19 +208,27 @@ def _loss_by(
                 loaded.parameters[name].copy_(weight)
 
 
-def _row(plan: ShrinkPlan, block: Block, kept: Tensor, gathered: Statistics) -> dict[str, Any]:
+def put(
+    plan: ShrinkPlan,
+    loaded: LoadedSubject,
+    kept: Mapping[str, Tensor],
+    joining: Mapping[str, Tensor],
+) -> None:
+    """Set the joining weights of the model in memory, zero for the units that are left out."""
+    for block in plan.units.blocks:
+        name, cut = block.join.name, block.join
+        parameter, new = loaded.parameters[name], joining[name]
+        stay = features_of(kept[name], cut.features).to(parameter.device)
+        with torch.no_grad():
+            parameter.zero_()
+            upright = new.T if plan.units.turned else new
+            parameter.index_copy_(cut.dimension, stay, upright.to(parameter))
+
+
+def _figures(plan: ShrinkPlan, block: Block, kept: Tensor, gathered: Statistics) -> dict[str, Any]:
     by_magnitude = _by_magnitude(plan, block)
-    info = plan.checkpoint.info(block.join.name)
-    row: dict[str, Any] = {
-        "name": block.join.name,
-        "shape": list(plan.units.shapes(plan.checkpoint, plan.kept)[block.join.name]),
-        "dtype": info.dtype,
-        "action": "shrunk",
-        "units": plan.units.number,
-        "kept": plan.kept,
-        "overlap_with_magnitude": float(torch.isin(kept, by_magnitude).double().mean()),
-    }
+    found = {"overlap_with_magnitude": float(torch.isin(kept, by_magnitude).double().mean())}
     moments = gathered.masks.get(block.join.name)
     if moments is not None and moments.dim() == 2:
-        row["predicted_loss"] = predicted_loss(moments.cpu(), kept)
-    return row
+        found["predicted_loss_change"] = predicted_loss(moments.cpu(), kept)
+    return found

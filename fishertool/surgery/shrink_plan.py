@@ -1,8 +1,10 @@
 """What a shrinking will do, decided from headers alone: all that can be refused is refused here."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions
@@ -50,6 +52,50 @@ class ShrinkPlan:
     layout: Layout
     companions: dict[Path, Companions]
     """By folder."""
+
+
+NOT_STRUCTURED = {
+    "fisher": None, "general_fisher": None, "budget": None, "normalize": "none", "block": None,
+    "damping": None, "steps": 1, "group": 1, "save_mask": False, "resume": False, "include": (),
+    "exclude": (),
+}  # fmt: skip
+"""Options of `prune` that mean nothing for heads and neurons, and their defaults."""
+
+
+def check_structured(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that is only for single weights."""
+    for name, default in NOT_STRUCTURED.items():
+        value = given[name]
+        if (tuple(value) if isinstance(value, list) else value) != default:
+            raise UsageError(
+                f"--{name.replace('_', '-')} means nothing for --pattern {given['pattern']}, which "
+                "takes units out of every block alike"
+            )
+    if given["recover_steps"] and given["data"] is None:
+        raise UsageError("--recover-steps trains on the data: give --data")
+
+
+def structured_recipe(
+    pattern: str,
+    sparsity: float | None,
+    method: str,
+    compensate: str | None,
+    settings: Mapping[str, Any],
+) -> ShrinkRecipe:
+    """From flags. Raises UsageError for a setting that is not known, or no sparsity."""
+    if sparsity is None:
+        raise UsageError(f"prune needs --sparsity, the share of {pattern} to leave out, as 0.5")
+    for name in settings:
+        if name != "rearrange" or method != "fisher":
+            raise UsageError(
+                f"method {method} of --pattern {pattern} has no setting "
+                f"{suggest(name, ['rearrange'] if method == 'fisher' else [])}"
+            )
+    words = {"true": True, "false": False}
+    word = str(settings.get("rearrange", True)).lower()
+    if word not in words:
+        raise UsageError(f"fisher rearrange: {word!r} is not a bool")
+    return ShrinkRecipe(pattern, sparsity, method, compensate or "none", words[word])
 
 
 def check_recipe(recipe: ShrinkRecipe, has_data: bool) -> None:

@@ -1,12 +1,12 @@
 """Write a shrunk checkpoint: tensors cut to the units that stay, config.json that says so."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_companions, write_config
+from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import FLOATING, TORCH, torch_name
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -21,34 +21,37 @@ from fishertool.surgery.shrink_plan import ShrinkPlan
 def write_shrunk(
     plan: ShrinkPlan,
     outcome: Outcome,
+    trained: Mapping[str, Tensor],
     folder: Path,
     *,
     allow_nonfinite: bool = False,
     advance: Advance = lambda weights: None,
 ) -> list[FileDigest]:
-    """Write every tensor into `folder`, whole or cut, with config and companions.
+    """Write every tensor into `folder`, whole or cut, with config and companions; `trained` ones
+    as they are now, of the checkpoint's shapes.
 
     Raises InputError naming a tensor with NaN or Inf.
     """
     checkpoint = plan.checkpoint
-    inside = checkpoint.folder.relative_to(plan.top)
-    place = folder / inside
+    place = folder / checkpoint.folder.relative_to(plan.top)
     place.mkdir(parents=True, exist_ok=True)
     cuts = {
         cut.name: (cut, outcome.kept[block.join.name])
         for block in plan.units.blocks
-        for cut in block.read
+        for cut in (block.join, *block.read)
     }
     with CheckpointWriter(place, plan.layout) as writer:
         for shard in plan.layout.shards:
             for info in shard.tensors:
-                if info.name in outcome.joining:
+                if info.name in outcome.joining and not trained:
                     new = outcome.joining[info.name]
-                    values = (new.T if plan.units.turned else new).to(TORCH[info.dtype])
+                    values = new.T if plan.units.turned else new
                 else:
-                    values = checkpoint[info.name]
+                    source = trained if info.name in trained else checkpoint
+                    values = source[info.name].detach().cpu()
                     if info.name in cuts:
                         values = _cut(values, *cuts[info.name])
+                values = values.to(TORCH[info.dtype])
                 floating = info.dtype in FLOATING
                 if floating and not allow_nonfinite and not bool(values.float().isfinite().all()):
                     raise InputError(
@@ -60,13 +63,7 @@ def write_shrunk(
         digests = writer.finish()
     dtype = torch_name(checkpoint.info(plan.units.blocks[0].join.name).dtype)
     write_config(checkpoint.folder, place, dtype, plan.units.changes(plan.kept))
-    for source, companions in plan.companions.items():
-        copied = companions.copied
-        if source != checkpoint.folder:  # whose own are all that go along from below
-            copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
-        copy_companions(
-            source, replace(companions, copied=copied), folder / source.relative_to(plan.top)
-        )
+    copy_from_folders(plan.top, checkpoint.folder, plan.companions, folder)
     return digests
 
 
