@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fishertool.pruning.parts.units import complement, features_of
 
-DAMPING = 1e-3
+DAMPING = 0.1
+"""With a few thousand tokens, less fits their noise: of 0.001 to 1, held-out tokens prefer 0.1 in most
+layers of a MiniLM."""
 
 
 def mask_scales(
