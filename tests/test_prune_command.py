@@ -432,7 +432,7 @@ def test_a_killed_run_goes_on_where_it_was(
     )
     assert cli("prune", model, *flags, "--out", "whole", "-q").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("fishertool.surgery.prune_step._predicted", _killing(after=20))
+        patch.setattr("fishertool.surgery.prune_moves._predicted", _killing(after=20))
         with pytest.raises(Killed):
             cli("prune", model, *flags, "--resume", "--out", "o")
     left = tmp_path / ".o.resumable" / "work"

@@ -28,6 +28,8 @@ from fishertool.cli.flags import (
     ReportFile,
     Scale,
     Seed,
+    Select,
+    SelectFrom,
     Shuffle,
     Split,
     Task,
@@ -175,6 +177,8 @@ def prune(
     in_batch_negatives: InBatchNegatives = None,
     scale: Scale = None,
     num_examples: NumExamples = None,
+    select: Select = None,
+    select_from: SelectFrom = None,
     max_length: MaxLength = None,
     shuffle: Shuffle = False,
     seed: Seed = 0,
@@ -219,6 +223,7 @@ def prune(
             data, split, text_column, text_pair_column, chat_column, label_column, num_examples,
             max_length, shuffle, seed, query_column=query_column, positive_column=positive_column,
             negative_column=negative_column, scale=scale, in_batch_negatives=in_batch_negatives,
+            select=select, select_from=select_from,
         )  # fmt: skip
     report = command(
         model,
