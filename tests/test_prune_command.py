@@ -226,6 +226,7 @@ def test_auto_keeps_an_update_only_where_the_held_out_loss_falls(
     plain = cli("prune", model, *flags, "--out", "plain").report["summary"]
     result = cli("prune", model, *flags, "--compensate", "auto", "--out", "auto")
     assert result.code == 0, result.err
+    assert result.report["calibration"]["labels"] == "expected-signed"
     rows = [row for row in result.report["tensors"] if row["action"] == "prune"]
     loss = plain["loss_after"]
     for row in rows:

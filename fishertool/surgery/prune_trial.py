@@ -98,6 +98,9 @@ def open_trial(
     subject = replace(
         find_subject(opened, source, data), wanted=[matrix.name for matrix in matrices]
     )
+    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
+        # One gradient an example, as with drawn labels, at a fraction of their noise.
+        settings = replace(settings, labels="expected-signed")
     workers = opened.enter_context(joined(None, device))
     loaded = load_subject(subject, settings, workers, None, check_finite)
     if not loaded.texts.labelled:

@@ -2,7 +2,7 @@
 
     python scripts/bench/prune_quality.py FOLDER [--cases classifier,embedder] [--seeds 0,1,2]
         [--sparsities 0.5,0.7,0.8,0.9] [--rows magnitude,...] [--members 256] [--block 64]
-        [--damping 0.001] [--texts 200] [--threads 1]
+        [--damping 0.001] [--labels auto] [--texts 200] [--threads 1]
 
 classifier  all-MiniLM-L6-v2 tuned on half A of the quickstart's docstring topics, anew for every seed
 embedder    all-MiniLM-L6-v2 as it is; a docstring's first sentence is the query, the rest of it the
@@ -77,14 +77,14 @@ class Subject:
 
     def __init__(self, opened: ExitStack, folder: Path, case: str, seed: int, options: Any):
         self.model = folder / f"{case}-{seed}"
-        self.sidecar = folder / f"fisher-{case}-{seed}-{options.members}"
+        self.sidecar = folder / f"fisher-{case}-{seed}-{options.members}-{options.labels}"
         if not self.model.exists():
             {**CASES, "embedder": embedder}[case](self.model, seed)
         if not self.sidecar.exists():
             data = DataOptions(
                 f"{self.model}-calibration.jsonl", max_length=LENGTH, num_examples=options.members
             )
-            kinds = Settings(kind="diagonal,activation,rank-one", labels="auto")
+            kinds = Settings(kind="diagonal,activation,rank-one", labels=options.labels)
             estimate_fisher(
                 str(self.model), data, self.sidecar, settings=kinds,
                 include=["*layer.*.weight"], exclude=["*LayerNorm*"],
@@ -176,13 +176,14 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=256)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--damping", type=float, default=1e-3)
+    parser.add_argument("--labels", default="auto")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     sparsities, path = options.sparsities.split(","), options.folder / "prune.jsonl"
-    about = {name: getattr(options, name) for name in ("members", "block", "damping")}
+    about = {name: getattr(options, name) for name in ("members", "labels", "block", "damping")}
     found: list[dict[str, Any]] = []
     for case in options.cases.split(","):
         for seed in map(int, options.seeds.split(",")):
