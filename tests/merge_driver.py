@@ -1,6 +1,5 @@
 """Run any merge method as streaming does: passes over the pieces first, then piece by piece."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +108,5 @@ def _look(
 ) -> Any:
     if method.whole is None:
         return None
-    named = inspect.signature(method.whole).parameters
-    asked = {key: value for key, value in settings.items() if key in named}
     looks = [piece.look("fishers" in method.inputs) for piece in pieces]
-    return make_passes(method.whole(weights, elements, **asked), lambda: looks)
+    return make_passes(method.passes(weights, elements, settings), lambda: looks)

@@ -69,7 +69,7 @@ def test_pieces_give_what_the_whole_gives(
     if name in RANDOM:
         settings = {**settings, "density": 1.0}
     if len(shape) == 1 and ((name == "nuslerp" and settings) or settings.get("filter_wise")):
-        pytest.skip("has no rows to be cut at")
+        return  # one row, which is not cut
     models = [random(*shape, seed=n) for n in range(counts(name)[0])]
     weights = [0.3, 0.7][: len(models)]
     for base in bases(name, random(*shape, seed=9)):
@@ -95,6 +95,35 @@ def test_weights_have_no_part_in_these(name: str) -> None:
     base = random(9, 7, seed=9) if name in NEEDS_BASE else None
     merged = [merge(name, models, weights[: len(models)], base) for weights in ((1, 3), (2, 1))]
     assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("setting", ["density", "gamma", "select_topk"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_a_fraction_is_between_0_and_1(setting: str, value: float) -> None:
+    base = random(3, 4, seed=1)
+    named = [name for name in METHODS if setting in find_method(PACKAGE, name).settings]
+    assert named
+    settings: dict[str, Any] = {setting: value}
+    for name in named:
+        with pytest.raises(ValueError, match=f"^{setting}: {value} is not between 0 and 1"):
+            merge(name, [base, base], [0.5, 0.5], base, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("breadcrumbs", {}),
+        ("breadcrumbs-ties", {"density": [0.0, 1.0], "rescale": True}),
+        ("model-stock", {"filter_wise": True}),
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("ties", {}),
+        ("ties", {"density": [0.0, 1.0], "rescale": True}),
+    ],
+)
+def test_what_is_not_needed_is_not_looked_for(name: str, settings: dict[str, Any]) -> None:
+    passes = find_method(PACKAGE, name).passes([0.5, 0.5], 100, settings)
+    with pytest.raises(StopIteration):
+        next(passes)
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_BASE))

@@ -80,10 +80,9 @@ def test_what_is_listed_differs(inputs: str, method: str) -> None:
     assert max(differences) > ROUNDING
 
 
-@pytest.mark.parametrize("case", cases(False, "fine-tunes", "sce"))
+@pytest.mark.parametrize("case", cases(False, "fine-tunes", "sce")[:1])
 def test_mergekits_sce_weights_are_equal_for_fine_tunes(case: dict[str, Any]) -> None:
-    if case["settings"]:
-        pytest.skip("the whole tensor says it")
+    assert not case["settings"]  # all is selected
     models, base, theirs = of(case)
     equal = sce(models, case["weights"], base, Selected(0.0, [1.0] * 3))
     torch.testing.assert_close(equal, theirs, rtol=0, atol=ROUNDING)

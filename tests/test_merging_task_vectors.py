@@ -97,9 +97,9 @@ def test_ties_is_trim_elect_merge(
     settings: dict[str, Any] = {"normalize": normalize, "rescale": rescale, "density": density}
     counts = [(0, max(1, int(one * 24)) if one else 0) for one in density]
     vectors = kept_between(task_vectors(models, base), counts, rescale)
-    for lambda_, rows in itertools.product((1.0, 0.4), (None, 3)):
-        merged = merge("ties", models, weights, base, rows, **settings | {"lambda": lambda_})
-        exact = elected(vectors, weights, base, normalize, lambda_)
+    exact = elected(vectors, weights, base, normalize, 0.4)
+    for rows in (None, 3):
+        merged = merge("ties", models, weights, base, rows, **settings | {"lambda": 0.4})
         torch.testing.assert_close(merged, exact, rtol=1e-12, atol=1e-12)
 
 

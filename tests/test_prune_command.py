@@ -226,6 +226,7 @@ def test_auto_keeps_an_update_only_where_the_held_out_loss_falls(
     plain = cli("prune", model, *flags, "--out", "plain").report["summary"]
     result = cli("prune", model, *flags, "--compensate", "auto", "--out", "auto")
     assert result.code == 0, result.err
+    assert result.report["calibration"]["labels"] == "expected-signed"
     rows = [row for row in result.report["tensors"] if row["action"] == "prune"]
     loss = plain["loss_after"]
     for row in rows:
@@ -432,7 +433,7 @@ def test_a_killed_run_goes_on_where_it_was(
     )
     assert cli("prune", model, *flags, "--out", "whole", "-q").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("fishertool.surgery.prune_step._predicted", _killing(after=20))
+        patch.setattr("fishertool.surgery.prune_moves._predicted", _killing(after=20))
         with pytest.raises(Killed):
             cli("prune", model, *flags, "--resume", "--out", "o")
     left = tmp_path / ".o.resumable" / "work"

@@ -165,7 +165,12 @@ def prune(
         float, option("--held-out", help="Share of --data that is measured on, and not estimated.")
     ] = 0.2,
     labels: Annotated[
-        str, option("--labels", help="For the estimate; as estimate-fisher has it.")
+        str,
+        option(
+            "--labels",
+            help="For the estimate, as estimate-fisher has it; auto: expected-signed for classes "
+            "and a rank-one Fisher.",
+        ),
     ] = "auto",
     group: Annotated[
         int, option("--group", min=1, help="Examples whose mean is one gradient of the estimate.")

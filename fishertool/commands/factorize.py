@@ -30,7 +30,7 @@ from fishertool.surgery.factorize_plan import FORMATS, FactorizePlan, Refined, p
 from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
-from fishertool.surgery.factorize_write import dtype_of, factorized_rows, write_factorized
+from fishertool.surgery.factorize_write import dtype_of, write_factorized, written_rows
 
 METHODS = "fishertool.factorization"
 BASE_RSS_BYTES = 400_000_000
@@ -96,8 +96,8 @@ def factorize(
         if dry_run:
             return _forecast(report, plan, needed, threads, out)
         judge = None
+        torch.set_num_threads(threads)
         if evaluate_on is not None:
-            torch.set_num_threads(threads)
             judge = Judge(plan, evaluate_on, batch_size, device, trust_remote_code)
         with staged(out, overwrite) as folder:
             ranks, cut, name, rows = _ranks(plan, folder, judge, report, threads, device, track)
@@ -108,17 +108,9 @@ def factorize(
                 )
             report.summary = summary_of(plan, ranks) | {"allocate": name}
             report.tensors = rows_of(plan, ranks, figures)
-            if judge is None:
-                report.warnings.append(UNMEASURED)
-            else:
-                with report.phase("evaluate"):
-                    metrics = judge.measure(factorized_rows(plan, ranks, cut))
-                    others = judge.of_original()
-                report.evaluation = {"metrics": metrics, "against": others, "candidates": rows}
-                report.calibration = judge.data.describe()
-                report.warnings += judge.data.warnings()
             if isinstance(cut, KeptTerms):
                 cut.discard()
+            _evaluate(report, plan, ranks, folder, judge, rows)
             with report.phase("digest"):
                 report.inputs = _input_files(plan, model, fisher)
             if evaluate_on is not None:
@@ -180,6 +172,26 @@ def _ranks(
     return candidates[name], cut, name, rows
 
 
+def _evaluate(
+    report: Report,
+    plan: FactorizePlan,
+    ranks: Ranks,
+    folder: Path,
+    judge: Judge | None,
+    candidates: list[dict[str, Any]],
+) -> None:
+    """Measure what was written, or say that nothing was."""
+    if judge is None:
+        report.warnings.append(UNMEASURED)
+        return
+    with report.phase("evaluate"):
+        metrics = judge.measure(written_rows(plan, ranks, folder))
+        others = judge.of_original()
+    report.evaluation = {"metrics": metrics, "against": others, "candidates": candidates}
+    report.calibration = judge.data.describe()
+    report.warnings += judge.data.warnings()
+
+
 def _needed_bytes(plan: FactorizePlan) -> dict[str, int]:
     """At most: the checkpoint again, and the terms of all matrices where ranks follow from them."""
     found = {"output": sum(info.nbytes for info in plan.checkpoint.infos().values())}
@@ -193,7 +205,10 @@ def _needed_bytes(plan: FactorizePlan) -> dict[str, int]:
 def _forecast(
     report: Report, plan: FactorizePlan, needed: Mapping[str, int], threads: int, out: Path
 ) -> Report:
-    largest = max(matrix.elements for matrix in plan.matrices)
+    has_moments = "inputs" in plan.chosen.inputs
+    largest = max(
+        max(matrix.shape) ** 2 if has_moments else matrix.elements for matrix in plan.matrices
+    )
     report.status = "dry-run"
     if not plan.budget.needs_spectra:
         ranks = plan.budget.known(plan.shapes, plan.others)
@@ -204,7 +219,7 @@ def _forecast(
         "selected": len(plan.matrices),
         "bytes_to_write": sum(needed.values()),
         "free_bytes": free_bytes(out),
-        "estimated_peak_bytes": BASE_RSS_BYTES + (threads + 1) * DOUBLES * 8 * largest,
+        "estimated_peak_bytes": BASE_RSS_BYTES + threads * DOUBLES * 8 * largest,
     }
     return report
 

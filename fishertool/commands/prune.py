@@ -32,7 +32,8 @@ from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
 from fishertool.surgery.prune_run import Outcome, run_prune
-from fishertool.surgery.prune_step import STEM, magnitude_masks
+from fishertool.surgery.prune_stage import STEM
+from fishertool.surgery.prune_step import magnitude_masks
 from fishertool.surgery.prune_trial import Trial, open_trial
 from fishertool.surgery.prune_write import write_mask, write_pruned
 from fishertool.surgery.shrink_job import Examples, shrink
@@ -149,7 +150,11 @@ def prune(
             work = folder / WORK
             work.mkdir(exist_ok=True)
             with report.phase("prune"):
-                job = {"options": report.options, "fingerprint": plan.checkpoint.fingerprint()}
+                job = {
+                    "options": report.options,
+                    "fingerprint": plan.checkpoint.fingerprint(),
+                    "calibration": trial and trial.calibration.texts.describe(),
+                }
                 outcome = run_prune(plan, trial, work, job, seed, track)
                 plain = magnitude_masks(plan, outcome.recipe, work)
             trained: Mapping[str, Tensor] = {}

@@ -58,11 +58,11 @@ def whole(
     """For each model the sizes that are kept."""
     counts: list[tuple[int, int] | None] = []
     for share, outliers in zip(
-        fractions(density, len(weights), "density"),
-        fractions(gamma, len(weights), "gamma"),
+        fractions("density", density, len(weights)),
+        fractions("gamma", gamma, len(weights)),
         strict=True,
     ):
-        count = max(0, int(share * elements))
+        count = int(share * elements)
         top = min(int(outliers * elements), elements - count)
-        counts.append(None if share >= 1 else (top, count))
+        counts.append(None if share == 1 else (top, count))
     return find_ranges(counts, rescale)

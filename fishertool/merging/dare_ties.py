@@ -33,7 +33,7 @@ def dare_ties(
     Shapes: every model, the base and the result alike. Source: Yu et al. 2024, arXiv 2311.03099,
     with the election of arXiv 2306.01708; name, parameters and meaning as mergekit's `dare_ties`.
     """
-    densities = fractions(density, len(models), "density")
+    densities = fractions("density", density, len(models))
     return add_task_vectors(
         models,
         weights,

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor
 
-from fishertool.merging.method import PerModel, fractions
+from fishertool.merging.method import PerModel, fractions, per_model
 from fishertool.merging.parts.sparsify import drop_by_rank
 from fishertool.merging.parts.task_vectors import add_task_vectors
 
@@ -34,11 +34,11 @@ def della_linear(
     scales a tensor to its former L1 norm.
 
     Shapes: every model, the base and the result alike. Raises ValueError unless every p_i is
-    between 0 and 1, or the density is 0 or at least 1. Source: Deep et al. 2024, arXiv
+    between 0 and 1, or the density is 0 or 1. Source: Deep et al. 2024, arXiv
     2406.11617; name, parameters and meaning as mergekit's `della_linear`.
     """
-    densities = fractions(density, len(models), "density")
-    epsilons = fractions(epsilon, len(models), "epsilon")
+    densities = fractions("density", density, len(models))
+    epsilons = per_model(epsilon, len(models))
     return add_task_vectors(
         models,
         weights,

@@ -84,17 +84,13 @@ def per_model(setting: PerModel, models: int) -> list[float]:
     return [float(number) for number in setting]
 
 
-def fractions(setting: PerModel, models: int, name: str) -> list[float]:
-    """One number a model, each from 0 to 1. Raises ValueError with the setting's name for others.
-
-    >>> fractions(0.5, 2, "density")
-    [0.5, 0.5]
-    """
-    found = per_model(setting, models)
-    for number in found:
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} {number} is not from 0 to 1")
-    return found
+def fractions(name: str, setting: PerModel, models: int) -> list[float]:
+    """As `per_model`; raises ValueError with the setting's name unless each is from 0 to 1."""
+    shares = per_model(setting, models)
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: {share} is not between 0 and 1")
+    return shares
 
 
 def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:

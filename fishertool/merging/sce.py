@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishertool.merging.method import Passes
+from fishertool.merging.method import Passes, fractions
 from fishertool.merging.parts.blocks import blocks
 from fishertool.merging.parts.task_vectors import add_elected
 from fishertool.merging.parts.threshold import kth_largest
@@ -52,10 +52,11 @@ def sce(
 
 def whole(weights: Sequence[float], elements: int, *, select_topk: float = 1.0) -> Passes[Selected]:
     least = 0.0
-    if select_topk < 1:
+    [share] = fractions("select_topk", select_topk, 1)
+    if share < 1:
         varied = yield lambda models, base: _spread(models).count_nonzero()
-        count = int(int(varied) * select_topk)
-        if count > 0:
+        count = int(int(varied) * share)
+        if count:
             [[least]] = yield from kth_largest(lambda models, base: [_spread(models)], [[count]])
         else:
             least = inf

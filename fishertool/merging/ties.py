@@ -51,7 +51,7 @@ def whole(
 ) -> Passes[list[Range]]:
     """For each model the sizes that are kept; at least one entry where the density is not 0."""
     counts = [
-        None if one >= 1 else (0, max(1, int(one * elements)) if one > 0 else 0)
-        for one in fractions(density, len(weights), "density")
+        None if one == 1 else (0, max(1, int(one * elements)) if one else 0)
+        for one in fractions("density", density, len(weights))
     ]
     return find_ranges(counts, rescale)

@@ -85,16 +85,22 @@ class Adapter:
         fitted = self.renamed(own)
         for name, one in fitted.layers.items():
             module = modules.get(name.removesuffix(".weight"))
-            fitted.layers[name] = replace(one, turned=_is_turned(module))
+            fitted.layers[name] = replace(one, turned=is_turned(module))
         fitted.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
         for name in fitted.names:
             ties = [other for other, one in parameters.items() if one is parameters[name]]
-            if parameters[name].dim() > 1 and len(ties) > 1:
+            if parameters[name].dim() > 1 and len(ties) > 1 and not fitted._replaces_alike(ties):
                 raise InputError(
                     f"{self.tensors.folder}: changes {name}, but the model ties {some(ties)}; "
                     "merge the adapter with peft, and save the result with tie_word_embeddings false"
                 )
         return fitted
+
+    def _replaces_alike(self, names: list[str]) -> bool:
+        if any(name in self.layers or name not in self.replaced for name in names):
+            return False
+        first, *others = (self.tensors[self.replaced[name]] for name in names)
+        return all(torch.equal(first, other) for other in others)
 
     def renamed(self, names: Mapping[str, str]) -> "Adapter":
         return replace(
@@ -177,7 +183,7 @@ class Adapter:
         return {name: parameters[name] for name in self.tensors}
 
 
-def _is_turned(module: nn.Module | None) -> bool:
+def is_turned(module: nn.Module | None) -> bool:
     """Whether a layer's weight is [in, out]: an embedding's, and that of GPT-2's linear layers."""
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 

@@ -162,15 +162,25 @@ def empty_model(checkpoint: TensorSource) -> nn.Module | None:
 
 
 def names_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, str]:
-    """Names of parameters -> names of the tensors that hold each of them whole, as it is."""
+    """Names of parameters -> names of the tensors that hold each of them whole, as it is.
+
+    Of tied parameters that are on disk under one name, each has that name.
+    """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {
+    found = {
         origin.name: name
         for name, origin in _origins_on_disk(module, checkpoint).items()
         if origin.name in parameters
         and (origin.offset, origin.shape, origin.stride)
         == (0, tuple(parameters[origin.name].shape), parameters[origin.name].stride())
     }
+    of_tied = {id(parameters[parameter]): name for parameter, name in found.items()}
+    aliases = {
+        parameter: of_tied[id(held)]
+        for parameter, held in parameters.items()
+        if parameter not in found and id(held) in of_tied
+    }
+    return found | aliases
 
 
 def tied_names(source: TensorSource) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from fishertool.factorization.rank import Ranks, parameters
+from fishertool.factorization.rank import Ranks, parameters, total
 from fishertool.surgery.factorize_plan import FactorizePlan
 
 
@@ -46,28 +46,38 @@ def rows_of(
 
 
 def summary_of(plan: FactorizePlan, ranks: Ranks) -> dict[str, Any]:
-    """Parameters that are left, as shares of three wholes: what is factorized, all linear weights,
-    and the model."""
-    after = {matrix.key: parameters(matrix.shape, ranks[matrix.key]) for matrix in plan.matrices}
-    gone = sum(matrix.elements - after[matrix.key] for matrix in plan.matrices)
-    factorized = [matrix for matrix in plan.matrices if ranks[matrix.key] is not None]
-    before = sum(matrix.elements for matrix in factorized)
+    """Parameters that are left, as shares of four wholes: what was selected (which is what `--keep`
+    is of), what of it has factors now, all linear weights, and the model."""
+    shapes = plan.shapes
+    gone = {
+        key: parameters(shape, None) - parameters(shape, ranks[key])
+        for key, shape in shapes.items()
+    }
+    selected = total(shapes, dict.fromkeys(shapes))
     names = {matrix.name for matrix in plan.matrices} | set(plan.kept)
-    linear = sum(
-        plan.checkpoint.info(name).elements
-        for name in names & plan.layers.keys()
-        if plan.layers[name].kind != "embedding"
-    )
-    whole = plan.others + sum(matrix.elements for matrix in plan.matrices)
+    linear = {name for name in names & plan.layers.keys() if plan.layers[name].kind != "embedding"}
+    kept = {
+        "selected": (selected, sum(gone.values())),
+        "factorized": (
+            sum(parameters(shape, None) for key, shape in shapes.items() if ranks[key] is not None),
+            sum(gone.values()),
+        ),
+        "linear": (
+            sum(plan.checkpoint.info(name).elements for name in linear),
+            sum(gone[matrix.key] for matrix in plan.matrices if matrix.name in linear),
+        ),
+        "model": (plan.others + selected, sum(gone.values())),
+    }
     return {
         "method": plan.chosen.method.name,
         "format": plan.format,
         "matrices": dict(
             Counter("dense" if ranks[m.key] is None else "factorized" for m in plan.matrices)
         ),
-        "parameters_before": whole,
-        "parameters_after": whole - gone,
-        "kept_of_factorized": (before - gone) / before if before else 1.0,
-        "kept_of_linear": (linear - gone) / linear if linear else 1.0,
-        "kept_of_model": (whole - gone) / whole,
+        "parameters_before": kept["model"][0],
+        "parameters_after": kept["model"][0] - kept["model"][1],
+        **{
+            f"kept_of_{name}": (before - lost) / before if before else 1.0
+            for name, (before, lost) in kept.items()
+        },
     }

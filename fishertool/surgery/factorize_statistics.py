@@ -71,7 +71,7 @@ class Statistics:
                     f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "
                     "leave these out with --exclude, or estimate it of them"
                 )
-            if kind != "activation" and (
+            if one != "inputs" and (  # whose moment has no sum in the header
                 zero := sorted(
                     {m.name for m in matrices if not header.statistics[m.name].total > 0}
                 )
@@ -107,11 +107,11 @@ def open_statistics(
     Raises UsageError for no sidecar where one is needed; InputError for one that lacks what is
     needed, or is of another checkpoint.
     """
-    there: list[str] = []
+    there: set[str] = set()
     if folder is not None:
-        names = dict.fromkeys(kind for kinds in SUFFICES.values() for kind in kinds)
-        there = [kind for kind in names if any(folder.glob(f"{kind}*.safetensors*"))]
-    wanted: list[str] = [kind for kind in ("diagonal", "factored") if kind in there][:1]
+        known = {kind for kinds in SUFFICES.values() for kind in kinds}
+        there = {kind for kind in known if any(folder.glob(f"{kind}*.safetensors*"))}
+    wanted = [str(kind) for kind in ("diagonal", "factored") if kind in there][:1]
     for method in methods:
         for one, kinds in SUFFICES.items():
             if not method.inputs.get(one):

@@ -12,7 +12,7 @@ from fishertool.checkpoint.companions import copy_companions, write_config, writ
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import FLOATING, TORCH, torch_name
 from fishertool.checkpoint.layout import Layout
-from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.reader import load_json, open_checkpoint
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
@@ -107,6 +107,20 @@ def factorized_rows(
             wide = factors.left.dtype
             factors = Factors(*(one.to(wide) for one in rounded_factors(plan, matrix, factors)))
         yield matrix, product_rows(plan, matrix, factors)
+
+
+def written_rows(
+    plan: FactorizePlan, ranks: Ranks, folder: Path
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """The same of an output, as it is on disk."""
+    factored = plan.low_rank(ranks)
+    with open_checkpoint(folder) as output:
+        for matrix in plan.matrices:
+            if matrix.name not in factored:
+                yield matrix, output.read(matrix.name, matrix.start, matrix.stop)
+                continue
+            left, right = (output[f"{matrix.module}.{one}.weight"] for one in ("up", "down"))
+            yield matrix, product_rows(plan, matrix, Factors(left.double(), right.double()))
 
 
 def _work(plan: FactorizePlan) -> Iterator[Piece]:

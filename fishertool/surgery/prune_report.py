@@ -9,7 +9,7 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.pruning.parts.masks import overlap
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
-from fishertool.surgery.prune_step import STEM
+from fishertool.surgery.prune_stage import STEM
 
 NOTHING_GAINED = (
     "nothing: zeros are stored and multiplied like any number; the file has the same bytes, and a "
@@ -50,7 +50,7 @@ def summary_of(plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]]) ->
     pruned = [row for row in rows if row["action"] == "prune"]
     kept = sum(row["kept"] for row in pruned)
     common = sum(row["kept"] * row["overlap_with_magnitude"] for row in pruned)
-    predicted = [row["predicted_loss_change"] for row in pruned]
+    predicted = [row["predicted_loss_change"] for row in outcome.steps]
     recipe = outcome.recipe
     return {
         "method": recipe.method.name,

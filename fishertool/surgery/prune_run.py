@@ -12,8 +12,9 @@ from fishertool.errors import UsageError
 from fishertool.progress import Track
 from fishertool.surgery.prune_plan import PrunePlan
 from fishertool.surgery.prune_recipe import Recipe
+from fishertool.surgery.prune_stage import STEM, Step
 from fishertool.surgery.prune_statistics import Statistics
-from fishertool.surgery.prune_step import STEM, Step, run_step
+from fishertool.surgery.prune_step import run_step
 from fishertool.surgery.prune_trial import Trial, opened_statistics
 
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -73,7 +74,15 @@ def run_prune(
                 outcome.pruned = run_step(step, here, advance)
         shutil.rmtree(here / "fisher", ignore_errors=True)
         outcome.figures = step.figures
-        outcome.steps.append({"sparsity": now.sparsity, "pattern": str(now.pattern), **step.counts})
+        predicted = [row["predicted_loss_change"] for row in step.figures.values()]
+        outcome.steps.append(
+            {
+                "sparsity": now.sparsity,
+                "pattern": str(now.pattern),
+                "predicted_loss_change": None if None in predicted else sum(predicted),
+                **step.counts,
+            }
+        )
         if trial is not None:
             with open_checkpoint(outcome.pruned, STEM) as pruned:
                 trial.put_all(pruned, plan.matrices)

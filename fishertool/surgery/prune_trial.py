@@ -99,6 +99,9 @@ def open_trial(
         raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
     source = Source(model, task, trust_remote_code=trust_remote_code)
     subject = replace(find_subject(opened, source, data), wanted=list(wanted))
+    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
+        # One gradient an example, as with drawn labels, at a fraction of their noise.
+        settings = replace(settings, labels="expected-signed")
     workers = opened.enter_context(joined(None, device))
     loaded = load_subject(subject, settings, workers, None, check_finite)
     if not loaded.texts.labelled:

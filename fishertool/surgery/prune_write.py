@@ -19,7 +19,7 @@ from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
 from fishertool.surgery.factorize_write import dtype_of
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
-from fishertool.surgery.prune_step import ONE_FILE
+from fishertool.surgery.prune_stage import ONE_FILE
 
 MASK_STEM, MASK_KEY = "pruning_mask", "fishertool.mask"
 

@@ -13,7 +13,6 @@ many of mergekit's and of ours are not what float64 rounds to.
 """
 
 import argparse
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,9 +115,7 @@ def ours(case: Case, models: Sequence[Tensor], base: Tensor) -> Tensor:
     origin = base if case.base else None
     arguments: dict[str, Any] = {}
     if method.whole is not None:
-        named = inspect.signature(method.whole).parameters
-        asked = {key: value for key, value in settings.items() if key in named}
-        passes = method.whole(weights, base.numel(), **asked)
+        passes = method.passes(weights, base.numel(), settings)
         arguments["whole"] = make_passes(passes, lambda: [(models, origin)])
     if "generators" in method.inputs:
         arguments["generators"] = [torch.Generator().manual_seed(i) for i in range(len(models))]

@@ -77,9 +77,9 @@ def keep_range(vector: Tensor, kept: Range) -> Tensor:
 
 def drop_at_random(vector: Tensor, density: float, generator: Generator, rescale: bool) -> Tensor:
     """Keep every entry with probability `density`, and divide it by that if `rescale`; in place."""
-    if density >= 1:
+    if density == 1:
         return vector
-    if density <= 0:
+    if density == 0:
         return vector.zero_()
     kept = torch.empty_like(vector).uniform_(generator=generator).lt_(density)
     return vector.mul_(kept.mul_(1 / density) if rescale else kept)
@@ -95,9 +95,9 @@ def drop_by_rank(
     and divide it by p_j if `rescale`. Ranks are of |vector| in float32, ties by place. The draws
     are made for ranks, not for places. Raises ValueError unless 0 < p_j < 1.
     """
-    if density >= 1:
+    if density == 1:
         return vector
-    if density <= 0:
+    if density == 0:
         return vector.zero_()
     if density - epsilon <= 0 or density + epsilon >= 1:
         raise ValueError(f"density {density} +- epsilon {epsilon} is not between 0 and 1")
