@@ -15,7 +15,7 @@ PACKAGE = Path(fishertool.__file__).parent
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
-PURE = {"factorization", "merging"}
+PURE = {"factorization", "merging", "pruning"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
 UPPER |= {"surgery", "searching"}
 MAY_IMPORT = {
@@ -33,13 +33,14 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
-    "recipe": {"errors", "registry", "recipe"},
     "factorization": {"errors", "registry", "fisher", "factorization"},
+    "pruning": {"errors", "registry", "fisher", "pruning"},
+    "recipe": {"errors", "registry", "recipe"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
-    "surgery": LIBRARIES | PURE | {"models", "recipe", "surgery"},
+    "surgery": LIBRARIES | PURE | {"models", "estimation", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
     "cli": {"cli", "errors", "memory", "registry", ""},

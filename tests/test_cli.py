@@ -14,7 +14,7 @@ from conftest import Cli, ModelMaker
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
 
-VERBS = ("estimate-fisher", "merge", "densify", "evaluate")
+VERBS = ("estimate-fisher", "merge", "prune", "densify", "evaluate")
 
 
 def test_version_is_in_one_place(cli: Cli) -> None:

@@ -26,7 +26,7 @@ def test_all_kinds_in_one_pass(
     flags = ("--data", data, "--kind", ",".join(KINDS), "--bank-dtype", "float32", "--json")
     result = cli("estimate-fisher", model, *flags, "--out", "f")
     assert result.code == 0, result.err
-    assert result.report["summary"]["labels"] == "sampled"  # a bank has one gradient an example
+    assert result.report["summary"]["labels"] == "empirical"  # a mean gradient is of the data's
     opened = {kind: open_sidecar(tmp_path / "f", kind) for kind in KINDS}
     with open_checkpoint(model) as checkpoint:
         for tensors, header in opened.values():

@@ -16,7 +16,7 @@ from conftest import Cli, ModelMaker, make_text
 from fishertool.estimation import subject
 from fishertool.models import tasks
 
-SUMS = "diagonal,factored,kronecker,activation"
+SUMS = "diagonal,factored,kronecker,activation,mean-gradient"
 EVERY = f"{SUMS},rank-one"
 
 

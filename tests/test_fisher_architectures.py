@@ -137,7 +137,7 @@ def _gather(kind: str, size: int) -> tuple[Pass, dict[str, Stored], dict[str, di
         members[name][member] = gradient.reshape(views[name].shape).clone()
 
     bank = GradientBank(views, write, torch.float32)
-    kinds = ["diagonal", "factored", "kronecker", "activation", "rank-one"]
+    kinds = ["diagonal", "factored", "kronecker", "activation", "mean-gradient", "rank-one"]
     gathering = Gathering(kinds, model, views, bank)
     done = estimate(
         model,
@@ -178,6 +178,9 @@ def test_is_exact(kind: str, size: int) -> None:
             assert relative_error(factored[f"{name}#columns"], columns) < BOUND, name
         bank = torch.stack([members[name][n] for n in range(len(LENGTHS))])
         assert relative_error(bank, exact[name]) < BOUND, name
+        mean = exact[name].mean(0)
+        error = (stored["mean-gradient"].tensors[name] - mean).norm()
+        assert float(error) < BOUND * float(exact[name].norm()), name
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

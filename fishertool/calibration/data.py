@@ -35,6 +35,11 @@ class DataOptions:
     mask_fraction: float | None = None
     scale: float | None = None
     in_batch_negatives: int | None = None
+    select: str | None = None
+    """How `num_examples` are chosen: `random` or `kmeans`; the first ones, where it is None."""
+    select_from: int | None = None
+    """Rows to choose from; None is all."""
+    score_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,10 @@ class Example:
     targets: Sequence[int] | None = None
     """A class or token for every token of the text, UNSCORED where none is predicted."""
     candidates: Sequence[Mapping[str, list[int]]] = ()
-    """Of a query: inputs of the documents it is scored against, its positive first."""
+    """Of a query: inputs of the documents it is scored against, its positive first; of a sentence:
+    the one it is compared with."""
+    score: float | None = None
+    """How much alike two sentences are, on a scale of the data's own."""
 
     @property
     def length(self) -> int:
@@ -88,7 +96,7 @@ class CalibrationData:
     examples: list[Example]
     name: str
     truncated: int
-    """Examples cut at the maximum length."""
+    """Examples cut at the maximum length; this and the next are counted in the pool, if there is one."""
     empty: int
     """Rows left out because they have no text."""
     max_length: int
@@ -97,6 +105,8 @@ class CalibrationData:
     why_unscored: str = ""
     labelled: bool = True
     """Whether the targets are known."""
+    selection: Mapping[str, Any] | None = None
+    """How the examples were chosen from a pool."""
 
     @property
     def tokens(self) -> int:
@@ -109,12 +119,14 @@ class CalibrationData:
         return shortest.cut(PROBE_TOKENS)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every text's token ids, of labels and of targets, in order."""
+        """SHA-256 of every text's token ids, of labels, targets and scores, in order."""
         total = hashlib.sha256()
         for example in self.examples:
             label = -1 if example.label is None else example.label
             lists = [ids for text in example.texts for _, ids in sorted(text.items())]
             lists.append(list(example.targets or ()))
+            if example.score is not None:
+                total.update(struct.pack("<d", example.score))
             total.update(struct.pack("<qq", len(lists), label))
             for ids in lists:
                 total.update(struct.pack(f"<q{len(ids)}i", len(ids), *ids))
@@ -130,14 +142,15 @@ class CalibrationData:
             "empty": self.empty,
             "unscored": self.unscored,
             "token_ids_sha256": self.fingerprint(),
+            **({} if self.selection is None else {"selection": dict(self.selection)}),
         }
 
     def warnings(self) -> list[str]:
         found = []
         if self.truncated:
+            read = len(self.examples) if self.selection is None else self.selection["pool"]
             found.append(
-                f"{self.truncated} of {len(self.examples)} examples were cut at "
-                f"{self.max_length} tokens"
+                f"{self.truncated} of {read} examples were cut at {self.max_length} tokens"
             )
         if self.empty:
             found.append(f"{self.empty} rows without text were left out")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fishertool.calibration import prompts, ranking, texts
+from fishertool.calibration.choice import check_choice
 from fishertool.calibration.data import CalibrationData, DataOptions, Example
 from fishertool.calibration.reader import Reader, length_limit
 from fishertool.calibration.rows import name_of, read_rows
@@ -31,6 +32,7 @@ class Form:
             if foreign and getattr(options, field.name) != field.default:
                 uses = ", ".join(map(_flag, self.flags))
                 raise UsageError(f"{_flag(field.name)} is not for {task}, which takes {uses}")
+        check_choice(options)
         if options.mask_fraction is not None and not 0 < options.mask_fraction <= 1:
             raise UsageError(f"--mask-fraction {options.mask_fraction}: is above 0 and at most 1")
         if options.scale is not None and not 0 < options.scale < float("inf"):
@@ -88,6 +90,11 @@ FORMS = {
         lambda options: (options.query_column, options.positive_column, options.negative_column),
         ranking.queries,
         "their queries have no candidate besides the positive",
+    ),
+    "scored pairs": Form(
+        {**TEXT, "text_pair_column": None, "score_column": None},
+        lambda options: (options.text_column, options.text_pair_column, options.score_column),
+        texts.scored_pairs,
     ),
 }
 

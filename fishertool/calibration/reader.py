@@ -1,5 +1,6 @@
 """One row's cells -> texts, labels and token ids, and a count of what was cut or left out."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,6 +51,15 @@ class Reader:
             return ""
         if not isinstance(value, str):
             raise self.refusal(f"its {column} is {type(value).__name__}, not a string")
+        return value
+
+    def number(self, row: Mapping[str, Any], column: str) -> float:
+        try:
+            value = float(row[column])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.refusal(f"its {column} is {row[column]!r}, not a number")
         return value
 
     def pair(self, row: Mapping[str, Any]) -> str | None:

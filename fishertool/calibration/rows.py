@@ -18,7 +18,7 @@ BUILDERS = {
 
 
 def read_rows(options: DataOptions) -> Any:
-    """The rows asked for, as a datasets.Dataset.
+    """The rows asked for, or to select from, as a datasets.Dataset.
 
     Raises InputError naming the file, HubError if a dataset cannot be had.
     """
@@ -39,8 +39,9 @@ def read_rows(options: DataOptions) -> Any:
             datasets.enable_progress_bars()
     if options.shuffle:
         rows = rows.shuffle(seed=options.seed)
-    if options.num_examples is not None:
-        rows = rows.select(range(min(options.num_examples, len(rows))))
+    count = options.num_examples if options.select is None else options.select_from
+    if count is not None:
+        rows = rows.select(range(min(count, len(rows))))
     return rows
 
 

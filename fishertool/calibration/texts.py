@@ -95,6 +95,23 @@ def masked(reader: Reader) -> Iterator[Example]:
         yield Example(inputs, None, 0, targets)
 
 
+def scored_pairs(reader: Reader) -> Iterator[Example]:
+    """Two sentences and a number that says how much alike they are."""
+    options = reader.options
+    for row in reader:
+        pair = [reader.text(row, options.text_column), reader.pair(row) or ""]
+        encoded, cuts = zip(*map(reader.encode, pair), strict=True)
+        if not all(
+            text.strip() and one["input_ids"] for text, one in zip(pair, encoded, strict=True)
+        ):
+            reader.empty += 1
+            continue
+        score = reader.number(row, str(options.score_column))
+        reader.truncated += any(cuts)
+        first, second = map(inputs_of, encoded)
+        yield Example(first, None, 0, candidates=[second], score=score)
+
+
 def targeted(reader: Reader) -> Iterator[Example]:
     """A text and the text that a sequence-to-sequence model is to make of it."""
     options = reader.options

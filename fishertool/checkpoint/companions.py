@@ -74,6 +74,20 @@ def copy_companions(folder: Path, companions: Companions, out: Path) -> None:
         shutil.copyfile(folder / name, out / name)
 
 
+def copy_from_folders(
+    top: Path, checkpoint: Path, companions: Mapping[Path, Companions], out: Path
+) -> None:
+    """Copy those of a model's folder `top`, and of the one in it that has the checkpoint, if that
+    is another: of what lies there, only its own go along."""
+    inside = checkpoint.relative_to(top).as_posix()
+    for source, found in companions.items():
+        copied = found.copied
+        if source != checkpoint:
+            copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
+        place = out / source.relative_to(top)
+        copy_companions(source, Companions(copied, found.left_out), place)
+
+
 def write_config(
     folder: Path, out: Path, dtype: str, changes: Mapping[str, Any] | None = None
 ) -> None:

@@ -17,6 +17,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     evaluate,
     factorize,
     merge,
+    prune,
 )
 from fishertool.cli.app import app
 from fishertool.errors import FishertoolError, UsageError

@@ -32,6 +32,8 @@ from fishertool.cli.flags import (
     ReportFile,
     Scale,
     Seed,
+    Select,
+    SelectFrom,
     Shuffle,
     Split,
     TargetColumn,
@@ -59,16 +61,25 @@ def estimate_fisher(
         str,
         option(
             "--kind",
-            help="diagonal, factored, kronecker, activation, rank-one; several with commas.",
+            help="diagonal, factored, kronecker, activation, mean-gradient, rank-one; several with "
+            "commas.",
         ),
     ] = "diagonal",
+    with_mean_gradient: Annotated[
+        bool,
+        option(
+            "--with-mean-gradient",
+            help="Beside --kind: the mean gradient over the examples, with the data's labels.",
+        ),
+    ] = False,
     labels: Annotated[
         str,
         option(
             "--labels",
             help="empirical: the data's; sampled: drawn from the model; expected: exact mean over "
             "classes; expected-signed: its estimate by random signs, for any vocabulary; auto: "
-            "expected for up to 8 classes, else sampled; empirical for text and queries.",
+            "expected for up to 8 classes, else sampled; empirical for text, queries and mean "
+            "gradients.",
         ),
     ] = "auto",
     draws: Annotated[
@@ -128,6 +139,8 @@ def estimate_fisher(
     mask_fraction: MaskFraction = None,
     mask_prompt: MaskPrompt = False,
     num_examples: NumExamples = None,
+    select: Select = None,
+    select_from: SelectFrom = None,
     max_length: MaxLength = None,
     batch_size: MicroBatchSize = "auto",
     adapter: Annotated[
@@ -210,7 +223,7 @@ def estimate_fisher(
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
         num_examples, max_length, shuffle, seed, target_column, query_column, positive_column,
-        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives,
+        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives, select, select_from,
     )  # fmt: skip
     report = command(
         model,
@@ -218,7 +231,7 @@ def estimate_fisher(
         out,
         settings=Settings(
             kind, labels, draws, max_classes, estimator, group, bank_dtype,
-            until_relative_error, skip_nonfinite, batch_size, fsdp,
+            until_relative_error, skip_nonfinite, batch_size, fsdp, with_mean_gradient,
         ),
         task=task,
         part=part,

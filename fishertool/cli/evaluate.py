@@ -11,12 +11,18 @@ from fishertool.cli.flags import (
     Config,
     Data,
     Device,
+    InBatchNegatives,
     Json,
     LabelColumn,
     MaxLength,
+    NegativeColumn,
     NumExamples,
+    PositiveColumn,
+    QueryColumn,
     Quiet,
     ReportFile,
+    Scale,
+    ScoreColumn,
     Seed,
     Shuffle,
     Split,
@@ -38,7 +44,11 @@ def evaluate(
     data: Data,
     config: Config = None,
     against: Annotated[
-        str | None, option("--against", help="A second model: adds kl and top1_agreement.")
+        str | None,
+        option(
+            "--against",
+            help="A second model: adds kl and top1_agreement, of embeddings mean_cosine.",
+        ),
     ] = None,
     minimum: Annotated[
         list[str] | None, option("--min", help="Gate, as accuracy=0.9; repeatable.")
@@ -59,6 +69,12 @@ def evaluate(
     text_pair_column: TextPairColumn = None,
     chat_column: ChatColumn = None,
     label_column: LabelColumn = "label",
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+    negative_column: NegativeColumn = None,
+    in_batch_negatives: InBatchNegatives = None,
+    scale: Scale = None,
+    score_column: ScoreColumn = None,
     num_examples: NumExamples = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 8,
@@ -80,7 +96,9 @@ def evaluate(
 
     options = DataOptions(
         data, split, text_column, text_pair_column, chat_column, label_column,
-        num_examples, max_length, shuffle, seed,
+        num_examples, max_length, shuffle, seed, query_column=query_column,
+        positive_column=positive_column, negative_column=negative_column, scale=scale,
+        in_batch_negatives=in_batch_negatives, score_column=score_column,
     )  # fmt: skip
     report = command(
         model,

@@ -163,6 +163,13 @@ InBatchNegatives = Annotated[
     ),
 ]
 Scale = Annotated[float | None, option("--scale", help="Of cosines of embeddings [default: 20].")]
+ScoreColumn = Annotated[
+    str | None,
+    option(
+        "--score-column",
+        help="embedding: how much alike --text-column and --text-pair-column are, a number.",
+    ),
+]
 MaskFraction = Annotated[
     float | None, option("--mask-fraction", help="Of tokens, for masked-lm [default: 0.15].")
 ]
@@ -178,6 +185,17 @@ NumExamples = Annotated[int | None, option("--num-examples", min=1, help="[defau
 MaxLength = Annotated[
     int | None,
     option("--max-length", min=2, help="Tokens a text [default: 512, or the model's limit]."),
+]
+Select = Annotated[
+    str | None,
+    option(
+        "--select",
+        help="Which --num-examples of the pool: random, or kmeans, the one nearest to each centre "
+        "by the model's own embeddings [default: the first].",
+    ),
+]
+SelectFrom = Annotated[
+    int | None, option("--select-from", min=1, help="Rows in the pool of --select [default: all].")
 ]
 Shuffle = Annotated[bool, option("--shuffle", help="Shuffle before --num-examples, by --seed.")]
 Seed = Annotated[int, option("--seed", min=0)]

@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 
-from fishertool import calibration, hub
+from fishertool import hub
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
+from fishertool.evaluation.measure import (
+    HIGHER_IS_BETTER,
+    OF_TWO,
+    check_measured,
+    load,
+    measure,
+    prepare,
+)
 from fishertool.models.loading import check_device, load_model
 from fishertool.models.sentence import transformer_folder
 from fishertool.models.tasks import task_of
@@ -35,7 +42,7 @@ def evaluate(
     trust_remote_code: bool = False,
     track: Track = silent,
 ) -> Report:
-    """Measure `model` on labelled texts or plain text, and `against` on the same.
+    """Measure `model` on labelled texts, plain text, queries or scored pairs, and `against` likewise.
 
     Gates: `minimum` and `maximum` bound a metric; `max_drop` bounds how much worse than
     `against` it may be (lower accuracy, higher loss); `max_kl` bounds the mean KL to it. The
@@ -56,22 +63,14 @@ def evaluate(
         report.inputs.append(
             Files(public_name(model), "model", list(map(asdict, checkpoint.digests())))
         )
-        loaded = load_model(checkpoint, chosen, device, trust_remote_code)
+        loaded = load_model(checkpoint, chosen, device, trust_remote_code, data.scale)
         original = None
         if against is not None:
-            with open_checkpoint(hub.resolve(against)) as other:
+            with open_checkpoint(transformer_folder(hub.resolve(against))) as other:
                 files = list(map(asdict, other.digests()))
                 report.inputs.append(Files(public_name(against), "against", files))
-                original = load_model(other, chosen, device, trust_remote_code)
-        texts = calibration.load(
-            data,
-            loaded.tokenizer,
-            loaded.max_length,
-            loaded.labels,
-            chosen.form,
-            need_labels=chosen.has_labels,
-            long_texts="cut" if chosen.has_labels else "keep",
-        )
+                original = load_model(other, chosen, device, trust_remote_code, data.scale)
+        texts = load(chosen, data, loaded)
         report.inputs += data_files(data.data)
         report.warnings += texts.warnings()
         prepared = prepare(chosen, texts)
@@ -101,10 +100,15 @@ def evaluate(
                 )
     report.summary = {**metrics, **count}
     report.evaluation = {"against": others or None, "gates": _gate_rows(gates, metrics, others)}
-    if not chosen.has_labels:
+    if chosen.name == "causal-lm":
         report.evaluation["convention"] = (
             f"perplexity over non-overlapping blocks of {texts.max_length} tokens, "
             "the first token of a text unscored"
+        )
+    elif "ndcg_at_10" in metrics:
+        report.evaluation["convention"] = (
+            "retrieval among all documents of the data, equal scores counted against the model; "
+            f"loss by cosines times {loaded.scale:g}"
         )
     if not all(row["met"] for row in report.evaluation["gates"]):
         report.status = "gate-not-met"
@@ -117,7 +121,7 @@ def _check_gates(gates: Mapping[str, Mapping[str, float]], has_against: bool) ->
         for metric in limits:
             if metric not in HIGHER_IS_BETTER:
                 raise UsageError(f"{flag}: no metric {suggest(metric, HIGHER_IS_BETTER)}")
-            if not has_against and (rule == "max_drop" or metric in ("kl", "top1_agreement")):
+            if not has_against and (rule == "max_drop" or metric in OF_TWO):
                 raise UsageError(
                     f"{flag} {metric}: is measured against a second model; give --against"
                 )

@@ -28,7 +28,7 @@ def _bytes_of(
         members = -(-(examples or 1) // settings.group)
         bits = BITS[BANK_DTYPES[settings.bank_dtype]]
         return members * sum(info.elements for info in infos) * bits // 8
-    if kind == "diagonal":
+    if kind in ("diagonal", "mean-gradient"):
         return sum(4 * info.elements for info in infos)
     matrices = [info for info in infos if len(info.shape) > 1]
     if kind == "factored":

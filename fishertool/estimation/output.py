@@ -17,7 +17,7 @@ from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.work import Share
 from fishertool.estimation.worker import Worker
 from fishertool.fisher.header import FisherHeader
-from fishertool.fisher.kinds import Gathering, Stored
+from fishertool.fisher.kinds import NO_FISHER, Gathering, Stored
 from fishertool.fisher.sums import Complete, all_here, flattened
 from fishertool.report import Output, Report
 from fishertool.sidecar import BankWriter, write_sidecar
@@ -185,7 +185,9 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for name, statistic in stored.statistics.items():
         more: dict[str, Any] = {}
-        if kind != "activation":
+        if kind == "mean-gradient":
+            more["norm"] = statistic.squares**0.5
+        if kind not in NO_FISHER:
             more["mean"] = statistic.total / max(statistic.elements, 1)
         if statistic.standard_error is not None and statistic.total > 0:
             more["relative_error"] = statistic.standard_error / statistic.total

@@ -37,11 +37,15 @@ class Settings:
     batch_size: str = "auto"
     fsdp: bool = False
     """Shard the weights over the processes, all of whose batches make a unit of `signed`."""
+    with_mean_gradient: bool = False
+    """Adds the kind `mean-gradient`."""
 
     @property
     def kinds(self) -> list[str]:
         """In the order of KINDS."""
         asked = {one.strip() for one in self.kind.split(",")}
+        if self.with_mean_gradient:
+            asked.add("mean-gradient")
         return [one for one in KINDS if one in asked]
 
     @property
@@ -75,6 +79,11 @@ def check_settings(settings: Settings) -> None:
             if getattr(settings, flag) != getattr(defaults, flag):
                 name = flag.replace("_", "-")
                 raise UsageError(f"--{name} is for --kind rank-one, not {settings.kind}")
+    if "mean-gradient" in kinds and settings.labels not in ("auto", "empirical"):
+        raise UsageError(
+            f"--labels {settings.labels}: a mean gradient is of the data's labels, for over those "
+            "of the model it tends to zero; use empirical, or estimate it by itself"
+        )
     if settings.estimator == "signed" and (other := _others(kinds, WITH_TRACES)):
         raise UsageError(f"--estimator signed estimates a diagonal or factored Fisher, not {other}")
     if settings.fsdp and settings.estimator != "signed":
@@ -123,7 +132,7 @@ def resolve_labels(settings: Settings, task: Task, classes: int) -> Labels:
         )
     if settings.labels != "auto":
         return cast(Labels, settings.labels)
-    if not task.has_labels:
+    if not task.has_labels or "mean-gradient" in settings.kinds:
         return "empirical"
     few = task.one_prediction and classes <= AUTO_EXPECTED_CLASSES
     return "expected" if few and "rank-one" not in settings.kinds else "sampled"

@@ -24,6 +24,7 @@ from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.sentence import transformer_folder
 from fishertool.models.sharding import shard
 from fishertool.models.tasks import Task, collate, task_of
+from fishertool.models.vectors import choose
 from fishertool.registry import suggest
 from fishertool.report import Files, data_files, public_name
 from fishertool.selection import select
@@ -193,6 +194,8 @@ def load_subject(
         task.form,
         need_labels=task.has_labels and labels == "empirical",
     )
+    if data.select is not None:
+        texts = workers.first_one(choose(texts, data, model))
     warnings += texts.warnings()
     return LoadedSubject(subject, model, parameters, buffers, labels, texts, warnings)
 

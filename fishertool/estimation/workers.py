@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,6 +16,8 @@ from fishertool.estimation.worker import Worker
 from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Sums, absorb, flattened
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class Workers:
 
     def release(self) -> None:
         """For the first process: the others are done."""
+
+    def first_one(self, item: T) -> T:
+        """Of everyone's item, that of the first."""
+        items = [item]
+        if not self.alone:
+            distributed.broadcast_object_list(items)
+        return items[0]
 
     def _gather(self, item: Any) -> list[Any]:
         """Everyone's item, in the order of the workers."""

@@ -6,10 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fishertool.calibration import CalibrationData, DataOptions
+from fishertool import calibration
+from fishertool.calibration import CalibrationData, DataOptions, Form
+from fishertool.calibration.forms import FORMS
 from fishertool.errors import InputError, UsageError
 from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
+from fishertool.evaluation.embedding import measure_embedding
 from fishertool.evaluation.perplexity import blocks, perplexity_metrics
 from fishertool.fisher.estimate import logits_of
 from fishertool.fisher.labels import log_probabilities
@@ -20,16 +23,28 @@ HIGHER_IS_BETTER = {
     "accuracy": True,
     "macro_f1": True,
     "top1_agreement": True,
+    "ndcg_at_10": True,
+    "mrr": True,
+    "sts_spearman": True,
+    "mean_cosine": True,
     "loss": False,
     "perplexity": False,
     "bits_per_byte": False,
     "kl": False,
 }
-MEASURED = ("sequence-classification", "token-classification", "causal-lm")
+OF_TWO = ("kl", "top1_agreement", "mean_cosine")
+"""Measured against a second model."""
+MEASURED = ("sequence-classification", "token-classification", "causal-lm", "embedding")
+
+
+def form_of(task: Task, options: DataOptions) -> Form:
+    """What the data look like by which the task is measured."""
+    pairs = task.name == "embedding" and options.score_column is not None
+    return FORMS["scored pairs"] if pairs else task.form
 
 
 def check_measured(task: Task, options: DataOptions) -> DataOptions:
-    """The options as the task resolves them.
+    """The options as the form resolves them.
 
     Raises UsageError for a task that is not measured, and for flags it has no use for.
     """
@@ -37,12 +52,30 @@ def check_measured(task: Task, options: DataOptions) -> DataOptions:
         raise UsageError(f"{task.name} is not measured yet; measured are {', '.join(MEASURED)}")
     if options.mask_prompt:
         raise UsageError("--mask-prompt is not for measuring, which scores whole texts")
-    return task.form.resolve(options, task.name)
+    form = form_of(task, options)
+    if form is not task.form and options.text_pair_column is None:
+        raise UsageError(
+            "--score-column: give the two sentences in --text-column and --text-pair-column"
+        )
+    return form.resolve(options, task.name)
+
+
+def load(task: Task, options: DataOptions, model: LoadedModel) -> CalibrationData:
+    """Read the data by resolved options; the texts of a language model whole."""
+    return calibration.load(
+        options,
+        model.tokenizer,
+        model.max_length,
+        model.labels,
+        form_of(task, options),
+        need_labels=task.has_labels,
+        long_texts="keep" if task.name == "causal-lm" else "cut",
+    )
 
 
 def prepare(task: Task, data: CalibrationData) -> CalibrationData:
     """Data as `measure` takes it: texts of a language model cut into blocks."""
-    if task.has_labels:
+    if task.name != "causal-lm":
         return data
     examples = [block for text in data.examples for block in blocks(text, data.max_length)]
     if not examples:
@@ -65,8 +98,12 @@ def measure(
 
     With `against`, also kl, the mean KL(against || model) over predictions, and top1_agreement.
     Every mean is over predictions: texts of a classifier, words of one that labels words, tokens
-    of a language model.
+    of a language model. An embedding model has no predictions: see `measure_embedding`.
     """
+    if task.name == "embedding":
+        return measure_embedding(
+            model, data, against=against, batch_size=batch_size, advance=advance
+        )
     order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
     log_ps: list[Tensor] = []
     targets: list[Tensor] = []

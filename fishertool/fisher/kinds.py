@@ -1,7 +1,7 @@
 """What each kind of Fisher stores: its tensors, by weight and part, and their statistics."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -11,10 +11,13 @@ from fishertool.fisher.factored import Factored, marginals
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.header import TensorStatistics, statistics_of
 from fishertool.fisher.kronecker import InputMoments, OutputMoments, mirrored
+from fishertool.fisher.mean_gradient import MeanGradient
 from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Complete, Groups, Sums, all_here
 
-KINDS = ("diagonal", "factored", "kronecker", "activation", "rank-one")
+KINDS = ("diagonal", "factored", "kronecker", "activation", "mean-gradient", "rank-one")
+NO_FISHER = ("activation", "mean-gradient")
+"""They have no trace."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Gathering:
     """The statistics that some kinds need, gathered in one pass over the data.
 
     A factored Fisher costs nothing beside a diagonal, and is then taken from it. The sums of a
-    diagonal may be kept elsewhere than its weights, `accumulate_on` a device.
+    diagonal or mean may be kept elsewhere than its weights, `accumulate_on` a device.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Gathering:
         self._elements = {name: value.numel() for name, value in values.items()}
         self._diagonal: Diagonal | Factored | None = None
         self._outputs: OutputMoments | None = None
+        self._mean: MeanGradient | None = None
         if "diagonal" in kinds:
             self._diagonal = Diagonal(values, accumulate_on)
         elif "factored" in kinds:
@@ -59,8 +63,10 @@ class Gathering:
             self.inputs = InputMoments(model, parameters)
         if "kronecker" in kinds:
             self._outputs = OutputMoments()
+        if "mean-gradient" in kinds:
+            self._mean = MeanGradient(values, accumulate_on)
         self.statistics: list[Statistic] = [
-            one for one in (self._diagonal, self._outputs, bank) if one is not None
+            one for one in (self._diagonal, self._outputs, self._mean, bank) if one is not None
         ]
         self.groups: Groups = {
             group: sums
@@ -93,6 +99,8 @@ class Gathering:
             found["kronecker"] = stored_kronecker(self.inputs, self._outputs, examples)
         if self.inputs is not None and "activation" in self.kinds:
             found["activation"] = stored_activation(self.inputs, self._elements)
+        if self._mean is not None:
+            found["mean-gradient"] = stored_mean(self._mean, examples)
         return found
 
 
@@ -160,4 +168,13 @@ def stored_activation(inputs: InputMoments, elements: Mapping[str, int]) -> Stor
         },
         {name: TensorStatistics(elements[name]) for name in inputs.leader},
         dict(inputs.leader),
+    )
+
+
+def stored_mean(gradient: MeanGradient, examples: int) -> Stored:
+    """Its squares are those of the mean; it is no Fisher, and has no trace."""
+    tensors = gradient.mean(examples)
+    return Stored(
+        tensors,
+        {name: replace(statistics_of(value), total=0.0) for name, value in tensors.items()},
     )

@@ -100,17 +100,18 @@ class SentenceScorer(nn.Module):
         steps = [Pooling(["mean"])] if pipeline is None else map(_step, pipeline.modules[1:])
         self.steps = nn.ModuleList(steps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> SimpleNamespace:
-        mask = attention_mask.flatten(0, 1)
-        hidden = self.transformer(
-            input_ids=input_ids.flatten(0, 1),
-            attention_mask=mask,
-            **{name: tensor.flatten(0, 1) for name, tensor in more.items()},
-        ).last_hidden_state
-        vectors = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    def encode(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Unit vectors [row, feature], float32 or wider, of texts [row, time]."""
+        hidden = self.transformer(attention_mask=attention_mask, **inputs).last_hidden_state
+        vectors: Tensor = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         for step in self.steps:
-            vectors = step(vectors, mask)
-        vectors = functional.normalize(vectors, dim=-1).reshape(*input_ids.shape[:2], -1)
+            vectors = step(vectors, attention_mask)
+        return functional.normalize(vectors, dim=-1)
+
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> SimpleNamespace:
+        rows = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
+        vectors = self.encode(input_ids=input_ids.flatten(0, 1), **rows)
+        vectors = vectors.reshape(*input_ids.shape[:2], -1)
         cosines = (vectors[:, :1] * vectors[:, 1:]).sum(-1)
         return SimpleNamespace(logits=self.scale * cosines)
 

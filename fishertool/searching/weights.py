@@ -2,21 +2,26 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
 from fishertool.evaluation.correlation import spearman
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, load, measure, prepare
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
 from fishertool.registry import suggest
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
+
+OFFERED = {
+    "causal-lm": ("loss", "perplexity", "bits_per_byte"),
+    "embedding": ("loss", "ndcg_at_10", "mrr"),
+}
 
 
 class Judge:
@@ -38,20 +43,12 @@ class Judge:
         self.trust_remote_code = trust_remote_code
         with open_checkpoint(first.folder) as checkpoint:
             loaded = load_model(checkpoint, self.task, device, trust_remote_code)
-        self.data = calibration.load(
-            options,
-            plan.vocabulary.tokenizer or loaded.tokenizer,
-            loaded.max_length,
-            loaded.labels,
-            self.task.form,
-            need_labels=self.task.has_labels,
-            long_texts="cut" if self.task.has_labels else "keep",
-        )
+        if plan.vocabulary.tokenizer:
+            loaded = replace(loaded, tokenizer=plan.vocabulary.tokenizer)
+        self.data = load(self.task, options, loaded)
         self._prepared = prepare(self.task, self.data)
         self.metric = metric or ("accuracy" if self.task.has_labels else "loss")
-        offered = ("loss", "accuracy", "macro_f1") if self.task.has_labels else (
-            "loss", "perplexity", "bits_per_byte",
-        )  # fmt: skip
+        offered = OFFERED.get(self.task.name, ("loss", "accuracy", "macro_f1"))
         if self.metric not in offered:
             raise UsageError(f"--metric {suggest(self.metric, offered)}")
 

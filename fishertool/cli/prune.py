@@ -1,0 +1,274 @@
+"""`fishertool prune`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fishertool.cli.app import app
+from fishertool.cli.flags import (
+    AllowNonfinite,
+    ChatColumn,
+    Config,
+    Device,
+    DryRun,
+    Exclude,
+    InBatchNegatives,
+    Include,
+    Json,
+    LabelColumn,
+    MaxLength,
+    MaxShardSize,
+    NegativeColumn,
+    NumExamples,
+    Overwrite,
+    PositiveColumn,
+    QueryColumn,
+    Quiet,
+    ReportFile,
+    Scale,
+    Seed,
+    Select,
+    SelectFrom,
+    Shuffle,
+    Split,
+    Task,
+    TextColumn,
+    TextPairColumn,
+    Threads,
+    TrustRemoteCode,
+    importing,
+    option,
+    pairs,
+    thread_count,
+)
+from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.errors import UsageError
+from fishertool.registry import find_method, method_names
+
+PRUNING_METHODS = "fishertool.pruning"
+
+
+def _list_methods(show: bool) -> None:
+    if not show:
+        return
+    for name in method_names(PRUNING_METHODS):
+        found = find_method(PRUNING_METHODS, name)
+        print(f"{name}  {found.summary}")
+        for setting, default in found.settings.items():
+            print(f"    --set {setting}={default}")
+    raise typer.Exit
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    out: Annotated[Path, option("--out", help="Folder to write the pruned checkpoint to.")],
+    config: Config = None,
+    method: Annotated[
+        str,
+        option(
+            "--method",
+            help="magnitude, random, wanda, fisher, obs, mfac, gaprune or sparsegpt; see --methods.",
+        ),
+    ] = "magnitude",
+    methods: Annotated[
+        bool,
+        option(
+            "--methods", is_eager=True, callback=_list_methods, help="List methods and settings."
+        ),
+    ] = False,
+    sparsity: Annotated[
+        float | None,
+        option("--sparsity", help="Share of the selected weights to be zero, as 0.5."),
+    ] = None,
+    pattern: Annotated[
+        str,
+        option(
+            "--pattern",
+            help="unstructured, n:m (2:4 keeps two of four), blocks, as 1x4; or heads or neurons, "
+            "of which every block has fewer: a smaller model, by --method fisher, magnitude or "
+            "random.",
+        ),
+    ] = "unstructured",
+    fisher: Annotated[
+        str | None,
+        option("--fisher", help="The model's sidecar, of a kind that the method needs."),
+    ] = None,
+    general_fisher: Annotated[
+        str | None,
+        option("--general-fisher", help="gaprune: the sidecar of general data."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        option("--set", help="A setting of the method, as key=value; repeatable."),
+    ] = None,
+    dai_form: Annotated[
+        str | None, option("--dai-form", help="gaprune: normalized, or paper.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        option(
+            "--budget",
+            help="What has the sparsity: every tensor, every row, or (global) all tensors "
+            "together. [default: tensor; row for wanda]",
+        ),
+    ] = None,
+    normalize: Annotated[
+        str,
+        option("--normalize", help="--budget global: none, or by each tensor's mean saliency."),
+    ] = "none",
+    compensate: Annotated[
+        str | None,
+        option(
+            "--compensate",
+            help="How the weights that stay make up for the others: none, summed, joint, "
+            "columnwise, mask (of heads and neurons: one factor each), or auto, what lowers the "
+            "held-out loss. [default: none; columnwise for sparsegpt]",
+        ),
+    ] = None,
+    block: Annotated[
+        str | None,
+        option(
+            "--block",
+            help="Weights in a block of the rank-one Fisher, or whole. [default: 128; whole for "
+            "mfac]",
+        ),
+    ] = None,
+    damping: Annotated[
+        str | None,
+        option(
+            "--damping",
+            help="Relative to the mean Fisher, or auto, the best on held-out examples. "
+            "[default: 0.001; 0.01 for columnwise]",
+        ),
+    ] = None,
+    steps: Annotated[
+        int,
+        option("--steps", min=1, help="Prune in so many steps, with a new Fisher for each."),
+    ] = 1,
+    recover_steps: Annotated[
+        int,
+        option("--recover-steps", min=0, help="Steps of training at the end, with the mask kept."),
+    ] = 0,
+    recover_learning_rate: Annotated[
+        float, option("--recover-learning-rate", help="Of these steps, at most.")
+    ] = 1e-4,
+    data: Annotated[
+        str | None,
+        option(
+            "--data",
+            help="Examples to estimate the Fisher on, and to measure the loss before and after.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, option("--held-out", help="Share of --data that is measured on, and not estimated.")
+    ] = 0.2,
+    labels: Annotated[
+        str,
+        option(
+            "--labels",
+            help="For the estimate, as estimate-fisher has it; auto: expected-signed for classes "
+            "and a rank-one Fisher.",
+        ),
+    ] = "auto",
+    group: Annotated[
+        int, option("--group", min=1, help="Examples whose mean is one gradient of the estimate.")
+    ] = 1,
+    task: Task = "auto",
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    text_pair_column: TextPairColumn = None,
+    chat_column: ChatColumn = None,
+    label_column: LabelColumn = "label",
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+    negative_column: NegativeColumn = None,
+    in_batch_negatives: InBatchNegatives = None,
+    scale: Scale = None,
+    num_examples: NumExamples = None,
+    select: Select = None,
+    select_from: SelectFrom = None,
+    max_length: MaxLength = None,
+    shuffle: Shuffle = False,
+    seed: Seed = 0,
+    save_mask: Annotated[
+        bool, option("--save-mask", help="Also write the masks, in bits: pruning_mask.safetensors.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        option("--resume", help="Keep what is done if the run is killed, and go on from there."),
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    report_file: ReportFile = None,
+) -> None:
+    """Set the weights to zero that a model can do without, and let the others make up for them.
+
+    Example: fishertool prune MODEL --method obs --data texts.jsonl --sparsity 0.7 --out OUT
+    """
+    from fishertool.calibration import DataOptions
+
+    sidecars = [one for one in (fisher, general_fisher) if one]
+    with importing([model, *sidecars], threads, dry_run):
+        from fishertool.commands.prune import prune as command
+
+    chosen: dict[str, Any] = dict(pairs("--set", settings))
+    if dai_form is not None:
+        if "dai_form" in chosen:
+            raise UsageError("--dai-form and --set dai_form say it twice")
+        chosen["dai_form"] = dai_form
+    options = None
+    if data is not None:
+        options = DataOptions(
+            data, split, text_column, text_pair_column, chat_column, label_column, num_examples,
+            max_length, shuffle, seed, query_column=query_column, positive_column=positive_column,
+            negative_column=negative_column, scale=scale, in_batch_negatives=in_batch_negatives,
+            select=select, select_from=select_from,
+        )  # fmt: skip
+    report = command(
+        model,
+        out,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        fisher=fisher,
+        general_fisher=general_fisher,
+        settings=chosen,
+        budget=budget,
+        normalize=normalize,
+        compensate=compensate,
+        block=block,
+        damping=damping,
+        steps=steps,
+        recover_steps=recover_steps,
+        recover_learning_rate=recover_learning_rate,
+        data=options,
+        held_out=held_out,
+        labels=labels,
+        group=group,
+        task=task,
+        save_mask=save_mask,
+        resume=resume,
+        seed=seed,
+        include=include or [],
+        exclude=exclude or [],
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite,
+        trust_remote_code=trust_remote_code,
+        threads=thread_count(threads),
+        device=device,
+        track=track_on_stderr(quiet),
+    )
+    finish(report, as_json, quiet, report_file)

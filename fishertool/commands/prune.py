@@ -1,0 +1,270 @@
+"""`fishertool prune`: dense -> sparse."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.layout import parse_size
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.estimation.settings import Settings
+from fishertool.models.loading import check_device
+from fishertool.models.units import PATTERNS
+from fishertool.progress import Track, silent
+from fishertool.report import (
+    Files,
+    Output,
+    Report,
+    data_files,
+    environment,
+    options_of,
+    public_name,
+)
+from fishertool.surgery.factorize_write import dtype_of
+from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
+from fishertool.surgery.prune_recipe import resolve_recipe
+from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
+from fishertool.surgery.prune_run import Outcome, run_prune
+from fishertool.surgery.prune_stage import STEM
+from fishertool.surgery.prune_step import magnitude_masks
+from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.prune_write import write_mask, write_pruned
+from fishertool.surgery.shrink_job import Examples, shrink
+from fishertool.surgery.shrink_plan import check_structured, structured_recipe
+
+WORK = "work"
+BASE_RSS_BYTES = 400_000_000
+DOUBLES = 8
+"""Matrices of the largest layer's size that a step holds at once."""
+UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
+
+
+def prune(
+    model: str,
+    out: Path,
+    *,
+    method: str = "magnitude",
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    fisher: str | None = None,
+    general_fisher: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    budget: str | None = None,
+    normalize: str = "none",
+    compensate: str | None = None,
+    block: str | None = None,
+    damping: str | None = None,
+    steps: int = 1,
+    recover_steps: int = 0,
+    recover_learning_rate: float = 1e-4,
+    data: DataOptions | None = None,
+    held_out: float = 0.2,
+    labels: str = "auto",
+    group: int = 1,
+    task: str = "auto",
+    save_mask: bool = False,
+    resume: bool = False,
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    track: Track = silent,
+) -> Report:
+    """Write `model` into `out` with a share `sparsity` of its selected weights zero.
+
+    Selected are the linear weights inside the blocks, unless `include` says otherwise. What the
+    method asks of a Fisher is in the sidecar `fisher`, or is estimated on `data`; of these, a share
+    `held_out` is only measured on. With `pattern` heads or neurons, a share of these is left out of
+    every block, and the model is smaller.
+    """
+    given = dict(locals())
+    report = Report("prune", options_of(given), environment=environment(threads, device))
+    if pattern in PATTERNS:
+        check_structured(given)
+        device = check_device(device)
+        torch.set_num_threads(threads)
+        examples = None
+        if data is not None:
+            examples = Examples(data, held_out, labels, task, recover_steps, recover_learning_rate)
+        return shrink(
+            report,
+            model,
+            out,
+            structured_recipe(pattern, sparsity, method, compensate, settings or {}),
+            examples,
+            max_shard_bytes=parse_size(max_shard_size),
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_nonfinite=allow_nonfinite,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            track=track,
+        )
+    recipe = resolve_recipe(
+        method, settings or {}, sparsity=sparsity, pattern=pattern, budget=budget,
+        normalize=normalize, compensate=compensate, block=block, damping=damping, steps=steps,
+        recover_steps=recover_steps,
+    )  # fmt: skip
+    device = check_device(device)
+    torch.set_num_threads(threads)
+    report.options["set"] = recipe.settings
+    with ExitStack() as opened:
+        with report.phase("check"):
+            plan = plan_prune(
+                opened, model, fisher, general_fisher, recipe, include, exclude,
+                parse_size(max_shard_size), allow_nonfinite, trust_remote_code, data is not None,
+            )  # fmt: skip
+            folders = plan.statistics.folders() if plan.statistics else []
+            needed = _needed_bytes(plan, data)
+            check_output(out, [plan.top, *folders], overwrite, sum(needed.values()))
+        if dry_run:
+            return _forecast(report, plan, needed, out)
+        trial = None
+        before: float | None = None
+        if data is not None:
+            with report.phase("open"):
+                kinds = ",".join(recipe.kinds or ["diagonal"])
+                trial = open_trial(
+                    opened, model, task, data, [matrix.name for matrix in plan.matrices],
+                    Settings(kinds, labels, group=group), held_out, device, trust_remote_code,
+                    not allow_nonfinite,
+                )  # fmt: skip
+                if plan.statistics is None and "rank-one" in recipe.kinds:
+                    check_bank(recipe, -(-len(trial.calibration.texts.examples) // group))
+                before = trial.loss()
+        with staged(out, overwrite, WORK if resume else None) as folder:
+            work = folder / WORK
+            work.mkdir(exist_ok=True)
+            with report.phase("prune"):
+                job = {
+                    "options": report.options,
+                    "fingerprint": plan.checkpoint.fingerprint(),
+                    "calibration": trial and trial.calibration.texts.describe(),
+                }
+                outcome = run_prune(plan, trial, work, job, seed, track)
+                plain = magnitude_masks(plan, outcome.recipe, work)
+            trained: Mapping[str, Tensor] = {}
+            if recover_steps and trial is not None:
+                with report.phase("recover"):
+                    outcome.recovery = _recover(
+                        plan, outcome, trial, recover_steps, recover_learning_rate, track
+                    )
+                trained = trial.parameters
+            total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
+            with (
+                report.phase("write"),
+                track("Writing", total, "weights") as advance,
+                open_checkpoint(outcome.pruned, STEM) as pruned,
+            ):
+                digests = write_pruned(plan, pruned, trained, folder, threads, advance)
+                if save_mask:
+                    digests += write_mask(plan, pruned, folder)
+            report.tensors = rows_of(plan, outcome, plain)
+            report.summary = summary_of(plan, outcome, report.tensors)
+            report.summary["updates"] = updates_of(report.tensors)
+            report.warnings += warnings_of(plan, outcome, report.summary)
+            _measured(report, outcome, trial, before)
+            with report.phase("digest"):
+                report.inputs = _input_files(plan, model, fisher, general_fisher)
+            if data is not None:
+                report.inputs += data_files(data.data)
+            companions = list(plan.companions.values())
+            report.output = Output(
+                list(map(asdict, digests)),
+                plan.layout.nbytes,
+                plan.layout.parameters,
+                dtype_of(plan.layout),
+                list(companions[0].copied),
+                list(companions[0].left_out),
+            )
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            shutil.rmtree(work)
+    return report
+
+
+def _recover(
+    plan: PrunePlan, outcome: Outcome, trial: Trial, steps: int, learning_rate: float, track: Track
+) -> dict[str, Any]:
+    with (
+        open_checkpoint(outcome.pruned, STEM) as pruned,
+        track("Recovering", steps, "steps") as advance,
+    ):
+        done = trial.recover(pruned, plan.matrices, steps, learning_rate, advance)
+    return {**asdict(done), "held_out_loss": trial.loss()}
+
+
+def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:
+    if trial is None or before is None:
+        report.warnings.append(UNMEASURED)
+        return
+    after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
+    report.summary |= {"loss_before": before, "loss_after": after, "loss_change": after - before}
+    report.calibration = trial.calibration.texts.describe()
+    report.calibration |= {
+        "labels": trial.calibration.labels, "seed": trial.calibration.subject.data.seed,
+    }  # fmt: skip
+    report.evaluation = {
+        "held_out_examples": len(trial.held_out.texts.examples),
+        "steps": outcome.steps,
+        "dampings": outcome.dampings,
+        "recovery": outcome.recovery,
+    }
+    report.warnings += trial.calibration.warnings
+
+
+def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:
+    """At most: the checkpoint again, what is pruned once more with its masks, and saliencies."""
+    stored = sum(plan.checkpoint.info(matrix.name).nbytes for matrix in plan.matrices)
+    found = {"output": plan.layout.nbytes, "work": stored + 7 * plan.elements}
+    if data is not None and plan.statistics is None and "rank-one" in plan.recipe.kinds:
+        found["bank"] = 2 * plan.elements * (data.num_examples or 1)
+    return found
+
+
+def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: Path) -> Report:
+    report.status = "dry-run"
+    report.tensors = [
+        {
+            "name": matrix.name,
+            "shape": list(plan.checkpoint.info(matrix.name).shape),
+            "dtype": matrix.dtype,
+            "action": "prune",
+        }
+        for matrix in plan.matrices
+    ]
+    largest = max(matrix.elements for matrix in plan.matrices)
+    report.summary = {
+        "selected": len(plan.matrices),
+        "weights": plan.elements,
+        "weights_to_prune": round(plan.elements * plan.recipe.sparsity),
+        "bytes_to_write": sum(needed.values()),
+        "free_bytes": free_bytes(out),
+        "estimated_peak_bytes": BASE_RSS_BYTES + DOUBLES * 8 * largest,
+    }
+    return report
+
+
+def _input_files(
+    plan: PrunePlan, model: str, fisher: str | None, general: str | None
+) -> list[Files]:
+    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    if plan.statistics is not None:
+        for source, kinds in ((fisher, plan.statistics.kinds), (general, plan.statistics.general)):
+            if source is not None:
+                files = [asdict(one) for tensors, _ in kinds.values() for one in tensors.digests()]
+                found.append(Files(public_name(source), "fisher", files))
+    return found

@@ -1,0 +1,90 @@
+"""Statistics of a model that is loaded already and may have changed since; and its loss."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from fishertool.estimation.bank import Bank, members_of, open_bank
+from fishertool.estimation.output import finish
+from fishertool.estimation.partial import Job
+from fishertool.estimation.settings import Settings
+from fishertool.estimation.subject import LoadedSubject
+from fishertool.estimation.work import divide
+from fishertool.estimation.worker import Worker
+from fishertool.fisher.estimate import estimate
+from fishertool.fisher.kinds import Gathering
+from fishertool.progress import Advance
+from fishertool.report import Report
+
+ONE_SHARD = 1 << 62
+
+
+def write_statistics(
+    loaded: LoadedSubject, settings: Settings, folder: Path, advance: Advance
+) -> None:
+    """A sidecar of the model as it is now, in `folder`, which is there."""
+    examples = loaded.texts.examples
+    work = divide(
+        [example.size for example in examples],
+        [len(example.texts) for example in examples],
+        size=settings.examples_a_batch,
+        group=settings.group,
+    )
+    job = Job(
+        header=loaded.header(settings),
+        kinds=settings.kinds,
+        shapes={name: list(value.shape) for name, value in loaded.parameters.items()},
+        wanted=loaded.subject.wanted,
+        bank_dtype=settings.bank_dtype,
+        workers=1,
+        units=len(work.units),
+        batches_sha256=work.sha256(),
+        calibration=loaded.texts.describe(),
+        labelled=loaded.texts.labelled,
+    )
+    bank: Bank | None = None
+    with ExitStack() as opened:
+        if "rank-one" in settings.kinds:
+            members = members_of(work.units, settings.group)
+            bank = opened.enter_context(
+                open_bank(folder, job, loaded.parameters, members, ONE_SHARD)
+            )
+        gathering = Gathering(
+            settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
+        )
+        worker = Worker(job, 0, gathering, bank.members if bank else ())
+        estimate(
+            loaded.module,
+            loaded.parameters,
+            loaded.batch,
+            work.units,
+            gathering.statistics,
+            probe=loaded.probe,
+            inputs=gathering.inputs,
+            labels=loaded.labels,
+            seed=loaded.subject.data.seed,
+            done=worker.done,
+            advance=advance,
+        )
+        writer, report = bank.writer if bank else None, Report("estimate-fisher", {})
+        finish(folder, worker, writer, report, shard_bytes=ONE_SHARD, check=True)
+
+
+def loss_of(loaded: LoadedSubject) -> float:
+    """Mean of -log p(target) over all that is scored."""
+    examples = loaded.texts.examples
+    sizes = [example.size for example in examples]
+    work = divide(sizes, [len(example.texts) for example in examples], size=None)
+    return estimate(loaded.module, {}, loaded.batch, work.units, [], probe=loaded.probe).loss
+
+
+def split(loaded: LoadedSubject, share: float) -> tuple[LoadedSubject, LoadedSubject]:
+    """The same model with the examples to calibrate on, and with every so many held out."""
+    examples = loaded.texts.examples
+    held = [int((n + 1) * share) > int(n * share) for n in range(len(examples))]
+    parts = [
+        [example for example, out in zip(examples, held, strict=True) if out is wanted]
+        for wanted in (False, True)
+    ]
+    first, second = (replace(loaded, texts=replace(loaded.texts, examples=one)) for one in parts)
+    return first, second

@@ -1,0 +1,1 @@
+"""Pruning methods: pure functions of weights and statistics -> saliencies. One method a file."""

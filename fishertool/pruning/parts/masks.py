@@ -1,0 +1,158 @@
+"""Which weights stay, by saliency: the patterns and budgets, with exact counts."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fishertool.pruning.parts.ranking import largest, largest_of_each_row
+
+Budget = Literal["tensor", "row", "global"]
+BUDGETS: tuple[Budget, ...] = ("tensor", "row", "global")
+
+FEW = 1 << 16
+"""So many numbers are sorted faster than their digits are counted."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights of a matrix [out, in] stand or fall together.
+
+    unstructured  each by itself
+    n:m           of every m consecutive inputs of an output, n stay
+    r x c         blocks of r outputs and c inputs
+    """
+
+    n: int = 0
+    m: int = 0
+    """Both 0 unless the pattern is n:m."""
+    rows: int = 1
+    columns: int = 1
+
+    def __str__(self) -> str:
+        if self.m:
+            return f"{self.n}:{self.m}"
+        return f"{self.rows}x{self.columns}" if self.rows * self.columns > 1 else "unstructured"
+
+    def divides(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix falls into whole groups or blocks."""
+        return shape[0] % self.rows == 0 and shape[1] % (self.m or self.columns) == 0
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Raises ValueError for what is no pattern.
+
+    >>> parse_pattern("2:4"), str(parse_pattern("1x4")), str(parse_pattern("unstructured"))
+    (Pattern(n=2, m=4, rows=1, columns=1), '1x4', 'unstructured')
+    """
+    if text == "unstructured":
+        return Pattern()
+    if found := re.fullmatch(r"(\d+):(\d+)", text):
+        n, m = int(found[1]), int(found[2])
+        if 0 < n < m:
+            return Pattern(n, m)
+    if found := re.fullmatch(r"(\d+)x(\d+)", text):
+        rows, columns = int(found[1]), int(found[2])
+        if rows and columns and rows * columns > 1:
+            return Pattern(rows=rows, columns=columns)
+    raise ValueError(f"{text!r}: write unstructured, n:m with n below m such as 2:4, or 1x4")
+
+
+def kept_of(size: int, sparsity: float) -> int:
+    """How many of `size` stay: all but the whole number nearest to sparsity times size.
+
+    >>> [kept_of(size, 0.5) for size in (1, 2, 63, 64)]
+    [0, 1, 31, 32]
+    """
+    return size - int(sparsity * size + 0.5)
+
+
+def choose(
+    saliency: Tensor, pattern: Pattern, sparsity: float, budget: Budget = "tensor"
+) -> Tensor:
+    """The mask of one matrix, True where kept, with the budget `tensor` or `row`.
+
+    A block's saliency is the sum over its weights. Of n:m, `sparsity` and `budget` are given.
+    Shapes: [out, in] -> [out, in].
+    """
+    if pattern.m:
+        groups = saliency.reshape(len(saliency), -1, pattern.m)
+        return largest_of_each_row(groups, pattern.n).reshape(saliency.shape)
+    units = _units(saliency, pattern)
+    if budget == "row":
+        mask = largest_of_each_row(units, kept_of(units.shape[1], sparsity))
+    else:
+        mask = _largest_of_all(units, kept_of(units.numel(), sparsity))
+    return _spread(mask, pattern)
+
+
+def choose_globally(
+    saliencies: Callable[[], Iterable[Tensor]], pattern: Pattern, sparsity: float
+) -> Iterator[Tensor]:
+    """The masks of many matrices that share one budget; not for n:m, which leaves nothing to share."""
+
+    def units() -> Iterator[Tensor]:
+        return (_units(saliency, pattern) for saliency in saliencies())
+
+    size = sum(one.numel() for one in units())
+    for mask in largest(units, kept_of(size, sparsity)):
+        yield _spread(mask, pattern)
+
+
+def choose_columns(
+    saliency: Tensor, start: int, pattern: Pattern, sparsity: float, budget: Budget
+) -> Tensor:
+    """The mask of the columns from `start` on of a matrix, so that the counts of all are exact.
+
+    For n:m, and for weights that stand by themselves.
+    """
+    rows, width = saliency.shape
+    if pattern.m:
+        return choose(saliency, pattern, sparsity, budget)
+    if budget == "row":
+        count = kept_of(start + width, sparsity) - kept_of(start, sparsity)
+        return largest_of_each_row(saliency, count)
+    count = kept_of(rows * (start + width), sparsity) - kept_of(rows * start, sparsity)
+    return _largest_of_all(saliency, count)
+
+
+def overlap(mask: Tensor, other: Tensor) -> tuple[int, int]:
+    """How many weights both masks keep, and how many the first one does."""
+    return int((mask & other).sum()), int(mask.sum())
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask in bits, eight in a byte, the first the lowest; [weight] -> [ceil(weight / 8)], uint8.
+
+    >>> pack(torch.tensor([True, False, True, True, False, False, False, False, True]))
+    tensor([13,  1], dtype=torch.uint8)
+    """
+    bits = mask.flatten().to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _largest_of_all(values: Tensor, count: int) -> Tensor:
+    if values.numel() <= FEW:
+        return largest_of_each_row(values.flatten(), count).reshape(values.shape)
+    [mask] = largest(lambda: [values], count)
+    return mask
+
+
+def _units(saliency: Tensor, pattern: Pattern) -> Tensor:
+    """What is chosen among: weights, or blocks."""
+    rows, columns = pattern.rows, pattern.columns
+    if rows * columns == 1:
+        return saliency
+    out, width = saliency.shape
+    return saliency.reshape(out // rows, rows, width // columns, columns).sum((1, 3))
+
+
+def _spread(mask: Tensor, pattern: Pattern) -> Tensor:
+    rows, columns = pattern.rows, pattern.columns
+    if rows * columns == 1:
+        return mask
+    return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)

@@ -1,0 +1,185 @@
+"""What a pruning will do, decided from headers alone: all that can be refused is refused here."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from fishertool import hub
+from fishertool.checkpoint.companions import Companions, find_companions
+from fishertool.checkpoint.compare import check_not_quantized
+from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.layout import Layout, lay_out
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.errors import InputError, UsageError, some
+from fishertool.models.layers import Layer, layers_of
+from fishertool.models.names import tied_names
+from fishertool.models.sentence import transformer_folder
+from fishertool.selection import select
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
+from fishertool.surgery.prune_statistics import Statistics, open_statistics
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """All that is decided before the first tensor is read."""
+
+    top: Path
+    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
+    checkpoint: Checkpoint
+    recipe: Recipe
+    statistics: Statistics | None
+    """From the sidecars that were given; None where they are yet to be estimated."""
+    matrices: list[Matrix]
+    """What is pruned, in file order."""
+    kept: dict[str, str]
+    """Every other tensor, and why it stays."""
+    layout: Layout
+    companions: dict[Path, Companions]
+    """By folder."""
+    allow_nonfinite: bool
+
+    @property
+    def elements(self) -> int:
+        return sum(matrix.elements for matrix in self.matrices)
+
+
+def plan_prune(
+    opened: ExitStack,
+    source: str,
+    fisher: str | None,
+    general_fisher: str | None,
+    recipe: Recipe,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    max_shard_bytes: int,
+    allow_nonfinite: bool,
+    trust_remote_code: bool,
+    has_data: bool,
+) -> PrunePlan:
+    """Open everything, choose the matrices, and hold pattern and sidecars against them."""
+    _check_inputs(recipe, fisher, general_fisher, has_data)
+    top = hub.resolve(source)
+    checkpoint = opened.enter_context(open_checkpoint(transformer_folder(top)))
+    check_not_quantized(checkpoint)
+    copies = tied_names(checkpoint)
+    layers = layers_of(checkpoint, trust_remote_code)
+    chosen, kept = _choose(checkpoint, layers, include, exclude)
+    matrices = [
+        _matrix(checkpoint, layers[name])
+        for name in checkpoint
+        if name in chosen and name not in copies
+    ]
+    kept = {name: kept[name] for name in checkpoint if name in kept and name not in copies}
+    _check_pattern(checkpoint, recipe, matrices)
+    statistics = None
+    if recipe.kinds and fisher is not None:
+        statistics = open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
+        statistics.check(recipe, matrices)
+        if "rank-one" in recipe.kinds:
+            check_bank(recipe, statistics.members)
+    folders = dict.fromkeys([top, checkpoint.folder])
+    layout = lay_out([checkpoint.info(name) for name in checkpoint if name not in copies],
+                     max_shard_bytes)  # fmt: skip
+    return PrunePlan(
+        top, checkpoint, recipe, statistics, matrices, kept, layout,
+        {folder: find_companions(folder) for folder in folders}, allow_nonfinite,
+    )  # fmt: skip
+
+
+def mask_name(weight: str) -> str:
+    """Under which a weight's mask lies beside it."""
+    return f"{weight}#mask"
+
+
+def check_bank(recipe: Recipe, members: int) -> None:
+    """Refuse a Fisher that is singular in every block, with damping too small to make up for it."""
+    block, damping = recipe.block, recipe.damping
+    if (block is None or block > members) and damping is not None and damping < TOO_SMALL:
+        size = "F whole" if block is None else f"a block of {block} weights"
+        raise UsageError(
+            f"--damping {damping:g}: {size} by {members} gradients is singular, and so little "
+            f"damping leaves nothing else to tell weights apart; take --block {members} or less, "
+            f"--damping {TOO_SMALL:g} or more, or more examples"
+        )
+
+
+def _check_inputs(
+    recipe: Recipe, fisher: str | None, general_fisher: str | None, has_data: bool
+) -> None:
+    name, kinds = recipe.method.name, ", ".join(recipe.kinds)
+    if fisher is not None and not recipe.kinds:
+        raise UsageError(f"method {name} takes no --fisher")
+    if general_fisher is not None and not recipe.needs_general:
+        raise UsageError(f"method {name} takes no --general-fisher")
+    if recipe.needs_general and (fisher is None or general_fisher is None):
+        raise UsageError(
+            f"method {name} needs --fisher and --general-fisher, sidecars of diagonal and "
+            "mean-gradient on the domain's data and on general data"
+        )
+    if recipe.kinds and fisher is None and not has_data:
+        raise UsageError(
+            f"method {name} needs a Fisher of kind {kinds}: --fisher, a sidecar of it, or --data "
+            "to estimate it on"
+        )
+    for needed, why in (
+        (recipe.gated, "--compensate auto keeps what helps on held-out examples"),
+        (
+            recipe.has_damping and recipe.damping is None,
+            "--damping auto is chosen on held-out examples",
+        ),
+        (recipe.steps > 1 and bool(recipe.kinds), "--steps estimates the Fisher anew after each"),
+        (recipe.recover_steps > 0, "--recover-steps trains on the data"),
+    ):
+        if needed and not has_data:
+            raise UsageError(f"{why}: give --data")
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    layers: dict[str, Layer],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[set[str], dict[str, str]]:
+    """Names to prune, and why every other tensor stays: linear weights inside the blocks by default."""
+    if not layers:
+        raise UsageError(f"nothing is selected: {checkpoint.folder} has no linear layer")
+    kept = dict.fromkeys(checkpoint, "no linear weight")
+    kept |= dict.fromkeys(layers, "not selected")
+    chosen: set[str] = set()
+    for name in select(layers, include, exclude):
+        layer, info = layers[name], checkpoint.info(name)
+        if layer.kind == "experts":
+            kept[name] = "a stack of experts"
+        elif info.dtype not in FLOATING or not info.elements:
+            kept[name] = f"{info} cannot be computed with"
+        elif include or (layer.in_block and layer.kind != "embedding" and layer.tied is None):
+            chosen.add(name)
+            del kept[name]
+        else:
+            kept[name] = "an embedding" if layer.kind == "embedding" else "outside the blocks"
+    if not chosen:
+        why = sorted({kept[name] for name in layers})
+        raise UsageError(f"nothing is selected ({'; '.join(why)}); say what with --include")
+    return chosen, kept
+
+
+def _matrix(checkpoint: Checkpoint, layer: Layer) -> Matrix:
+    info = checkpoint.info(layer.name)
+    rows, width = info.shape
+    shape = (width, rows) if layer.turned else (rows, width)
+    return Matrix(layer, 0, rows, shape, info.dtype)
+
+
+def _check_pattern(checkpoint: Checkpoint, recipe: Recipe, matrices: Sequence[Matrix]) -> None:
+    odd = [
+        f"{matrix.name} {list(matrix.shape)}"
+        for matrix in matrices
+        if not recipe.pattern.divides(matrix.shape)
+    ]
+    if odd:
+        raise InputError(
+            f"{checkpoint.folder}: --pattern {recipe.pattern} does not divide {some(odd)}; leave "
+            "them out with --exclude, or take another pattern"
+        )

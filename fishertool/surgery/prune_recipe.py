@@ -1,0 +1,202 @@
+"""How a model is to be pruned, resolved from flags; what does not go together is refused here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
+
+from fishertool.errors import UsageError
+from fishertool.pruning.parts.masks import BUDGETS, Budget, Pattern, parse_pattern
+from fishertool.registry import Method, find_method, suggest
+
+METHODS = "fishertool.pruning"
+COMPENSATE = ("none", "summed", "joint", "columnwise", "auto")
+NORMALIZE = ("none", "mean")
+KINDS = {
+    "fisher": "diagonal",
+    "gradient": "mean-gradient",
+    "inverse_diagonal": "rank-one",
+    "activations": "activation",
+}
+"""Input of a method -> the kind of Fisher it is of; `general_...` are of the general sidecar."""
+GENERAL = ("general", "general_gradient")
+DEFAULT_BUDGET: dict[str, Budget] = {"wanda": "row"}
+DEFAULT_BLOCK: dict[str, int | None] = {"mfac": None}
+BLOCK = 128
+DAMPING = 1e-3
+COLUMNWISE_DAMPING = 0.01
+TOO_SMALL = 1e-6
+"""Damping below which a block of more weights than gradients tells of nothing but damping."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: Method
+    settings: dict[str, Any]
+    pattern: Pattern
+    sparsity: float
+    budget: Budget
+    normalize: str
+    updates: tuple[str, ...]
+    """Ways to move the weights that stay; one, or with `gated` those to choose from."""
+    gated: bool
+    block: int | None
+    """Weights in a block of the rank-one Fisher; None takes it whole."""
+    damping: float | None
+    """Relative to the mean Fisher, or to the mean input moment. None is chosen on held-out data."""
+    steps: int
+    recover_steps: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of Fisher that are needed."""
+        found = [KINDS[name] for name in self.method.inputs if name in KINDS]
+        found += ["activation" if one == "columnwise" else "rank-one" for one in self.updates]
+        return list(dict.fromkeys(found))
+
+    @property
+    def needs_general(self) -> bool:
+        return any(name in self.method.inputs for name in GENERAL)
+
+    @property
+    def has_damping(self) -> bool:
+        return (
+            "rank-one" in self.kinds or "columnwise" in self.updates or "damping" in self.settings
+        )
+
+    @property
+    def chooses_in_columns(self) -> bool:
+        """Whether masks are chosen while weights move."""
+        one_by_one = self.pattern.rows * self.pattern.columns == 1
+        return self.method.name == "sparsegpt" and "columnwise" in self.updates and one_by_one
+
+    def at_step(self, step: int) -> Self:
+        """The same for the step `step` of `steps`, on the way from 1 to the density geometrically."""
+        share = step / self.steps
+        if self.pattern.m:
+            n, m = self.pattern.n, self.pattern.m
+            now = replace(self.pattern, n=round(m * (n / m) ** share))
+            return replace(self, pattern=now, sparsity=1 - now.n / m)
+        return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
+
+    def with_damping(self, damping: float) -> Self:
+        settings = self.settings | ({"damping": damping} if "damping" in self.settings else {})
+        return replace(self, damping=damping, settings=settings)
+
+
+def resolve_recipe(
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    sparsity: float | None,
+    pattern: str,
+    budget: str | None,
+    normalize: str,
+    compensate: str | None,
+    block: str | None,
+    damping: str | None,
+    steps: int,
+    recover_steps: int,
+) -> Recipe:
+    """Raises UsageError for what is unknown, out of range or contradicts itself."""
+    chosen = find_method(METHODS, method)
+    try:
+        parsed = parse_pattern(pattern)
+    except ValueError as error:
+        raise UsageError(f"--pattern {error}") from None
+    if compensate is None:
+        compensate = "columnwise" if method == "sparsegpt" else "none"
+    for flag, value, known in (
+        ("--budget", budget or "tensor", BUDGETS),
+        ("--normalize", normalize, NORMALIZE),
+        ("--compensate", compensate, COMPENSATE),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} {suggest(value, known)}")
+    recipe = Recipe(
+        chosen,
+        chosen.parse(settings),
+        parsed,
+        _sparsity(parsed, sparsity),
+        cast(Budget, budget or DEFAULT_BUDGET.get(method, "tensor")),
+        normalize,
+        _updates(chosen, compensate),
+        compensate == "auto",
+        _block(block, DEFAULT_BLOCK.get(method, BLOCK)),
+        None,
+        steps,
+        recover_steps,
+    )
+    _check(recipe, budget, block, damping)
+    if damping == "auto" or not recipe.has_damping:
+        return recipe
+    if damping is None and "damping" in recipe.settings:
+        return recipe.with_damping(recipe.settings["damping"])
+    default = DAMPING if "rank-one" in recipe.kinds else COLUMNWISE_DAMPING
+    return recipe.with_damping(default if damping is None else _damping(damping))
+
+
+def _sparsity(pattern: Pattern, given: float | None) -> float:
+    if pattern.m:
+        implied = 1 - pattern.n / pattern.m
+        if given is not None and abs(given - implied) > 1e-9:
+            raise UsageError(f"--sparsity {given:g}: --pattern {pattern} makes it {implied:g}")
+        return implied
+    if given is None:
+        raise UsageError("prune needs --sparsity, the share of weights to be zero, as 0.5")
+    if not 0 <= given < 1:
+        raise UsageError(f"--sparsity {given:g}: is at least 0 and below 1")
+    return given
+
+
+def _updates(method: Method, compensate: str) -> tuple[str, ...]:
+    if compensate == "none":
+        return ()
+    if compensate != "auto":
+        return (compensate,)
+    return ("columnwise",) if "activations" in method.inputs else ("summed", "joint")
+
+
+def _block(given: str | None, default: int | None) -> int | None:
+    if given is None:
+        return default
+    if given == "whole":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"--block {given!r}: a number of weights, or whole")
+    return int(given)
+
+
+def _damping(given: str) -> float:
+    try:
+        damping = float(given)
+    except ValueError:
+        damping = -1.0
+    if not 0 < damping < float("inf"):
+        raise UsageError(f"--damping {given!r}: auto, or a number above 0")
+    return damping
+
+
+def _check(recipe: Recipe, budget: str | None, block: str | None, damping: str | None) -> None:
+    name = recipe.method.name
+    if block is not None and "rank-one" not in recipe.kinds:
+        raise UsageError(
+            "--block is for obs, mfac, and --compensate summed or joint; nothing here asks for a "
+            "rank-one Fisher"
+        )
+    if damping is not None and not recipe.has_damping:
+        raise UsageError(f"--damping: method {name} inverts nothing; leave it out")
+    if damping is not None and recipe.settings.get("damping") != recipe.method.settings.get(
+        "damping"
+    ):
+        raise UsageError("--damping and --set damping say it twice")
+    if budget is not None and recipe.pattern.m:
+        raise UsageError(f"--budget {budget}: --pattern {recipe.pattern} leaves no budget to share")
+    if recipe.chooses_in_columns and recipe.budget == "global":
+        raise UsageError(
+            "--budget global: sparsegpt chooses matrix by matrix, while it moves weights; take "
+            "--compensate none, or --budget tensor or row"
+        )
+    if recipe.normalize != "none" and recipe.budget != "global":
+        raise UsageError("--normalize is for --budget global, which compares matrices")
+    if recipe.steps > 1 and recipe.needs_general:
+        raise UsageError(f"--steps: {name} goes by two sidecars, which are not estimated anew")

@@ -1,0 +1,114 @@
+"""What a pruning did, in the report's terms."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.pruning.parts.masks import overlap
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_run import Outcome
+from fishertool.surgery.prune_stage import STEM
+
+NOTHING_GAINED = (
+    "nothing: zeros are stored and multiplied like any number; the file has the same bytes, and a "
+    "dense runtime takes the same memory and time"
+)
+MAGNITUDES = 0.99
+"""Overlap with magnitude's mask from which on a method's cost was for nothing."""
+
+
+def rows_of(plan: PrunePlan, outcome: Outcome, magnitude: Path) -> list[dict[str, Any]]:
+    """A row for every tensor, in file order."""
+    by_name = {matrix.name: matrix for matrix in plan.matrices}
+    rows = []
+    with open_checkpoint(outcome.pruned, STEM) as pruned, open_checkpoint(magnitude, STEM) as plain:
+        for name in plan.checkpoint:
+            info = plan.checkpoint.info(name)
+            row: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
+            if name in by_name:
+                matrix = by_name[name]
+                mask = matrix.upright(pruned[mask_name(matrix.name)])
+                common, kept = overlap(mask, plain[name])
+                row |= {
+                    "action": "prune",
+                    "kept": kept,
+                    "sparsity": 1 - kept / matrix.elements,
+                    "overlap_with_magnitude": common / kept if kept else 1.0,
+                    **outcome.figures.get(name, {}),
+                }
+            elif name in plan.kept:
+                row |= {"action": "keep", "why": plan.kept[name]}
+            else:
+                continue  # a copy of a tied tensor
+            rows.append(row)
+    return rows
+
+
+def summary_of(plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    pruned = [row for row in rows if row["action"] == "prune"]
+    kept = sum(row["kept"] for row in pruned)
+    common = sum(row["kept"] * row["overlap_with_magnitude"] for row in pruned)
+    predicted = [row["predicted_loss_change"] for row in outcome.steps]
+    recipe = outcome.recipe
+    return {
+        "method": recipe.method.name,
+        "pattern": str(recipe.pattern),
+        "sparsity": 1 - kept / plan.elements,
+        "sparsity_of_model": (plan.elements - kept) / plan.layout.parameters,
+        "sparsity_by_kind": _by_kind(plan, pruned),
+        "weights_pruned": plan.elements - kept,
+        "overlap_with_magnitude": common / kept if kept else 1.0,
+        "damping": recipe.damping,
+        "predicted_loss_change": None if None in predicted else sum(predicted),
+        "bytes": plan.layout.nbytes,
+        "bytes_in_memory": sum(
+            info.nbytes for shard in plan.layout.shards for info in shard.tensors
+        ),
+        "runtime_gain": NOTHING_GAINED,
+    }
+
+
+def updates_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many matrices got each update."""
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row["action"] == "prune":
+            counts[row["update"]] += 1
+    return dict(counts)
+
+
+def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> list[str]:
+    found = []
+    method = outcome.recipe.method.name
+    same = summary["overlap_with_magnitude"]
+    if method != "magnitude" and same > MAGNITUDES and summary["sparsity"] > 0:
+        found.append(
+            f"the mask of {method} is magnitude's to {100 * same:.2f} %: its statistic decided next "
+            "to nothing"
+            + (
+                "; a --block of no more weights than gradients tells more"
+                if method == "mfac"
+                else ""
+            )
+        )
+    for row in outcome.steps:
+        if row.get("fallbacks"):
+            found.append(
+                f"{row['fallbacks']} blocks of the Fisher were singular, and got more damping; "
+                "take more --damping"
+            )
+    return found
+
+
+def _by_kind(plan: PrunePlan, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Layers' numbers aside, tensors of one name are of one kind."""
+    kept: dict[str, int] = defaultdict(int)
+    elements: dict[str, int] = defaultdict(int)
+    sizes = {matrix.name: matrix.elements for matrix in plan.matrices}
+    for row in rows:
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"])
+        kept[kind] += row["kept"]
+        elements[kind] += sizes[row["name"]]
+    return {kind: 1 - kept[kind] / elements[kind] for kind in kept}

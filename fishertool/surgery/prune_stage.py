@@ -1,0 +1,80 @@
+"""What the stages of a pruning have in common: the weights before it, and tensors kept on disk."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fishertool.checkpoint.companions import write_json
+from fishertool.checkpoint.dtypes import compute_dtype
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.layout import lay_out
+from fishertool.checkpoint.reader import Checkpoint, load_json
+from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.errors import InputError
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_recipe import Recipe
+from fishertool.surgery.prune_statistics import Statistics
+from fishertool.surgery.prune_trial import Trial
+
+STEM, NOTES = "tensors", "notes.json"
+ONE_FILE = 1 << 62
+
+
+@dataclass
+class Step:
+    """The weights before a pruning, and what decides about them."""
+
+    plan: PrunePlan
+    recipe: Recipe
+    statistics: Statistics | None
+    before: Checkpoint | None
+    """What the step before left; None for the model itself."""
+    seed: int
+    trial: Trial | None = None
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By matrix: predicted loss change, and the update it got."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Blocks that got more damping, and entries of the inverse diagonal out of bounds."""
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """[out, in], float32 or, stored so, float64."""
+        source = self.before or self.plan.checkpoint
+        values = matrix.upright(source[matrix.name]).to(compute_dtype(matrix.dtype))
+        if not self.plan.allow_nonfinite and not bool(values.isfinite().all()):
+            raise InputError(
+                f"{source.where(matrix.name)}: has NaN or Inf; repair it, or go on with "
+                "--allow-nonfinite"
+            )
+        return values
+
+    def pruned_before(self, matrix: Matrix) -> Tensor | None:
+        """True where an earlier step pruned, [out, in]."""
+        if self.before is None:
+            return None
+        return ~matrix.upright(self.before[mask_name(matrix.name)])
+
+
+def stored(
+    folder: Path,
+    infos: Iterable[TensorInfo],
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    notes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write tensors as they are made into `folder`, and the notes taken of them, which are returned;
+    unless an earlier run has."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with CheckpointWriter(partial, lay_out(infos, ONE_FILE, stem=STEM)) as writer:
+            for name, values in tensors():
+                writer.write(name, values)
+            writer.finish()
+        write_json(partial / NOTES, notes)
+        partial.rename(folder)
+    return load_json(folder / NOTES)

@@ -1,0 +1,187 @@
+"""What a pruning method asks of sidecars, and one matrix's part of it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishertool import hub
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.errors import InputError, some
+from fishertool.fisher.columns import Gradients, HeldGradients
+from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.rank_one import RankOneFisher
+from fishertool.pruning.method import Fisher
+from fishertool.sidecar import (
+    StoredGradients,
+    check_fits,
+    open_diagonal,
+    open_sidecar,
+    read_diagonal,
+)
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.prune_recipe import KINDS, Recipe
+
+Opened = tuple[Checkpoint, FisherHeader]
+SIDES = {"diagonal": "fisher", "mean-gradient": "gradient"}
+
+
+class Statistics:
+    """The kinds of a sidecar that are needed, open; with those of general data where there are two.
+
+    fallbacks, clamped  what RankOneFisher had to do so far, counted
+    """
+
+    def __init__(self, kinds: dict[str, Opened], general: dict[str, Opened] | None = None):
+        self.kinds, self.general = kinds, general or {}
+        self.fallbacks, self.clamped = 0, 0
+        self._whole: tuple[float, dict[str, Tensor]] | None = None
+
+    @property
+    def members(self) -> int:
+        """Gradients of the bank."""
+        return StoredGradients(self.kinds["rank-one"][0]).members
+
+    def folders(self) -> list[Path]:
+        return [tensors.folder for tensors, _ in (*self.kinds.values(), *self.general.values())]
+
+    def check(self, recipe: Recipe, matrices: Sequence[Matrix]) -> None:
+        """Refuse, from headers, matrices that a kind tells nothing about, or nothing but zero."""
+        for kinds in (self.kinds, self.general):
+            for kind, (tensors, header) in kinds.items():
+                names = [matrix.name for matrix in matrices]
+                if lost := [name for name in names if name not in header.statistics]:
+                    raise InputError(
+                        f"{tensors.folder}: has no {kind} statistic of {some(lost)}; leave these "
+                        "out with --exclude, or estimate it of them"
+                    )
+                if kind == "diagonal" and not sum(header.statistics[n].total for n in names) > 0:
+                    raise InputError(
+                        f"{tensors.folder}: the Fisher of what is pruned is zero everywhere; "
+                        "estimate it on other data"
+                    )
+
+    def inputs(self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix) -> dict[str, Any]:
+        """What the method names, of one matrix, as [out, in] says whatever is on disk."""
+        found: dict[str, Any] = {}
+        for name in recipe.method.inputs:
+            if name == "inverse_diagonal":
+                found[name] = self._inverse_diagonal(recipe, matrices, matrix)
+            elif name == "activations":
+                found[name] = self.activations(matrix)
+            elif name in KINDS or name.startswith("general"):
+                kinds = self.general if name.startswith("general") else self.kinds
+                kind = "mean-gradient" if name.endswith("gradient") else "diagonal"
+                found[name] = _read(*kinds[kind], kind, matrices, matrix)
+        return found
+
+    def diagonal(self, matrix: Matrix) -> Tensor:
+        """[out, in]"""
+        found = _read(*self.kinds["diagonal"], "diagonal", [matrix], matrix)
+        assert isinstance(found, Fisher)
+        return found.values
+
+    def activations(self, matrix: Matrix) -> Tensor:
+        tensors, header = self.kinds["activation"]
+        return _finite(tensors, f"{header.leaders[matrix.name]}#input")
+
+    def curvature(self, recipe: Recipe, matrix: Matrix) -> tuple[RankOneFisher, Gradients]:
+        """The rank-one Fisher of one matrix, and the gradients it is made of."""
+        tensors, _ = self.kinds["rank-one"]
+        gradients: Gradients = StoredGradients(tensors, [matrix.name])
+        if matrix.turned:
+            rows = gradients.read(matrix.name, 0, matrix.elements)
+            shaped = rows.reshape(len(rows), *reversed(matrix.shape)).mT
+            gradients = HeldGradients({matrix.name: shaped.contiguous()})
+        block = None if recipe.block is None else aligned(recipe.block, matrix.shape[1])
+        assert recipe.damping is not None
+        return RankOneFisher(gradients, recipe.damping, block, relative=True), gradients
+
+    def _inverse_diagonal(
+        self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix
+    ) -> Tensor:
+        if recipe.block is not None:
+            fisher, _ = self.curvature(recipe, matrix)
+            inverse = fisher.inverse_diagonal().reshape(matrix.shape)
+            self._count(fisher)
+            return inverse
+        assert recipe.damping is not None
+        if self._whole is None or self._whole[0] != recipe.damping:
+            names = [one.name for one in matrices]
+            gradients = StoredGradients(self.kinds["rank-one"][0], names)
+            fisher = RankOneFisher(gradients, recipe.damping, None, relative=True)
+            values = fisher.inverse_diagonal()
+            self._count(fisher)
+            self._whole = recipe.damping, {n: values[span] for n, span in fisher.spans.items()}
+        on_disk = self._whole[1][matrix.name]
+        if matrix.turned:
+            return on_disk.reshape(*reversed(matrix.shape)).T
+        return on_disk.reshape(matrix.shape)
+
+    def _count(self, fisher: RankOneFisher) -> None:
+        self.fallbacks += len(fisher.fallbacks)
+        self.clamped += fisher.clamped
+
+
+def open_statistics(
+    opened: ExitStack, recipe: Recipe, model: Checkpoint, fisher: str, general: str | None
+) -> Statistics:
+    """The sidecars' parts that the recipe needs.
+
+    Raises InputError for one that lacks a kind, or is of another checkpoint.
+    """
+    found = []
+    for source in (fisher, general):
+        kinds: dict[str, Opened] = {}
+        for kind in recipe.kinds if source is not None else ():
+            assert source is not None
+            folder = hub.resolve(source)
+            tensors, header = (
+                open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
+            )
+            opened.enter_context(tensors)
+            check_fits(tensors, header, model)
+            kinds[kind] = tensors, header
+        found.append(kinds)
+    return Statistics(*found)
+
+
+def aligned(block: int, width: int) -> int:
+    """The largest divisor of a row's width in the upper half below `block`; `block` if there is none,
+    when blocks run on over the ends of rows.
+
+    >>> aligned(128, 384), aligned(50, 384), aligned(50, 384 + 1), aligned(128, 16)
+    (128, 48, 35, 16)
+    """
+    if block >= width:
+        return width
+    found = [size for size in range(block, block // 2, -1) if width % size == 0]
+    return found[0] if found else block
+
+
+def _read(
+    tensors: Checkpoint,
+    header: FisherHeader,
+    kind: str,
+    matrices: Sequence[Matrix],
+    matrix: Matrix,
+) -> Fisher | Tensor:
+    rows = matrix.stop - matrix.start
+    if kind == "mean-gradient":
+        return matrix.upright(_finite(tensors, matrix.name))
+    values = matrix.upright(read_diagonal(tensors, matrix.name, 0, rows).reshape(rows, -1))
+    if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
+        raise InputError(f"{tensors.folder}: {matrix.name}: a Fisher is finite and not negative")
+    statistics = [header.statistics[one.name] for one in matrices]
+    mean = sum(one.total for one in statistics) / sum(one.elements for one in statistics)
+    return Fisher(values, mean)
+
+
+def _finite(tensors: Checkpoint, name: str) -> Tensor:
+    values = tensors[name].to(torch.float32)
+    if not bool(values.isfinite().all()):
+        raise InputError(f"{tensors.where(name)}: has NaN or Inf; estimate it again")
+    return values

@@ -1,0 +1,135 @@
+"""One pruning of every matrix: saliencies, masks, and moves of the weights that stay.
+
+Each stage leaves its tensors in a folder of the working place, whole or not at all, so that neither
+memory nor a killed run's lost work grows with the model.
+"""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
+from fishertool.errors import InputError
+from fishertool.progress import Advance
+from fishertool.pruning.magnitude import magnitude
+from fishertool.pruning.parts.masks import choose, choose_globally
+from fishertool.registry import Method
+from fishertool.surgery.prune_moves import new_weights
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_recipe import Recipe
+from fishertool.surgery.prune_stage import NOTES, STEM, Step, stored
+
+
+def run_step(step: Step, place: Path, advance: Advance) -> Path:
+    """Prune every matrix; the folder that has each one's new weights and mask, as on disk."""
+    plan, pruned = step.plan, place / "pruned"
+    saliencies, masks = place / "saliency", place / "mask"
+    if not pruned.exists():
+        write_saliencies(step, saliencies, advance)
+        with open_checkpoint(saliencies, STEM) as scores:
+            stored(masks, _infos(plan, "BOOL"), lambda: _masks(step, scores), {})
+        with open_checkpoint(masks, STEM) as chosen:
+            stored(
+                pruned,
+                _outputs(plan),
+                lambda: new_weights(step, chosen, advance),
+                {"figures": step.figures, "counts": step.counts},
+            )
+    shutil.rmtree(saliencies, ignore_errors=True)
+    shutil.rmtree(masks, ignore_errors=True)
+    notes = load_json(pruned / NOTES)
+    step.figures, step.counts = notes["figures"], notes["counts"]
+    return pruned
+
+
+def write_saliencies(step: Step, folder: Path, advance: Advance) -> None:
+    """Those of every matrix, unless they are there."""
+    tensors = functools.partial(_saliencies, step, advance)
+    step.counts |= stored(folder, _infos(step.plan, "F32"), tensors, step.counts)
+
+
+def magnitude_masks(plan: PrunePlan, recipe: Recipe, place: Path) -> Path:
+    """What magnitude would keep of the model at the same budget; the folder that has it."""
+    method = Method("magnitude", magnitude, {"weight": True}, {})
+    plain = Step(plan, replace(recipe, method=method, settings={}, updates=()), None, None, 0)
+    scores_folder, folder = place / "magnitude-saliency", place / "magnitude"
+    write_saliencies(plain, scores_folder, lambda count: None)
+    with open_checkpoint(scores_folder, STEM) as scores:
+        stored(folder, _infos(plan, "BOOL"), lambda: _masks(plain, scores), {})
+    shutil.rmtree(scores_folder, ignore_errors=True)
+    return folder
+
+
+def _outputs(plan: PrunePlan) -> list[TensorInfo]:
+    """Of every matrix the new weights and the mask, as on disk."""
+    return [
+        info
+        for matrix in plan.matrices
+        for info in (
+            plan.checkpoint.info(matrix.name),
+            TensorInfo(mask_name(matrix.name), "BOOL", plan.checkpoint.info(matrix.name).shape),
+        )
+    ]
+
+
+def _infos(plan: PrunePlan, dtype: str) -> list[TensorInfo]:
+    return [TensorInfo(matrix.name, dtype, matrix.shape) for matrix in plan.matrices]
+
+
+def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
+    plan, recipe = step.plan, step.recipe
+    wanted = recipe.method.inputs
+    inputs: dict[str, Any] = {}
+    if "magnitude" in wanted:
+        total = sum(float(step.weight(one).abs().sum(dtype=torch.float64)) for one in plan.matrices)
+        inputs["magnitude"] = total / plan.elements
+    for number, matrix in enumerate(plan.matrices):
+        weight = step.weight(matrix)
+        if "generator" in wanted:
+            inputs["generator"] = torch.Generator().manual_seed(
+                step.seed * len(plan.matrices) + number
+            )
+        if step.statistics is not None:
+            inputs |= step.statistics.inputs(recipe, plan.matrices, matrix)
+        try:
+            saliency = recipe.method.function(weight, **inputs, **recipe.settings)
+        except ValueError as error:
+            raise InputError(f"{matrix.name}: {error}; leave it out with --exclude") from error
+        if not bool(saliency.isfinite().all()):
+            raise InputError(
+                f"{matrix.name}: its {recipe.method.name} saliency is not finite; estimate the "
+                "Fisher again, or leave it out with --exclude"
+            )
+        if recipe.normalize == "mean":
+            saliency = saliency / saliency.abs().mean(dtype=torch.float64).clamp(min=1e-300)
+        gone = step.pruned_before(matrix)
+        if gone is not None:
+            saliency = saliency.masked_fill(gone, float("-inf"))
+        yield matrix.name, saliency.to(torch.float32)
+        advance(matrix.elements)
+    if step.statistics is not None and "inverse_diagonal" in wanted:
+        step.counts["fallbacks"] = step.statistics.fallbacks
+        step.counts["clamped"] = step.statistics.clamped
+
+
+def _masks(step: Step, scores: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """As [out, in]."""
+    matrices, recipe = step.plan.matrices, step.recipe
+    if recipe.budget == "global" and not recipe.pattern.m:
+        masks = choose_globally(
+            lambda: (scores[matrix.name] for matrix in matrices), recipe.pattern, recipe.sparsity
+        )
+    else:
+        masks = (
+            choose(scores[matrix.name], recipe.pattern, recipe.sparsity, recipe.budget)
+            for matrix in matrices
+        )
+    for matrix, mask in zip(matrices, masks, strict=True):
+        yield matrix.name, mask

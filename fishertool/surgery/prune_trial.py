@@ -1,0 +1,127 @@
+"""The model in memory while it is pruned: what is estimated on it anew, and its held-out loss."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.errors import InputError, UsageError
+from fishertool.estimation.measuring import loss_of, split, write_statistics
+from fishertool.estimation.settings import Settings, check_settings
+from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
+from fishertool.estimation.workers import joined
+from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.recovery import Recovery, recover
+from fishertool.progress import Advance
+from fishertool.sidecar import open_diagonal, open_sidecar
+from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.prune_plan import mask_name
+from fishertool.surgery.prune_statistics import Opened, Statistics
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The loaded model, with its examples in two parts."""
+
+    calibration: LoadedSubject
+    held_out: LoadedSubject
+    settings: Settings
+    parameters: Mapping[str, Tensor]
+    """All of the model's, by name on disk."""
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Set these weights, by name on disk and as they are there."""
+        with torch.no_grad():
+            for name, values in weights.items():
+                self.calibration.parameters[name].copy_(values)
+
+    def put_all(self, pruned: Checkpoint, matrices: Sequence[Matrix]) -> None:
+        for matrix in matrices:
+            self.put({matrix.name: pruned[matrix.name]})
+
+    def loss(self) -> float:
+        """Of the held-out examples."""
+        return loss_of(self.held_out)
+
+    def recover(
+        self,
+        pruned: Checkpoint,
+        matrices: Sequence[Matrix],
+        steps: int,
+        learning_rate: float,
+        advance: Advance,
+    ) -> Recovery:
+        """Train the model on the calibration examples; what is pruned stays zero."""
+        subject = self.calibration.subject
+        return recover(
+            self.calibration.model,
+            subject.task,
+            self.calibration.texts,
+            steps=steps,
+            learning_rate=learning_rate,
+            masks=[
+                (self.calibration.parameters[matrix.name], pruned[mask_name(matrix.name)])
+                for matrix in matrices
+            ],
+            seed=subject.data.seed,
+            advance=advance,
+        )
+
+    def estimate(self, folder: Path, kinds: Sequence[str], advance: Advance) -> None:
+        """Write the Fisher of the model as it is now, by the calibration examples."""
+        settings = replace(self.settings, kind=",".join(kinds))
+        write_statistics(self.calibration, settings, folder, advance)
+
+
+def open_trial(
+    opened: ExitStack,
+    model: str,
+    task: str,
+    data: DataOptions,
+    wanted: Sequence[str],
+    settings: Settings,
+    held_out: float,
+    device: str,
+    trust_remote_code: bool,
+    check_finite: bool,
+) -> Trial:
+    """Load the model and the data; `wanted` tensors are those that will change.
+
+    Raises UsageError if either part of the examples were empty.
+    """
+    check_settings(settings)
+    if not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
+    source = Source(model, task, trust_remote_code=trust_remote_code)
+    subject = replace(find_subject(opened, source, data), wanted=list(wanted))
+    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
+        # One gradient an example, as with drawn labels, at a fraction of their noise.
+        settings = replace(settings, labels="expected-signed")
+    workers = opened.enter_context(joined(None, device))
+    loaded = load_subject(subject, settings, workers, None, check_finite)
+    if not loaded.texts.labelled:
+        raise InputError(
+            f"{data.data}: has no column {data.label_column!r}, without which no loss is measured"
+        )
+    calibration, held = split(loaded, held_out)
+    if not calibration.texts.examples or not held.texts.examples:
+        raise UsageError(
+            f"--held-out {held_out:g}: leaves {len(calibration.texts.examples)} examples of "
+            f"{len(loaded.texts.examples)} to calibrate on and {len(held.texts.examples)} to "
+            "measure; give more data"
+        )
+    parameters, _ = parameters_by_disk_name(loaded.model.pretrained, subject.checkpoint)
+    return Trial(calibration, held, settings, parameters)
+
+
+def opened_statistics(opened: ExitStack, folder: Path, kinds: Sequence[str]) -> Statistics:
+    found: dict[str, Opened] = {}
+    for kind in kinds:
+        found[kind] = open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
+        opened.enter_context(found[kind][0])
+    return Statistics(found)

@@ -1,0 +1,78 @@
+"""Write a pruned checkpoint: new weights in place of old ones, everything else copied."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fishertool.checkpoint.companions import copy_from_folders, write_config
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.stream import Piece, pieces, stream
+from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.errors import InputError
+from fishertool.fisher.sums import Computed
+from fishertool.progress import Advance
+from fishertool.pruning.parts.masks import pack
+from fishertool.sidecar import write_tensors
+from fishertool.surgery.factorize_write import dtype_of
+from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_stage import ONE_FILE
+
+MASK_STEM, MASK_KEY = "pruning_mask", "fishertool.mask"
+
+
+def write_pruned(
+    plan: PrunePlan,
+    pruned: Checkpoint,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    threads: int,
+    advance: Advance,
+) -> list[FileDigest]:
+    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are."""
+    place = folder / plan.checkpoint.folder.relative_to(plan.top)
+    place.mkdir(parents=True, exist_ok=True)
+    for shard in plan.layout.shards:
+        (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
+    names = {matrix.name for matrix in plan.matrices}
+    with CheckpointWriter(place, plan.layout) as writer:
+
+        def one(piece: Piece) -> None:
+            if piece.name in trained:
+                rows = trained[piece.name].detach()[piece.start : piece.stop]
+                values = rows.to("cpu", TORCH[plan.checkpoint.info(piece.name).dtype])
+            else:
+                source = pruned if piece.name in names else plan.checkpoint
+                values = source.read(piece.name, piece.start, piece.stop)
+            _check_finite(plan, piece, values)
+            writer.write(piece.name, values, piece.start)
+
+        outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
+        stream(pieces(outputs), one, threads, advance)
+        digests = writer.finish()
+    write_config(plan.checkpoint.folder, place, dtype_of(plan.layout))
+    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
+    return digests
+
+
+def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDigest]:
+    """All masks in one file, eight weights a byte; shapes are in its metadata."""
+    shapes = {
+        matrix.name: list(plan.checkpoint.info(matrix.name).shape) for matrix in plan.matrices
+    }
+    packed = Computed(list(shapes), lambda name: pack(pruned[mask_name(name)]))
+    metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
+    _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)
+    return digests
+
+
+def _check_finite(plan: PrunePlan, piece: Piece, values: Tensor) -> None:
+    floating = plan.checkpoint.info(piece.name).dtype in FLOATING
+    if floating and not plan.allow_nonfinite and not bool(values.float().isfinite().all()):
+        raise InputError(
+            f"{plan.checkpoint.where(piece.name)}: has NaN or Inf; repair it, or go on with "
+            "--allow-nonfinite"
+        )

@@ -1,0 +1,240 @@
+"""`fishertool prune --pattern heads|neurons`: from the model's folder to a smaller one and a report."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.estimation.measuring import loss_of
+from fishertool.estimation.settings import Settings
+from fishertool.models.layers import layers_of
+from fishertool.models.loading import load_model
+from fishertool.models.recovery import recover
+from fishertool.progress import Track
+from fishertool.pruning.parts.units import features_of
+from fishertool.report import Files, Output, Report, data_files, public_name
+from fishertool.surgery.factorize_write import dtype_of
+from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.shrink import Outcome, put, run_shrink
+from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
+from fishertool.surgery.shrink_write import write_shrunk
+
+UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What data there are, and how they are used."""
+
+    options: DataOptions
+    held_out: float
+    """Share that is only measured on."""
+    labels: str
+    task: str
+    recover_steps: int
+    learning_rate: float
+
+
+def shrink(
+    report: Report,
+    model: str,
+    out: Path,
+    recipe: ShrinkRecipe,
+    examples: Examples | None,
+    *,
+    max_shard_bytes: int,
+    seed: int,
+    overwrite: bool,
+    dry_run: bool,
+    allow_nonfinite: bool,
+    trust_remote_code: bool,
+    device: str,
+    track: Track,
+) -> Report:
+    """Write `model` into `out` with fewer heads or neurons in every block; fill in the report.
+
+    With `examples`, the loss is that of the written model, loaded again, on those held out.
+    """
+    with ExitStack() as opened:
+        with report.phase("check"):
+            plan = plan_shrink(
+                opened, model, recipe, max_shard_bytes, examples is not None, trust_remote_code
+            )
+            check_output(out, [plan.top], overwrite, plan.layout.nbytes)
+        report.summary = _summary(plan, trust_remote_code)
+        if dry_run:
+            report.status = "dry-run"
+            report.tensors = _rows(plan, None)
+            report.summary |= {"bytes_to_write": plan.layout.nbytes, "free_bytes": free_bytes(out)}
+            return report
+        trial = None
+        if examples is not None:
+            with report.phase("open"):
+                joins = [block.join.name for block in plan.units.blocks]
+                trial = open_trial(
+                    opened, model, examples.task, examples.options, joins,
+                    Settings(labels=examples.labels), examples.held_out, device, trust_remote_code,
+                    not allow_nonfinite,
+                )  # fmt: skip
+        with report.phase("prune"):
+            outcome = _run(plan, trial, seed, track)
+        trained: Mapping[str, Tensor] = {}
+        recovery = None
+        if examples is not None and trial is not None and examples.recover_steps:
+            with report.phase("recover"):
+                recovery = _recover(plan, outcome, trial, examples, track)
+            trained = trial.parameters
+        total = plan.layout.parameters
+        with staged(out, overwrite) as folder:
+            with report.phase("write"), track("Writing", total, "weights") as advance:
+                digests = write_shrunk(
+                    plan, outcome, trained, folder, allow_nonfinite=allow_nonfinite, advance=advance
+                )
+            report.tensors = _rows(plan, outcome)
+            if trial is not None:
+                with report.phase("measure"):
+                    after = _loss_of_output(plan, trial, folder, device, trust_remote_code)
+                _measured(report, outcome, trial, after, recovery)
+            else:
+                report.warnings.append(UNMEASURED)
+            report.inputs = _inputs(plan, model, examples)
+            report.output = _output(plan, digests)
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _run(plan: ShrinkPlan, trial: Trial | None, seed: int, track: Track) -> Outcome:
+    if trial is None:
+        return run_shrink(plan, None, None, seed)
+    count = len(trial.calibration.texts.examples) if plan.recipe.needs_data else 0
+    with track("Estimating", count, "examples") as advance:
+        return run_shrink(plan, trial.calibration, trial.loss, seed, advance)
+
+
+def _recover(
+    plan: ShrinkPlan, outcome: Outcome, trial: Trial, examples: Examples, track: Track
+) -> dict[str, Any]:
+    """Train what stays, with what is left out silent behind the joining layers."""
+    loaded = trial.calibration
+    put(plan, loaded, outcome.kept, outcome.joining)
+    masks = []
+    for block in plan.units.blocks:
+        parameter = loaded.parameters[block.join.name]
+        mask = torch.zeros_like(parameter, dtype=torch.bool)
+        kept = features_of(outcome.kept[block.join.name], block.join.features).to(mask.device)
+        masks.append((parameter, mask.index_fill_(block.join.dimension, kept, True)))
+    steps = examples.recover_steps
+    with track("Recovering", steps, "steps") as advance:
+        done = recover(
+            loaded.model,
+            loaded.subject.task,
+            loaded.texts,
+            steps=steps,
+            learning_rate=examples.learning_rate,
+            masks=masks,
+            seed=loaded.subject.data.seed,
+            advance=advance,
+        )
+    return {**asdict(done), "held_out_loss": trial.loss()}
+
+
+def _loss_of_output(
+    plan: ShrinkPlan, trial: Trial, folder: Path, device: str, trust_remote_code: bool
+) -> float:
+    held, subject = trial.held_out, trial.held_out.subject
+    with open_checkpoint(folder / plan.checkpoint.folder.relative_to(plan.top)) as written:
+        small = load_model(written, subject.task, device, trust_remote_code, subject.data.scale)
+    return loss_of(replace(held, model=small))
+
+
+def _measured(
+    report: Report, outcome: Outcome, trial: Trial, after: float, recovery: dict[str, Any] | None
+) -> None:
+    before = outcome.losses["dense"]
+    report.summary |= {
+        "compensate": outcome.compensate,
+        "loss_before": before,
+        "loss_after": after,
+        "loss_change": after - before,
+    }
+    texts, subject = trial.calibration.texts, trial.calibration.subject
+    about = {"labels": trial.calibration.labels, "seed": subject.data.seed}
+    report.calibration = texts.describe() | about
+    report.evaluation = {
+        "held_out_examples": len(trial.held_out.texts.examples),
+        "losses": outcome.losses,
+        "recovery": recovery,
+    }
+    report.warnings += trial.calibration.warnings
+
+
+def _summary(plan: ShrinkPlan, trust_remote_code: bool) -> dict[str, Any]:
+    """Sizes before and after; multiplications are those of the layers inside the blocks."""
+    checkpoint, recipe = plan.checkpoint, plan.recipe
+    shapes = plan.units.shapes(checkpoint, plan.kept)
+    infos = [checkpoint.info(info.name) for shard in plan.layout.shards for info in shard.tensors]
+    small = [replace(info, shape=shapes.get(info.name, info.shape)) for info in infos]
+    layers = layers_of(checkpoint, trust_remote_code)
+    inside = {
+        name for name, layer in layers.items() if layer.in_block and layer.kind != "embedding"
+    }
+    found: dict[str, Any] = {
+        "method": recipe.method,
+        "pattern": recipe.pattern,
+        "sparsity": 1 - plan.kept / plan.units.number,
+        "blocks": len(plan.units.blocks),
+        "units": plan.units.number,
+        "kept": plan.kept,
+        "config": plan.units.changes(plan.kept),
+    }
+    for when, tensors in (("before", infos), ("after", small)):
+        found |= {
+            f"parameters_{when}": sum(info.elements for info in tensors),
+            f"bytes_{when}": sum(info.nbytes for info in tensors),
+            f"multiplications_per_token_{when}": sum(
+                info.elements for info in tensors if info.name in inside
+            ),
+        }
+    return found
+
+
+def _rows(plan: ShrinkPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
+    """A row for every tensor that is written."""
+    cut = plan.units.shapes(plan.checkpoint, plan.kept)
+    figures = {} if outcome is None else outcome.figures
+    rows = []
+    for shard in plan.layout.shards:
+        for info in shard.tensors:
+            row = {"name": info.name, "shape": list(info.shape), "dtype": info.dtype}
+            if info.name in cut:
+                before = list(plan.checkpoint.info(info.name).shape)
+                row |= {"action": "prune", "shape_before": before, **figures.get(info.name, {})}
+            else:
+                row |= {"action": "keep"}
+            rows.append(row)
+    return rows
+
+
+def _inputs(plan: ShrinkPlan, model: str, examples: Examples | None) -> list[Files]:
+    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    return found + ([] if examples is None else data_files(examples.options.data))
+
+
+def _output(plan: ShrinkPlan, digests: list[FileDigest]) -> Output:
+    first = next(iter(plan.companions.values()))
+    return Output(
+        list(map(asdict, digests)),
+        plan.layout.nbytes,
+        plan.layout.parameters,
+        dtype_of(plan.layout),
+        list(first.copied),
+        list(first.left_out),
+    )

@@ -1,0 +1,71 @@
+"""Write a shrunk checkpoint: tensors cut to the units that stay, config.json that says so."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fishertool.checkpoint.companions import copy_from_folders, write_config
+from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, torch_name
+from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.errors import InputError
+from fishertool.models.units import Cut
+from fishertool.progress import Advance
+from fishertool.pruning.parts.units import features_of
+from fishertool.surgery.shrink import Outcome
+from fishertool.surgery.shrink_plan import ShrinkPlan
+
+
+def write_shrunk(
+    plan: ShrinkPlan,
+    outcome: Outcome,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    allow_nonfinite: bool = False,
+    advance: Advance = lambda weights: None,
+) -> list[FileDigest]:
+    """Write every tensor into `folder`, whole or cut, with config and companions; `trained` ones
+    as they are now, of the checkpoint's shapes.
+
+    Raises InputError naming a tensor with NaN or Inf.
+    """
+    checkpoint = plan.checkpoint
+    place = folder / checkpoint.folder.relative_to(plan.top)
+    place.mkdir(parents=True, exist_ok=True)
+    cuts = {
+        cut.name: (cut, outcome.kept[block.join.name])
+        for block in plan.units.blocks
+        for cut in (block.join, *block.read)
+    }
+    with CheckpointWriter(place, plan.layout) as writer:
+        for shard in plan.layout.shards:
+            for info in shard.tensors:
+                if info.name in outcome.joining and not trained:
+                    new = outcome.joining[info.name]
+                    values = new.T if plan.units.turned else new
+                else:
+                    source = trained if info.name in trained else checkpoint
+                    values = source[info.name].detach().cpu()
+                    if info.name in cuts:
+                        values = _cut(values, *cuts[info.name])
+                values = values.to(TORCH[info.dtype])
+                floating = info.dtype in FLOATING
+                if floating and not allow_nonfinite and not bool(values.float().isfinite().all()):
+                    raise InputError(
+                        f"{checkpoint.where(info.name)}: has NaN or Inf; repair it, or go on with "
+                        "--allow-nonfinite"
+                    )
+                writer.write(info.name, values.contiguous())
+                advance(info.elements)
+        digests = writer.finish()
+    dtype = torch_name(checkpoint.info(plan.units.blocks[0].join.name).dtype)
+    write_config(checkpoint.folder, place, dtype, plan.units.changes(plan.kept))
+    copy_from_folders(plan.top, checkpoint.folder, plan.companions, folder)
+    return digests
+
+
+def _cut(values: Tensor, cut: Cut, kept: Tensor) -> Tensor:
+    return torch.index_select(values, cut.dimension, features_of(kept, cut.features))

