@@ -240,10 +240,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 make(Path(temporary), seed)
                 results.append(compare(Path(temporary), score))
-        found[task] = results
+            found[task] = results
+            if options.json:  # after every seed: a run takes long
+                options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"{task}: {score}, {len(results)} seeds\n\n{table(results, score)}\n", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
