@@ -19,7 +19,7 @@ def kronecker(
     kroneckers: Sequence[Kronecker],
     *,
     normalization: Literal["mean", "l2", "none"] = "mean",
-    damping: float = 1e-3,
+    damping: float = 1.0,
     iterations: int = 30,
     tolerance: float = 1e-4,
 ) -> Tensor:
@@ -31,7 +31,9 @@ def kronecker(
     c_i       the weights, over the model's whole Fisher in one number: its mean, its L2 norm, or
               1 (`normalization`)
     d         `damping` times the mean diagonal of sum_i c_i B_i kron A_i. Directions in which no
-              model has curvature are those of the weighted average M.
+              model has curvature are those of the weighted average M. Factors from a few hundred
+              examples say little of most directions: with `damping` 0.001 a small language model
+              came out worse than the average, with 1 better.
 
     Begins at M and ends after `iterations`, or where the residual is `tolerance` of what it was.
     Steps are preconditioned by the Kronecker product of the average factors: ten do more than

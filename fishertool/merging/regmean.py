@@ -14,7 +14,7 @@ def regmean(
     activations: Sequence[Tensor],
     *,
     alpha: float = 0.9,
-    damping: float = 1e-6,
+    damping: float = 1.0,
     normalization: Literal["mean", "none"] = "none",
 ) -> Tensor:
     """The linear layer whose outputs are nearest to every model's, on that model's inputs.
@@ -26,7 +26,8 @@ def regmean(
          lengths, a token counts alike in all, not an example. With `normalization` mean, A_i is
          divided by the mean of its diagonal, so that models of larger activations do not prevail.
     d    `damping` times the mean of the diagonal of sum_i c_i G_i. Directions in which no model
-         has inputs are those of the weighted average M; without damping too.
+         has inputs are those of the weighted average M; without damping too. The paper has none;
+         with moments of a few hundred examples 1 did better than 0.01 on a small language model.
 
     Shapes: models and result [out, in], activations [in, in]. Raises ZeroDivisionError where the
     weights sum to zero. Source: Jin et al. 2023, arXiv 2212.09849, whose W is [in, out].
