@@ -143,6 +143,7 @@ def whole_piece(matrix: Matrix) -> Piece:
 def kept_share(singular_values: Tensor, rank: int) -> float:
     """Of the sum of squares, by the first of them.
 
+    >>> import torch
     >>> kept_share(torch.tensor([3.0, 4.0]), 1)
     0.36
     """
