@@ -1,5 +1,8 @@
 """`fishertool merge --config RECIPE`: slices, gradients, filters, against tensors put together."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,15 @@ def test_random_methods_give_the_same_bytes_at_any_thread_count(
         assert cli("merge", *models[:2], *flags, *more).code == 0
     files = [(tmp_path / out / "model.safetensors").read_bytes() for out in "opq"]
     assert files[0] == files[1] != files[2]
+
+
+def test_the_seed_of_hashes_has_no_influence(make_model: ModelMaker, tmp_path: Path) -> None:
+    models = [str(make_model(name, "llama", seed)) for seed, name in enumerate("abc")]
+    files = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        command = [sys.executable, "-m", "fishertool", "merge", *models[:2], "--base", models[2]]
+        command += ["--method", "dare-ties", "--set", "density=0.5", "--out", str(out), "-q"]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        files.append({p.name: p.read_bytes() for p in out.iterdir() if "report" not in p.name})
+    assert files[0] == files[1]
