@@ -166,6 +166,33 @@ def test_base_anchors_what_nobody_knows(
     assert not torch.allclose(results["0.001"][unseen][1], original[unseen][1])
 
 
+def test_trim_is_the_setting_of_that_name_and_needs_a_base(
+    cli: Cli,
+    make_model: ModelMaker,
+    pair: tuple[Path, Path],
+    sidecars: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    flags = ("--method", "fisher", "--fisher", sidecars[0], "--fisher", sidecars[1], "-q")
+    based = (*flags, "--base", make_model("base", seed=3))
+    for out, more in (("all", ()), ("flag", ("--trim", 0.2)), ("set", ("--set", "trim=0.2"))):
+        assert cli("merge", *pair, *based, *more, "--out", out).code == 0
+    whole, flag, named = (files_of(tmp_path / out) for out in ("all", "flag", "set"))
+    assert flag == named != whole
+    refused = cli("merge", *pair, *flags, "--trim", 0.2, "--out", "no")
+    assert (refused.code, "needs a base" in refused.err) == (2, True)
+
+
+def test_the_output_has_the_dtype_of_the_flag(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert cli("merge", *pair, "--dtype", "bfloat16", "--out", "o", "-q").code == 0
+    first, second = map(weights_of, pair)
+    for name, value in weights_of(tmp_path / "o").items():
+        exact = (0.5 * first[name].double() + 0.5 * second[name].double()).to(torch.bfloat16)
+        assert torch.equal(value, exact)
+
+
 def test_power_changes_the_weighting(
     cli: Cli, pair: tuple[Path, Path], sidecars: tuple[Path, Path], tmp_path: Path
 ) -> None:
