@@ -134,7 +134,8 @@ def test_signals_leave_nothing_behind(
     """The child stops in the middle of the writing, by a signal that it sends itself."""
     first, second = make_model("a", seed=1), make_model("b", seed=2)
     script = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # off in a background job
         "from fishertool.checkpoint.writer import CheckpointWriter as W\n"
         "from fishertool.cli import main\n"
         "write = W.write\n"
