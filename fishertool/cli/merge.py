@@ -1,8 +1,7 @@
 """`fishertool merge`."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,23 +29,16 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
-    flag_name,
     importing,
-    load_config,
-    number,
     option,
-    pairs,
     thread_count,
 )
+from fishertool.cli.merge_recipe import load_recipe_or_config, recipe_of, weights_of
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 from fishertool.registry import find_method, method_names
 
 MERGE_METHODS = "fishertool.merging"
-SAID_BY_A_RECIPE = (
-    "models", "method", "fisher", "base", "anchor", "power", "preset", "settings", "head",
-    "tokenizer", "include", "exclude",
-)  # fmt: skip
 
 
 def _list_methods(show: bool) -> None:
@@ -58,17 +50,6 @@ def _list_methods(show: bool) -> None:
         for setting, default in found.settings.items():
             print(f"    --set {setting.removesuffix('_')}={default}")
     raise typer.Exit
-
-
-def _load(context: typer.Context, path: Path | None) -> Path | None:
-    """A recipe is read later; a file of flags gives their defaults."""
-    if path is not None:
-        from fishertool.recipe.document import read_document
-        from fishertool.recipe.schema import is_recipe
-
-        if not is_recipe(read_document(path)):
-            load_config(context, path)
-    return path
 
 
 @app.command()
@@ -86,7 +67,7 @@ def merge(
         option(
             "--config",
             is_eager=True,
-            callback=_load,
+            callback=load_recipe_or_config,
             help="A recipe, as mergekit's or with what is ours; or flag names as keys.",
         ),
     ] = None,
@@ -199,8 +180,8 @@ def merge(
     """
     from fishertool.calibration import DataOptions
 
-    given = _weights(weights)
-    recipe = _recipe(context, config, given)
+    given = weights_of(weights)
+    recipe = recipe_of(context, config, given)
     if print_config:
         from fishertool.recipe.inputs import normalised
         from fishertool.recipe.write import to_yaml
@@ -239,68 +220,3 @@ def merge(
         track=track_on_stderr(quiet),
     )
     finish(report, as_json, quiet, report_file)
-
-
-def _weights(given: str | None) -> list[float] | str | None:
-    if given is None or given in ("optimal", "optimal-free"):
-        return given
-    weights = [number("--weights", item) for item in given.split(",")]
-    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        raise UsageError("--weights must be at least 0, and not all 0")
-    return weights
-
-
-def _recipe(context: typer.Context, config: Path | None, weights: list[float] | str | None) -> Any:
-    """What is to be merged: the file's recipe, or one of the flags."""
-    from fishertool.recipe.document import Value, read_document
-    from fishertool.recipe.flags import from_flags
-    from fishertool.recipe.schema import DTYPES, is_recipe, parse_recipe
-
-    flags = context.params
-    content = None if config is None else read_document(config)
-    if is_recipe(content):
-        _refuse_flags_of_a_recipe(context, config)
-        recipe = parse_recipe(content, str(config))
-        if _is_given(context, "seed"):
-            recipe = replace(recipe, seed=flags["seed"])
-    else:
-        recipe = from_flags(
-            flags["models"] or [],
-            flags["method"],
-            weights=None if isinstance(weights, str) else weights,
-            fisher=flags["fisher"] or [],
-            base=flags["base"],
-            head=flags["head"],
-            settings=_settings(flags),
-            preset=flags["preset"],
-            tokenizer=flags["tokenizer"],
-            include=flags["include"] or [],
-            exclude=flags["exclude"] or [],
-            seed=flags["seed"],
-        )
-    if flags["dtype"] is not None:
-        dtype = Value(flags["dtype"], "--dtype").word(DTYPES)
-        recipe = replace(recipe, dtype=dtype)
-    return recipe
-
-
-def _settings(flags: dict[str, Any]) -> dict[str, Any]:
-    chosen: dict[str, Any] = dict(pairs("--set", flags["settings"]))
-    for name in ("anchor", "power", "trim"):
-        if flags[name] is not None:
-            if name in chosen:
-                raise UsageError(f"--{name} and --set {name} say it twice")
-            chosen[name] = flags[name]
-    return chosen
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
-
-
-def _refuse_flags_of_a_recipe(context: typer.Context, config: Path | None) -> None:
-    for parameter in context.command.params:
-        if parameter.name in SAID_BY_A_RECIPE and _is_given(context, parameter.name):
-            raise UsageError(
-                f"{flag_name(parameter)}: the recipe {config} says what is merged; change it there"
-            )
