@@ -67,6 +67,8 @@ ONLY_IN = {
     "transformers": {"models"},
     "datasets": {"calibration"},
     "huggingface_hub": {"hub", "calibration"},
+    "botorch": {"searching"},
+    "gpytorch": {"searching"},
 }
 WITHOUT_TORCH = {
     "__init__",

@@ -1,0 +1,45 @@
+"""Weak-to-strong recombination: candidates take over coordinates of strong configurations."""
+
+import torch
+from torch import Tensor
+
+from fishertool.searching.pareto import contributions, fronts, reference_of
+
+STRONG = 5
+F = 0.5
+CR = 0.5
+
+
+def strongest(values: Tensor, count: int = STRONG) -> Tensor:
+    """Indices of the best points: by front, and within one by hypervolume contribution.
+
+    values [point, objective], maximised -> [min(count, point)], best first; of equal ones the
+    earlier first.
+    """
+    ranks = fronts(values)
+    order: list[int] = []
+    for rank in range(int(ranks.max()) + 1):
+        front = (ranks == rank).nonzero().flatten()
+        shares = contributions(values[front], reference_of(values[front]))
+        order += front[shares.argsort(descending=True, stable=True)].tolist()
+    return torch.tensor(order[:count])
+
+
+def recombine(candidates: Tensor, strong: Tensor, generator: torch.Generator) -> Tensor:
+    """One offspring a candidate: v = a + F (b - c), crossed with the candidate, in the cube.
+
+    a, b and c are drawn without replacement from the strong configurations (with it where there
+    are fewer than three). Each coordinate is v's with probability CR and the candidate's
+    otherwise, one of them v's for certain: differential evolution rand/1/bin (Storn and Price
+    1997) with F = CR = 0.5, as in MM-MO (Zhang et al. 2024, arXiv 2407.00487).
+
+    candidates [candidate, dimension], strong [configuration, dimension] -> as candidates.
+    """
+    count, dimensions = candidates.shape
+    odds = torch.ones(count, len(strong), dtype=torch.float64)
+    triples = torch.multinomial(odds, 3, replacement=len(strong) < 3, generator=generator)
+    a, b, c = strong[triples].unbind(1)
+    mutant = (a + F * (b - c)).clamp(0, 1)
+    crossed = torch.rand(count, dimensions, dtype=torch.float64, generator=generator) < CR
+    certain = torch.randint(dimensions, (count, 1), generator=generator)
+    return torch.where(crossed.scatter(1, certain, True), mutant, candidates)
