@@ -18,6 +18,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     factorize,
     merge,
     prune,
+    search,
 )
 from fishertool.cli.app import app
 from fishertool.errors import FishertoolError, UsageError

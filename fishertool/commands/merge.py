@@ -137,10 +137,10 @@ def _write(
             report.summary |= {"parameters": lora.parameters, "bytes": report.output.bytes}
             return
         written = write_merge(plan, folder, threads, advance)
-    told = {name: {"predicted_loss": found} for name, found in written.predicted.items()}
+    told = {name: {"predicted_loss": found} for name, found in written.passed.predicted.items()}
     report.tensors = merge_report.rows(plan, told if predict else {})
     report.output = merge_report.checkpoint_output(plan, written)
-    report.summary["predicted_loss"] = written.predicted_loss
+    report.summary["predicted_loss"] = written.passed.predicted_loss
 
 
 def _with_optimal_weights(

@@ -37,6 +37,17 @@ OF_TWO = ("kl", "top1_agreement", "mean_cosine")
 MEASURED = ("sequence-classification", "token-classification", "causal-lm", "embedding")
 
 
+def metrics_of(task: Task, options: DataOptions) -> tuple[str, ...]:
+    """The metrics of one model that `measure` gives, its loss or main one first."""
+    if task.name == "embedding":
+        return (
+            ("sts_spearman",) if options.score_column is not None else ("loss", "ndcg_at_10", "mrr")
+        )
+    if task.has_labels:
+        return ("loss", "accuracy", "macro_f1")
+    return ("loss", "perplexity", "bits_per_byte")
+
+
 def form_of(task: Task, options: DataOptions) -> Form:
     """What the data look like by which the task is measured."""
     pairs = task.name == "embedding" and options.score_column is not None

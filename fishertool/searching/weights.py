@@ -10,18 +10,20 @@ from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
 from fishertool.evaluation.correlation import spearman
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, load, measure, prepare
+from fishertool.evaluation.measure import (
+    HIGHER_IS_BETTER,
+    check_measured,
+    load,
+    measure,
+    metrics_of,
+    prepare,
+)
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
 from fishertool.registry import suggest
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
-
-OFFERED = {
-    "causal-lm": ("loss", "perplexity", "bits_per_byte"),
-    "embedding": ("loss", "ndcg_at_10", "mrr"),
-}
 
 
 class Judge:
@@ -48,7 +50,7 @@ class Judge:
         self.data = load(self.task, options, loaded)
         self._prepared = prepare(self.task, self.data)
         self.metric = metric or ("accuracy" if self.task.has_labels else "loss")
-        offered = OFFERED.get(self.task.name, ("loss", "accuracy", "macro_f1"))
+        offered = metrics_of(self.task, options)
         if self.metric not in offered:
             raise UsageError(f"--metric {suggest(self.metric, offered)}")
 
@@ -79,8 +81,8 @@ def search_weights(
         scratch.mkdir()
         written = write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
         row = {"weights": weights, **judge.measure(scratch)}
-        if written.predicted_loss is not None:
-            row["predicted_loss"] = written.predicted_loss
+        if written.passed.predicted_loss is not None:
+            row["predicted_loss"] = written.passed.predicted_loss
         rows.append(row)
         shutil.rmtree(scratch)
         advance(1)

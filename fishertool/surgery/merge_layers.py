@@ -96,7 +96,7 @@ def arrange_slices(
     ]
     end = [Place(name, len(slices) - 1, 0.0, (name,) * len(slices[-1])) for name in after]
     source = slices[0][0][0]
-    changes = config_of_layers(source.config(), _depth(source), layers)
+    changes = config_of_layers(source.config(), layer_count(source), layers)
     return Arrangement([*before, *places, *end], changes)
 
 
@@ -145,12 +145,13 @@ def _check_runs(
             raise InputError(
                 f"{source.folder}: its layers are {_stack(source)}*, the others' {stack}*"
             )
-        depth = _depth(source)
+        depth = layer_count(source)
         if start < 0 or stop > depth:
             raise UsageError(
                 f"slices[{number}]: layers {start} to {stop} of {source.folder}, which has {depth}"
             )
 
 
-def _depth(source: TensorSource) -> int:
-    return 1 + max(layer[1] for layer in map(layer_of, source) if layer is not None)
+def layer_count(source: TensorSource) -> int:
+    """Layers of a model, of the longest stack; 0 where no layer is numbered."""
+    return max((layer[1] + 1 for layer in map(layer_of, source) if layer is not None), default=0)

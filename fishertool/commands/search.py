@@ -1,0 +1,293 @@
+"""`fishertool search`: the merges that no other merge beats in every objective."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fishertool.checkpoint.layout import parse_size
+from fishertool.checkpoint.staging import REPORT_FILE, check_output, staged
+from fishertool.errors import OutputExistsError, UsageError
+from fishertool.models.loading import check_device
+from fishertool.models.sources import open_source
+from fishertool.progress import Track, silent
+from fishertool.recipe.document import Value, read_document
+from fishertool.recipe.space import Space, middle, read_space, split_search
+from fishertool.recipe.write import to_yaml
+from fishertool.report import Report, data_files, environment, options_of
+from fishertool.searching.evaluator import Evaluator, Running
+from fishertool.searching.objectives import Objective, read_objectives
+from fishertool.surgery import merge_report
+from fishertool.surgery.merge_layers import layer_count
+from fishertool.surgery.merge_plan import MergePlan
+from fishertool.surgery.merge_write import write_merge
+
+if TYPE_CHECKING:  # they need what is installed for a search alone
+    from fishertool.searching.samplers import Sampling
+    from fishertool.searching.study import Search
+
+KNEE = "knee"
+PICKED = "picked"
+
+
+def search(
+    recipe: Path,
+    out: Path,
+    *,
+    sampler: str = "mmmo",
+    evaluations: int = 30,
+    startup: int = 10,
+    batch: int = 5,
+    without: Sequence[str] = (),
+    pick: str | None = None,
+    storage: str | None = None,
+    study: str | None = None,
+    worker: bool = False,
+    resume: bool = False,
+    scratch: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    track: Track = silent,
+) -> Report:
+    """Evaluate merges of a recipe with ranges, and write the front of the best ones to `out`.
+
+    Every evaluation is kept on the storage as soon as it is made, by default a journal in `out`:
+    a search that was stopped goes on with `resume`, and a `worker` in another process takes part.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("storage", "worker")}
+    report = Report("search", options_of(options), environment=environment(threads, device))
+    _check_installed()
+    from fishertool.searching.samplers import check_sampling, reachable
+
+    sampling = check_sampling(sampler, seed, evaluations, startup, batch, without)
+    device = check_device(device)
+    torch.set_num_threads(threads)
+    with report.phase("check"):
+        space, objectives, content = _read(recipe, seed)
+        wanted = _wanted(pick, objectives)
+        running = Running(
+            batch_size, threads, device, trust_remote_code, allow_nonfinite,
+            parse_size(max_shard_size), scratch or out / f".candidate-{os.getpid()}",
+            in_memory=scratch is None,
+        )  # fmt: skip
+        evaluator = Evaluator(space, objectives, running)
+        plan = _check_space(evaluator, sampling)
+        if not worker:
+            _check_out(out, plan, overwrite, resume)
+        data = evaluator.check(plan)
+    report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
+    if dry_run:
+        report.status = "dry-run"
+        report.summary |= merge_report.forecast(plan, threads, out)
+        return report
+    found = _open(
+        out, storage, study or out.resolve().name, content, space, objectives, sampling,
+        evaluator, join=worker, anew=overwrite and not resume,
+    )  # fmt: skip
+    evaluations = reachable(sampling, space.variables)
+    with report.phase("search"), track("Searching", evaluations, "merges") as advance:
+        from fishertool.searching.work import work
+
+        work(found, evaluator, evaluations, advance, wait=not worker, hopeless_after=startup)
+    front = _front(found, evaluator, objectives, plan, sampling)
+    report.summary |= {
+        "evaluations": len(front["trials"]),
+        "failed": sum(trial["state"] == "failed" for trial in front["trials"]),
+        "front": sum(trial["on_front"] for trial in front["trials"]),
+        "hypervolume": front["hypervolume"][-1] if front["hypervolume"] else None,
+    }
+    told = {name: front[name] for name in ("objectives", "reference", "correlation")}
+    report.evaluation = told | {"data": data}
+    if worker:
+        return report
+    with report.phase("write"):
+        if wanted is not None:
+            report.summary["picked"] = _pick(front, wanted, evaluator, objectives, out, threads)
+        report.inputs = merge_report.input_files(plan)
+        sources = dict.fromkeys(one.data.data for one in objectives if one.data)
+        report.inputs += [file for source in sources for file in data_files(source)]
+        _write(out, front, report)
+    return report
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("optuna", "botorch") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"search needs {' and '.join(missing)}; install them with pip install "
+            "'fishertool[search]'"
+        )
+
+
+def _read(recipe: Path, seed: int) -> tuple[Space, list[Objective], Any]:
+    content = read_document(recipe)
+    merge, listed = split_search(Value(content, str(recipe)))
+
+    def layers_of(model: str) -> int:
+        with open_source(model) as source:
+            return layer_count(source)
+
+    return read_space(merge, layers_of, seed), read_objectives(listed), content
+
+
+def _check_space(evaluator: Evaluator, sampling: "Sampling") -> MergePlan:
+    """Plan one merge of each method, so that what can be refused from headers is refused now."""
+    space = evaluator.space
+    point = {variable.name: middle(variable) for variable in space.variables}
+    for choice in space.methods.values():
+        with ExitStack() as opened:
+            plan = evaluator.plan(opened, point | choice)
+            if sampling.sampler == "mmmo-weights" and not plan.predicts:
+                raise UsageError(
+                    "--sampler mmmo-weights needs a fisher with a diagonal for each model of the "
+                    "recipe; mmmo does without"
+                )
+    return plan
+
+
+def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> None:
+    from fishertool.searching.study import JOURNAL
+
+    begun = (out / JOURNAL).is_file() and not (out / REPORT_FILE).is_file()
+    if resume and (begun or (out / REPORT_FILE).is_file()):
+        return
+    if begun and not overwrite:
+        raise OutputExistsError(
+            f"{out}: holds a search that was not finished; --resume goes on with it, --worker takes "
+            "part in it, --overwrite begins anew"
+        )
+    if not begun:
+        check_output(out, plan.folders, overwrite, plan.layout.nbytes)
+
+
+def _open(
+    out: Path,
+    storage: str | None,
+    name: str,
+    content: Any,
+    space: Space,
+    objectives: Sequence[Objective],
+    sampling: "Sampling",
+    evaluator: Evaluator,
+    *,
+    join: bool,
+    anew: bool,
+) -> "Search":
+    """The search on its storage, with the sampler that chooses what is tried."""
+    from fishertool.searching.samplers import make_sampler
+    from fishertool.searching.study import Search, forget, open_storage
+
+    if anew and out.is_dir():
+        shutil.rmtree(out)
+    opened = open_storage(storage, out)
+    if anew:
+        forget(opened, name)
+    told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(told.encode()).hexdigest()
+    found = Search(opened, name, space.variables, objectives, fingerprint, join=join)
+    signs = [one.sign for one in objectives]
+    found.study.sampler = make_sampler(sampling, space.variables, signs, evaluator.predict)
+    return found
+
+
+def _front(
+    found: "Search",
+    evaluator: Evaluator,
+    objectives: Sequence[Objective],
+    plan: MergePlan,
+    sampling: "Sampling",
+) -> dict[str, Any]:
+    from fishertool.searching.front import describe
+
+    models = [plan.inputs.references[number] for number in plan.inputs.models]
+    front = describe(
+        found.trials,
+        objectives,
+        [merge_report.public_reference(model) for model in models],
+        lambda point: to_yaml(evaluator.recipe(point)),
+    )
+    told = {"sampler": sampling.sampler, "seed": sampling.seed}
+    return front | told | {"evaluations": sampling.evaluations}
+
+
+def _wanted(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
+    """`knee`, or a weight for each objective."""
+    if pick is None or pick == KNEE:
+        return pick
+    names = [one.name for one in objectives]
+    weights = dict.fromkeys(names, 0.0)
+    for item in pick.split(","):
+        name, equals, text = item.rpartition("=")
+        if not equals or name.strip() not in names:
+            known = f"known: {', '.join(names)}"
+            raise UsageError(f"--pick {item!r}: write {KNEE}, or OBJECTIVE=WEIGHT,...; {known}")
+        try:
+            weights[name.strip()] = float(text)
+        except ValueError:
+            raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
+    return list(weights.values())
+
+
+def _pick(
+    front: Mapping[str, Any],
+    wanted: list[float] | str,
+    evaluator: Evaluator,
+    objectives: Sequence[Objective],
+    out: Path,
+    threads: int,
+) -> int:
+    """Write one merge of the front, and mark it."""
+    from fishertool.searching.pareto import chosen, knee
+
+    done = [trial for trial in front["trials"] if trial["state"] == "complete"]
+    signs = torch.tensor([one.sign for one in objectives])
+    values = torch.tensor([trial["values"] for trial in done], dtype=torch.float64) * signs
+    best = done[knee(values) if isinstance(wanted, str) else chosen(values, wanted)]
+    best["picked"] = True
+    report = Report("merge", {"recipe": best["recipe"]}, environment=environment(threads, "cpu"))
+    with ExitStack() as opened:
+        plan = evaluator.plan(opened, best["parameters"])
+        with staged(out / PICKED) as folder:
+            written = write_merge(plan, folder, threads, lambda _: None)
+            report.summary = merge_report.summary(plan)
+            report.tensors = merge_report.rows(plan, {})
+            report.inputs = merge_report.input_files(plan)
+            report.output = merge_report.checkpoint_output(plan, written)
+            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    number: int = best["number"]
+    return number
+
+
+def _write(out: Path, front: Mapping[str, Any], report: Report) -> None:
+    """The front, its recipes and its page; the report last, for it says that all is there."""
+    from fishertool.searching.page import front_page
+
+    with staged(out / "front") as folder:
+        for trial in front["trials"]:
+            if trial["on_front"]:
+                text = trial["recipe_text"]
+                (folder / Path(trial["recipe"]).name).write_text(text, encoding="utf-8")
+    _replace(out / "front.json", json.dumps(front, indent=2, allow_nan=False) + "\n")
+    _replace(out / "front.html", front_page(front))
+    _replace(out / REPORT_FILE, report.to_json())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is whole at every instant."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

@@ -1,0 +1,447 @@
+"""`fishertool search`: fronts of merges, resumed, shared among workers, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Cli, Estimate, ModelMaker
+from safetensors.torch import load_file
+
+optuna = pytest.importorskip("optuna")
+
+RANGE = {"low": 0.0, "high": 1.0}
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture
+def models(make_model: ModelMaker) -> list[Path]:
+    return [make_model(name, seed=seed, spread=0.2) for seed, name in enumerate(("base", "a", "b"))]
+
+
+@pytest.fixture
+def recipe(models: list[Path], data: Path, tmp_path: Path) -> Recipe:
+    """A search's file: a merge of `a` and `b` on `base`, with what a test changes in it."""
+
+    def write(**more: Any) -> Path:
+        own = {"weight": RANGE, "density": {"low": 0.2, "high": 1.0}}
+        content = {
+            "merge_method": "dare_ties",
+            "base_model": "base",
+            "models": [{"model": name, "parameters": dict(own)} for name in "ab"],
+            "objectives": [
+                {"metric": "accuracy", "data": "data.jsonl"},
+                {"metric": "distance"},
+            ],
+        } | more
+        path = tmp_path / "search.yml"
+        kept = {key: value for key, value in content.items() if value is not None}
+        path.write_text(yaml.safe_dump(kept), encoding="utf-8")
+        return path
+
+    return write
+
+
+def front_of(out: Path) -> dict[str, Any]:
+    front: dict[str, Any] = json.loads((out / "front.json").read_text())
+    return front
+
+
+def told(front: Mapping[str, Any]) -> list[Any]:
+    """What a search found, without the time it took."""
+    return [
+        [trial[key] for key in ("number", "state", "values", "parameters", "on_front")]
+        for trial in front["trials"]
+    ]
+
+
+@pytest.mark.parametrize("sampler", ["mmmo", "gp", "tpe", "nsga2", "random", "grid"])
+def test_a_search_finds_a_front_whose_recipes_rebuild_it(
+    cli: Cli, recipe: Recipe, sampler: str, tmp_path: Path
+) -> None:
+    flags = ["--sampler", sampler, "--evaluations", 8]
+    flags += [] if sampler in ("random", "grid") else ["--startup", 4]
+    result = cli("search", recipe(), "--out", "o", *flags, "--json", "-q")
+    assert result.code == 0, result.err
+    front = front_of(tmp_path / "o")
+    assert [trial["number"] for trial in front["trials"]] == list(range(8))
+    best = [trial for trial in front["trials"] if trial["on_front"]]
+    for trial in front["trials"]:
+        accuracy, distance = trial["values"]
+        beaten = any(
+            a >= accuracy and d <= distance and (a, d) != (accuracy, distance)
+            for a, d in (other["values"] for other in front["trials"])
+        )
+        assert trial["on_front"] != beaten or any(
+            other["values"] == trial["values"] for other in best
+        )
+    assert result.report["summary"]["front"] == len(best) >= 1
+    assert result.report["summary"]["hypervolume"] == front["hypervolume"][-1]
+    assert front["hypervolume"] == sorted(front["hypervolume"])
+
+    trial = best[0]
+    built = cli("merge", "--config", f"o/{trial['recipe']}", "--out", "built", "-q")
+    assert built.code == 0, built.err
+    measured = cli("evaluate", "built", "--data", "data.jsonl", "--json", "-q").report["summary"]
+    assert measured["accuracy"] == trial["values"][0]
+    merged, base = (load_file(f"{name}/model.safetensors") for name in ("built", "base"))
+    apart = sum(float((merged[name].double() - base[name]).abs().sum()) for name in base)
+    count = sum(tensor.numel() for tensor in base.values())
+    assert trial["values"][1] == pytest.approx(apart / count, rel=1e-6)
+
+
+def test_merges_in_memory_and_from_a_folder_measure_the_same(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 3, "-q"]
+    assert cli("search", recipe(), "--out", "memory", *flags).code == 0
+    assert cli("search", recipe(), "--out", "folder", *flags, "--scratch", "merged").code == 0
+    assert told(front_of(tmp_path / "memory")) == told(front_of(tmp_path / "folder"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("sampler", ["mmmo", "tpe", "nsga2", "gp"])
+def test_a_search_that_goes_on_finds_what_one_run_finds(
+    cli: Cli, recipe: Recipe, sampler: str, tmp_path: Path
+) -> None:
+    flags = ["--sampler", sampler, "--startup", 3, "-q"]
+    flags += ["--batch", 2, "--without", "screening"] if sampler == "mmmo" else []
+    assert cli("search", recipe(), "--out", "o", *flags, "--evaluations", 7).code == 0
+    for evaluations in (2, 4, 7):
+        resume = ["--resume"] if evaluations > 2 else []
+        more = ["--evaluations", evaluations, *resume]
+        assert cli("search", recipe(), "--out", "p", *flags, *more).code == 0
+    assert told(front_of(tmp_path / "o")) == told(front_of(tmp_path / "p"))
+
+
+@pytest.mark.parametrize("part", ["recombination", "screening", "sparsity"])
+def test_each_part_of_mmmo_can_be_left_out(
+    cli: Cli, recipe: Recipe, part: str, tmp_path: Path
+) -> None:
+    flags = ["--evaluations", 5, "--startup", 4, "--batch", 1, "-q"]
+    path = recipe(objectives=[{"metric": m, "data": "data.jsonl"} for m in ("loss", "accuracy")])
+    assert cli("search", path, "--out", "o", *flags).code == 0
+    assert cli("search", path, "--out", "p", *flags, "--without", part).code == 0
+    whole, less = (
+        [trial["parameters"] for trial in front_of(tmp_path / out)["trials"]] for out in "op"
+    )
+    assert whole[:4] == less[:4]
+    assert whole[4] != less[4]
+
+
+def test_a_batch_is_chosen_from_what_is_known_before_it(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--evaluations", 6, "--startup", 4, "--without", "screening", "-q"]
+    for batch in (1, 2):
+        out = f"o{batch}"
+        assert cli("search", recipe(), "--out", out, *flags, "--batch", batch).code == 0
+    one, two = (told(front_of(tmp_path / out)) for out in ("o1", "o2"))
+    assert [row[3] for row in one[:4]] == [row[3] for row in two[:4]]
+    assert one[5][3] != two[5][3]
+
+
+def test_predicted_losses_screen_and_are_held_against_what_was_measured(
+    cli: Cli, recipe: Recipe, estimated: Estimate, models: list[Path], tmp_path: Path
+) -> None:
+    sidecars = [estimated(model, "diagonal").name for model in models[1:]]
+    objectives = [
+        {"metric": "loss", "data": "data.jsonl"},
+        {"metric": "predicted_loss", "model": "a"},
+        {"metric": "predicted-loss", "name": "both"},
+    ]
+    given = [
+        {"model": name, "fisher": fisher, "parameters": {"weight": RANGE}}
+        for name, fisher in zip("ab", sidecars, strict=True)
+    ]
+    path = recipe(models=given, objectives=objectives)
+    flags = ["--evaluations", 5, "--startup", 3, "--batch", 1, "--json", "-q"]
+    result = cli("search", path, "--out", "o", "--sampler", "mmmo-weights", *flags)
+    assert result.code == 0, result.err
+    front = front_of(tmp_path / "o")
+    for trial in front["trials"]:
+        assert trial["values"][1] == trial["predicted_loss"][0]
+        assert trial["values"][2] == pytest.approx(sum(trial["predicted_loss"]))
+    pairs = {(row["objective"], row["model"]) for row in front["correlation"]}
+    assert pairs == {("loss of data", "a"), ("loss of data", "b")}
+    assert all(-1 <= row["spearman"] <= 1 for row in front["correlation"])
+
+    refused = cli("search", recipe(), "--out", "p", "--sampler", "mmmo-weights")
+    assert refused.code == 2
+    assert "mmmo-weights needs a fisher" in refused.err
+
+
+def test_methods_dtypes_and_layers_can_be_searched(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    given = [
+        {"model": "a", "parameters": {"weight": RANGE | {"groups": 2}}},
+        {
+            "model": "b",
+            "parameters": {
+                "weight": [
+                    {"filter": "attention", "value": RANGE | {"points": 2}},
+                    {"value": {"low": 0.1, "high": 1, "log": True}},
+                ],
+                "density": {"low": 0.25, "high": 1, "step": 0.25},
+            },
+        },
+    ]
+    given[0]["parameters"] |= {"density": 0.5}
+    path = recipe(
+        merge_method={"choices": ["linear", "ties", "task_arithmetic"]},
+        models=given,
+        dtype={"choices": ["float32", "bfloat16"]},
+        objectives=[{"metric": "loss", "data": "data.jsonl"}, {"metric": "size"}],
+    )
+    flags = ["--evaluations", 12, "--sampler", "tpe", "--startup", 8]
+    result = cli("search", path, "--out", "o", *flags, "-q")
+    assert result.code == 0, result.err
+    trials = front_of(tmp_path / "o")["trials"]
+    assert {trial["parameters"]["merge_method"] for trial in trials} >= {"linear", "ties"}
+    sizes = {trial["parameters"]["dtype"]: trial["values"][1] for trial in trials}
+    assert sizes["float32"] > 1.5 * sizes["bfloat16"]
+    densities = {trial["parameters"]["models[1].parameters.density"] for trial in trials}
+    assert densities <= {0.25, 0.5, 0.75, 1.0}
+    for trial in trials:
+        if trial["recipe"]:
+            built = yaml.safe_load((tmp_path / "o" / trial["recipe"]).read_text())
+            assert ("base_model" in built) == (built["merge_method"] != "linear")
+
+
+@pytest.mark.parametrize(("pick", "place"), [("knee", None), ("accuracy of data=1", 0)])
+def test_pick_writes_one_merge_of_the_front(
+    cli: Cli, recipe: Recipe, pick: str, place: int | None, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 6, "--json", "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    result = cli("search", recipe(), "--out", "o", *flags, "--resume", "--pick", pick)
+    assert result.code == 0, result.err
+    front = front_of(tmp_path / "o")
+    [picked] = [trial for trial in front["trials"] if trial["picked"]]
+    assert picked["number"] == result.report["summary"]["picked"]
+    if place is not None:
+        assert picked["values"][place] == max(t["values"][place] for t in front["trials"])
+    built = cli("merge", "--config", f"o/{picked['recipe']}", "--out", "built", "-q")
+    assert built.code == 0, built.err
+    files = [tmp_path / folder / "model.safetensors" for folder in ("built", "o/picked")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def start(out: Path, *flags: object, slow: float = 0.0) -> subprocess.Popen[str]:
+    """A search in a process of its own, whose every merge takes so many seconds longer."""
+    code = (
+        "import sys, time\n"
+        "from fishertool.searching import evaluator\n"
+        "merge = evaluator.Evaluator.evaluate\n"
+        "def slower(self, point):\n"
+        f"    time.sleep({slow})\n"
+        "    return merge(self, point)\n"
+        "evaluator.Evaluator.evaluate = slower\n"
+        "from fishertool.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    line = [sys.executable, "-c", code, "search", "search.yml", "--out", str(out), *map(str, flags)]
+    return subprocess.Popen(
+        [*line, "-q"], cwd=out.parent, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def wait_for_trials(out: Path, count: int) -> None:
+    """Until so many trials are begun."""
+    journal = out / "search.journal"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_text().count('"owner"') < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_search_goes_on_as_if_it_had_not_been(
+    cli: Cli, recipe: Recipe, how: signal.Signals, tmp_path: Path
+) -> None:
+    path = recipe()
+    flags = ["--evaluations", 7, "--startup", 4, "--sampler", "tpe", "-q"]
+    assert cli("search", path, "--out", "whole", *flags).code == 0
+    killed = start(tmp_path / "o", *flags[:-1], slow=1.0)
+    wait_for_trials(tmp_path / "o", 5)
+    killed.send_signal(how)
+    _, err = killed.communicate(timeout=60)
+    codes = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert killed.returncode == codes[how], err
+    assert not (tmp_path / "o" / "front.json").exists()
+    refused = cli("search", path, "--out", "o", *flags)
+    assert refused.code == 7
+    assert "--resume" in refused.err
+    result = cli("search", path, "--out", "o", *flags, "--resume")
+    assert result.code == 0, result.err
+    assert told(front_of(tmp_path / "o")) == told(front_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///trials.db"])
+def test_two_workers_lose_and_repeat_no_trial(
+    recipe: Recipe, url: str | None, tmp_path: Path
+) -> None:
+    recipe()
+    flags = ["--sampler", "random", "--evaluations", 12]
+    flags += ["--storage", url] if url else []
+    out = tmp_path / "o"
+    leader = start(out, *flags, slow=0.3)
+    if url:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "trials.db").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(3)
+    else:
+        wait_for_trials(out, 1)
+    worker = start(out, *flags, "--worker", slow=0.3)
+    for process in (worker, leader):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    front = front_of(out)
+    assert len(front["trials"]) == 12
+    points = [json.dumps(trial["parameters"], sort_keys=True) for trial in front["trials"]]
+    assert len(set(points)) == 12
+    [study] = optuna.get_all_study_names(url.replace("///", f"///{tmp_path}/")) if url else ["o"]
+    assert study == "o"
+
+
+def test_a_killed_workers_trial_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
+    recipe()
+    flags = ["--sampler", "random", "--evaluations", 6]
+    out = tmp_path / "o"
+    leader = start(out, *flags, slow=1.0)
+    wait_for_trials(out, 1)
+    worker = start(out, *flags, "--worker", slow=600)
+    wait_for_trials(out, 4)
+    deadline = time.monotonic() + 60
+    owners: set[int] = set()
+    while worker.pid not in owners:
+        lines = (out / "search.journal").read_text().splitlines()
+        owners = {json.loads(x)["user_attr"]["owner"]["pid"] for x in lines if '"owner"' in x}
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.communicate()
+    _, err = leader.communicate(timeout=120)
+    assert leader.returncode == 0, err
+    front = front_of(out)
+    assert [trial["state"] for trial in front["trials"]] == ["complete"] * 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objectives": None}, "needs objectives"),
+        ({"objectives": [{"metric": "acuracy", "data": "data.jsonl"}]}, "did you mean 'accuracy'?"),
+        ({"objectives": [{"metric": "accuracy"}]}, "needs data"),
+        ({"objectives": [{"metric": "perplexity", "data": "data.jsonl"}]}, "is not measured here"),
+        ({"objectives": [{"metric": "distance", "data": "data.jsonl"}]}, "is not measured on data"),
+        ({"objectives": [{"metric": "predicted_loss"}]}, "needs a fisher"),
+        ({"objectives": [{"metric": "size"}, {"metric": "size"}]}, "two objectives are called"),
+        ({"objectives": [{"metric": "size", "referense": 1}]}, "did you mean 'reference'?"),
+        ({"objectives": [{"metric": "size", "reference": 1}, {"metric": "distance"}]}, "to none"),
+        ({"objectives": [{"metric": "loss", "data": "no.jsonl"}]}, "no.jsonl"),
+        ({"seed": RANGE}, "a range can only stand in"),
+        ({"merge_method": {"low": 0, "high": 1}}, "choices of names"),
+        ({"merge_method": {"choices": ["ties", "tiess"]}}, "did you mean 'ties'?"),
+        ({"models": [{"model": "a"}, {"model": "b"}]}, "nothing to search"),
+        ({"parameters": {"lambda": {"low": 1, "high": 0}}}, "must be less than high"),
+        ({"parameters": {"lambda": {"low": 0, "high": 1, "log": True}}}, "must be above 0"),
+        ({"parameters": {"lambda": {"low": 0, "high": 1, "step": 2}}}, "step 2"),
+        ({"parameters": {"lambda": {"low": 0}}}, "a range needs high"),
+        ({"parameters": {"lambda": {"choices": [1]}}}, "two or more different"),
+        (
+            {"parameters": {"lambda": RANGE | {"groups": 50}}},
+            "50 groups of layers; the models have",
+        ),
+        ({"parameters": {"lamda": RANGE}}, "did you mean 'lambda'?"),
+    ],
+)
+def test_a_wrong_search_is_refused_in_one_line(
+    cli: Cli, recipe: Recipe, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    result = cli("search", recipe(**change), "--out", "o")
+    assert result.code in (2, 3), result.err
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler", "mmo"], "did you mean 'mmmo'?"),
+        (["--without", "screning"], "did you mean 'screening'?"),
+        (["--sampler", "tpe", "--without", "screening"], "leaves out parts of mmmo"),
+        (["--sampler", "tpe", "--batch", 3], "--batch is for mmmo"),
+        (["--sampler", "random", "--startup", 3], "--startup is for samplers"),
+        (["--pick", "knees"], "write knee, or OBJECTIVE=WEIGHT"),
+        (["--pick", "distance=much"], "is not a number"),
+        (["--worker"], "there is no search"),
+        (["--storage", "nothing://here"], "--storage: cannot be opened"),
+        (["--max-shard-size", "big"], "--max-shard-size"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(
+    cli: Cli, recipe: Recipe, flags: list[object], message: str, tmp_path: Path
+) -> None:
+    result = cli("search", recipe(), "--out", "o", *flags)
+    assert result.code in (2, 5), result.err
+    assert message in result.err
+    assert not (tmp_path / "o" / "front.json").exists()
+
+
+def test_a_search_with_other_settings_does_not_go_on(cli: Cli, recipe: Recipe) -> None:
+    flags = ["--sampler", "random", "--evaluations", 2, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    assert cli("search", recipe(), "--out", "o", *flags).code == 7
+    other = cli("search", recipe(), "--out", "o", *flags, "--resume", "--seed", 1)
+    assert other.code == 2
+    assert "is another one" in other.err
+    assert cli("search", recipe(), "--out", "o", *flags, "--overwrite", "--seed", 1).code == 0
+
+
+def test_a_merge_that_fails_is_recorded_and_the_search_goes_on(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    # A weight of some thousands does not fit float16, one below does.
+    given = [
+        {"model": name, "parameters": {"weight": {"low": 1.0, "high": 1e8, "log": True}}}
+        for name in "ab"
+    ]
+    path = recipe(merge_method="task_arithmetic", models=given, dtype="float16")
+    result = cli(
+        "search", path, "--out", "o", "--sampler", "random", "--evaluations", 8, "--json", "-q"
+    )
+    assert result.code == 0, result.err
+    trials = front_of(tmp_path / "o")["trials"]
+    failed = [trial for trial in trials if trial["state"] == "failed"]
+    assert 0 < len(failed) == result.report["summary"]["failed"] < 8
+    assert all("do not fit F16" in trial["error"] for trial in failed)
+    assert "do not fit F16" in (tmp_path / "o" / "front.html").read_text()
+
+
+def test_a_search_without_any_success_ends_with_the_reason(cli: Cli, recipe: Recipe) -> None:
+    given = [{"model": n, "parameters": {"weight": {"low": 1e8, "high": 1e9}}} for n in "ab"]
+    path = recipe(merge_method="task_arithmetic", models=given, dtype="float16")
+    result = cli("search", path, "--out", "o", "--evaluations", 8, "--startup", 3, "-q")
+    assert result.code == 3
+    assert "none of 3 merges could be measured; the first: " in result.err
+    assert "do not fit F16" in result.err
+
+
+def test_dry_run_checks_and_writes_nothing(cli: Cli, recipe: Recipe, tmp_path: Path) -> None:
+    result = cli("search", recipe(), "--out", "o", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert result.report["status"] == "dry-run"
+    assert result.report["summary"]["variables"] == 4
+    assert not (tmp_path / "o").exists()
