@@ -36,13 +36,14 @@ def stage(cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path) -> Calla
 def test_readme_has_a_command_for_every_verb() -> None:
     assert {shlex.split(command)[1] for command in COMMANDS} == {
         "estimate-fisher", "combine-fisher", "merge", "factorize", "densify", "prune", "evaluate",
+        "search",
     }  # fmt: skip
 
 
 def test_readme_commands_run_in_order(cli: Cli, stage: Callable[[], None]) -> None:
     stage()
     for command in COMMANDS:
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
         assert program == "fishertool"
         result = cli(*arguments)
         assert result.code == 0, f"{command}: {result.err}"

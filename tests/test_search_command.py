@@ -181,8 +181,8 @@ def test_predicted_losses_screen_and_are_held_against_what_was_measured(
 def test_methods_dtypes_and_layers_can_be_searched(
     cli: Cli, recipe: Recipe, tmp_path: Path
 ) -> None:
-    given = [
-        {"model": "a", "parameters": {"weight": RANGE | {"groups": 2}}},
+    given: list[dict[str, Any]] = [
+        {"model": "a", "parameters": {"weight": RANGE | {"groups": 2}, "density": 0.5}},
         {
             "model": "b",
             "parameters": {
@@ -194,7 +194,6 @@ def test_methods_dtypes_and_layers_can_be_searched(
             },
         },
     ]
-    given[0]["parameters"] |= {"density": 0.5}
     path = recipe(
         merge_method={"choices": ["linear", "ties", "task_arithmetic"]},
         models=given,

@@ -304,8 +304,9 @@ class MmmoSampler(WholePoints):
 
     def _drawn(self, count: int) -> Tensor:
         seed = _mixed(self._sampling.seed, 0)
-        sobol = SobolEngine(width(self.variables), scramble=True, seed=seed)
-        return sobol.draw(count, dtype=torch.float64)
+        sobol: Any = SobolEngine
+        drawn: Tensor = sobol(width(self.variables), True, seed).draw(count, dtype=torch.float64)
+        return drawn
 
     def _encoded(self, trials: Sequence[FrozenTrial]) -> Tensor:
         rows = [encode(self.variables, point_of(trial)) for trial in trials if point_of(trial)]
