@@ -89,7 +89,10 @@ def test_middle(variable: Variable, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        ({"low": 1, "high": 1}, "f.yml: models[0].parameters.weight: low 1 must be less than high 1"),
+        (
+            {"low": 1, "high": 1},
+            "f.yml: models[0].parameters.weight: low 1 must be less than high 1",
+        ),
         ({"low": 0, "high": float("inf")}, "not a finite number"),
         ({"low": 0, "high": True}, "not a finite number"),
         ({"low": 0, "high": 1, "step": 0}, "step 0"),

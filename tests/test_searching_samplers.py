@@ -1,5 +1,6 @@
 """Points as vectors, grids, and screening by predicted losses."""
 
+import itertools
 import math
 from typing import Any
 
@@ -75,5 +76,5 @@ def test_what_is_taken_first_spreads_over_the_front() -> None:
     assert all(index >= 21 for index in taken)
     assert len(set(taken)) == 5
     places = sorted(index - 21 for index in taken)
-    assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 9
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 9
     assert most_gained(front[:2], 5) in ([0, 1], [1, 0])
