@@ -76,51 +76,47 @@ def search(
     sampling = check_sampling(sampler, seed, evaluations, startup, batch, without)
     device = check_device(device)
     torch.set_num_threads(threads)
-    with report.phase("check"):
-        space, objectives, content = _read(recipe, seed)
-        wanted = _wanted(pick, objectives)
-        running = Running(
-            batch_size, threads, device, trust_remote_code, allow_nonfinite,
-            parse_size(max_shard_size), scratch or out / f".candidate-{os.getpid()}",
-            in_memory=scratch is None,
-        )  # fmt: skip
-        evaluator = Evaluator(space, objectives, running)
-        plan = _check_space(evaluator, sampling)
-        if not worker:
-            _check_out(out, plan, overwrite, resume)
-        data = evaluator.check(plan)
-    report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
-    if dry_run:
-        report.status = "dry-run"
-        report.summary |= merge_report.forecast(plan, threads, out)
-        return report
-    found = _open(
-        out, storage, study or out.resolve().name, content, space, objectives, sampling,
-        evaluator, join=worker, anew=overwrite and not resume,
+    running = Running(
+        batch_size, threads, device, trust_remote_code, allow_nonfinite,
+        parse_size(max_shard_size), scratch or out / f".candidate-{os.getpid()}",
+        in_memory=scratch is None,
     )  # fmt: skip
-    evaluations = reachable(sampling, space.variables)
-    with report.phase("search"), track("Searching", evaluations, "merges") as advance:
-        from fishertool.searching.work import work
+    with ExitStack() as opened:
+        with report.phase("check"):
+            space, objectives, content = _read(recipe, seed)
+            wanted = _wanted(pick, objectives)
+            evaluator = Evaluator(opened, space, objectives, running)
+            plan = _check_space(evaluator, sampling)
+            if not worker:
+                _check_out(out, plan, overwrite, resume)
+            data = evaluator.check(plan)
+        report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
+        if dry_run:
+            report.status = "dry-run"
+            report.summary |= merge_report.forecast(plan, threads, out)
+            return report
+        found = _open(
+            out, storage, study or out.resolve().name, content, space, objectives, sampling,
+            evaluator, join=worker, anew=overwrite and not resume,
+        )  # fmt: skip
+        evaluations = reachable(sampling, space.variables)
+        with report.phase("search"), track("Searching", evaluations, "merges") as advance:
+            from fishertool.searching.work import work
 
-        work(found, evaluator, evaluations, advance, wait=not worker, hopeless_after=startup)
-    front = _front(found, evaluator, objectives, plan, sampling)
-    report.summary |= {
-        "evaluations": len(front["trials"]),
-        "failed": sum(trial["state"] == "failed" for trial in front["trials"]),
-        "front": sum(trial["on_front"] for trial in front["trials"]),
-        "hypervolume": front["hypervolume"][-1] if front["hypervolume"] else None,
-    }
-    told = {name: front[name] for name in ("objectives", "reference", "correlation")}
-    report.evaluation = told | {"data": data}
-    if worker:
-        return report
-    with report.phase("write"):
-        if wanted is not None:
-            report.summary["picked"] = _pick(front, wanted, evaluator, objectives, out, threads)
-        report.inputs = merge_report.input_files(plan)
-        sources = dict.fromkeys(one.data.data for one in objectives if one.data)
-        report.inputs += [file for source in sources for file in data_files(source)]
-        _write(out, front, report)
+            work(found, evaluator, evaluations, advance, wait=not worker, hopeless_after=startup)
+        front = _front(found, evaluator, objectives, plan, sampling)
+        report.summary |= _summary(front)
+        told = {name: front[name] for name in ("objectives", "reference", "correlation")}
+        report.evaluation = told | {"data": data}
+        if worker:
+            return report
+        with report.phase("write"):
+            if wanted is not None:
+                report.summary["picked"] = _pick(front, wanted, evaluator, objectives, out, threads)
+            report.inputs = merge_report.input_files(plan)
+            sources = dict.fromkeys(one.data.data for one in objectives if one.data)
+            report.inputs += [file for source in sources for file in data_files(source)]
+            _write(out, front, report)
     return report
 
 
@@ -149,13 +145,12 @@ def _check_space(evaluator: Evaluator, sampling: "Sampling") -> MergePlan:
     space = evaluator.space
     point = {variable.name: middle(variable) for variable in space.variables}
     for choice in space.methods.values():
-        with ExitStack() as opened:
-            plan = evaluator.plan(opened, point | choice)
-            if sampling.sampler == "mmmo-weights" and not plan.predicts:
-                raise UsageError(
-                    "--sampler mmmo-weights needs a fisher with a diagonal for each model of the "
-                    "recipe; mmmo does without"
-                )
+        plan = evaluator.plan(point | choice)
+        if sampling.sampler == "mmmo-weights" and not plan.predicts:
+            raise UsageError(
+                "--sampler mmmo-weights needs a fisher with a diagonal for each model of the "
+                "recipe; mmmo does without"
+            )
     return plan
 
 
@@ -224,6 +219,16 @@ def _front(
     return front | told | {"evaluations": sampling.evaluations}
 
 
+def _summary(front: Mapping[str, Any]) -> dict[str, Any]:
+    trials = front["trials"]
+    return {
+        "evaluations": len(trials),
+        "failed": sum(trial["state"] == "failed" for trial in trials),
+        "front": sum(trial["on_front"] for trial in trials),
+        "hypervolume": front["hypervolume"][-1] if front["hypervolume"] else None,
+    }
+
+
 def _wanted(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
     """`knee`, or a weight for each objective."""
     if pick is None or pick == KNEE:
@@ -259,15 +264,14 @@ def _pick(
     best = done[knee(values) if isinstance(wanted, str) else chosen(values, wanted)]
     best["picked"] = True
     report = Report("merge", {"recipe": best["recipe"]}, environment=environment(threads, "cpu"))
-    with ExitStack() as opened:
-        plan = evaluator.plan(opened, best["parameters"])
-        with staged(out / PICKED) as folder:
-            written = write_merge(plan, folder, threads, lambda _: None)
-            report.summary = merge_report.summary(plan)
-            report.tensors = merge_report.rows(plan, {})
-            report.inputs = merge_report.input_files(plan)
-            report.output = merge_report.checkpoint_output(plan, written)
-            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    plan = evaluator.plan(best["parameters"])
+    with staged(out / PICKED) as folder:
+        written = write_merge(plan, folder, threads, lambda _: None)
+        report.summary = merge_report.summary(plan)
+        report.tensors = merge_report.rows(plan, {})
+        report.inputs = merge_report.input_files(plan)
+        report.output = merge_report.checkpoint_output(plan, written)
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     number: int = best["number"]
     return number
 

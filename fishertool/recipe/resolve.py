@@ -71,7 +71,7 @@ class Resolver:
     """
 
     def __init__(self, recipe: Recipe, method: Method) -> None:
-        self._where = recipe.where
+        self.recipe = recipe
         self._method = method
         self._known = {name.removesuffix("_"): name for name in method.settings}
         types = typing.get_type_hints(method.function)
@@ -215,7 +215,7 @@ class Resolver:
             raise self._error(str(error)) from None
 
     def _error(self, problem: str) -> UsageError:
-        return UsageError(f"{self._where}: {problem}" if self._where else problem)
+        return UsageError(f"{self.recipe.where}: {problem}" if self.recipe.where else problem)
 
 
 def _several(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.tasks import task_of
 from fishertool.recipe.inputs import normalised
+from fishertool.recipe.resolve import Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.settings import Scalar
 from fishertool.recipe.space import Space, fitting
@@ -58,12 +59,16 @@ class Running:
 
 
 class Evaluator:
-    """Measures the merges of a space; models, data and tokenizer are loaded once."""
+    """Measures the merges of a space; what they have in common is opened and loaded once."""
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], running: Running) -> None:
+    def __init__(
+        self, opened: ExitStack, space: Space, objectives: Sequence[Objective], running: Running
+    ) -> None:
         self.space, self.objectives, self._running = space, objectives, running
         self._methods = {name: find_method(METHODS, name) for name in space.methods}
         self._datasets = list(dict.fromkeys(one.data for one in objectives if one.data))
+        self._opened = opened
+        self._plans: dict[tuple[str, str | None], MergePlan] = {}
         self._loaded: Subject | None = None
 
     def recipe(self, point: Mapping[str, Scalar]) -> Recipe:
@@ -73,44 +78,52 @@ class Evaluator:
         others = {name: other for name, other in self._methods.items() if name != found.method}
         return normalised(fitting(found, method, others), method)
 
-    def plan(self, opened: ExitStack, point: Mapping[str, Scalar]) -> MergePlan:
-        """What the merge at a point will do, from headers. Raises FishertoolError for what cannot be."""
+    def plan(self, point: Mapping[str, Scalar]) -> MergePlan:
+        """What the merge at a point will do, from headers.
+
+        Points of one method and dtype share all but their settings. Raises FishertoolError for what
+        cannot be merged.
+        """
         recipe = self.recipe(point)
-        return plan_merge(
-            opened, recipe, find_method(METHODS, recipe.method),
-            self._running.max_shard_bytes, self._running.allow_nonfinite,
-        )  # fmt: skip
+        method = find_method(METHODS, recipe.method)
+        kind = method.name, recipe.dtype
+        if kind in self._plans:
+            return self._plans[kind].with_settings(Resolver(recipe, method))
+        running = self._running
+        plan = plan_merge(
+            self._opened, recipe, method, running.max_shard_bytes, running.allow_nonfinite
+        )
+        self._plans[kind] = plan
+        return plan
 
     def evaluate(self, point: Mapping[str, Scalar]) -> Evaluation:
         """Merge at a point and measure every objective.
 
         Raises FishertoolError where the merge or an objective fails.
         """
-        with ExitStack() as opened:
-            plan = self.plan(opened, point)
-            measured: dict[DataOptions, dict[str, float]] = {}
-            if not self._datasets:
-                passed = self._pass(plan)
-            elif self._running.in_memory and self._subject(plan).takes(plan):
-                subject = self._subject(plan)
-                passed = self._pass(plan, subject.weights)
-                measured = self._measure(subject.model, subject)
-            else:
-                passed, measured = self._in_a_folder(plan)
-            models = [plan.inputs.references[number] for number in plan.inputs.models]
-            free = {
-                "distance": passed.distance,
-                "sparsity": passed.sparsity,
-                "size": plan.layout.nbytes,
-                "predicted_loss": passed.predicted_loss,
-            }
+        plan = self.plan(point)
+        measured: dict[DataOptions, dict[str, float]] = {}
+        if not self._datasets:
+            passed = self._pass(plan)
+        elif self._running.in_memory and self._subject(plan).takes(plan):
+            subject = self._subject(plan)
+            passed = self._pass(plan, subject.weights)
+            measured = self._measure(subject.model, subject)
+        else:
+            passed, measured = self._in_a_folder(plan)
+        free = {
+            "distance": passed.distance,
+            "sparsity": passed.sparsity,
+            "size": plan.layout.nbytes,
+            "predicted_loss": passed.predicted_loss,
+        }
+        models = [plan.inputs.references[number] for number in plan.inputs.models]
         values = values_of(self.objectives, measured, free, models)
         return Evaluation(values, passed.distance, passed.predicted_loss)
 
     def predict(self, point: Mapping[str, Scalar]) -> list[float]:
         """Of each model the predicted increase of its loss, by a merge that nobody measures."""
-        with ExitStack() as opened:
-            predicted = self._pass(self.plan(opened, point)).predicted_loss
+        predicted = self._pass(self.plan(point)).predicted_loss
         if predicted is None:
             raise UsageError("a predicted loss needs a fisher with a diagonal for each model")
         return predicted

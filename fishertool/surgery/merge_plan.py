@@ -14,7 +14,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
 from fishertool.models.chat_template import choose_template
 from fishertool.models.vocabulary import Vocabulary
-from fishertool.recipe.resolve import Matches, Resolved, Resolver
+from fishertool.recipe.resolve import Matches, Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
 from fishertool.selection import select
@@ -57,6 +57,8 @@ class MergePlan:
     inputs: Inputs
     method: Method
     targets: dict[str, Target]
+    places: list[Place]
+    """Where each target lies, for the settings it gets."""
     fishers: dict[int, Sidecar]
     """Diagonals by number of the source."""
     factors: dict[int, Sidecar]
@@ -113,6 +115,21 @@ class MergePlan:
         ]
         return known if len(known) == len(found) else []
 
+    def with_settings(self, resolver: Resolver) -> "MergePlan":
+        """The same merge by what a recipe says of every tensor.
+
+        Raises UsageError for a rule that decides none, and for what the method has against it.
+        """
+        targets = {}
+        for place in self.places:
+            resolved = resolver.at(place.slice, place.name, place.depth)
+            targets[place.name] = replace(
+                self.targets[place.name], weights=resolved.weights, settings=resolved.settings
+            )
+        _check_rules(resolver, len(targets))
+        _check_settings(self.method, targets.values())
+        return replace(self, targets=targets, rules=resolver.matches(), seed=resolver.recipe.seed)
+
     def with_weights(self, weights: Sequence[float]) -> "MergePlan":
         """The same merge by other weights, alike for every tensor."""
         targets = {
@@ -138,14 +155,11 @@ def plan_merge(
     without = {number: set(sidecar.header.without) for number, sidecar in needed.items()}
     targets = {}
     for place in arrangement.places:
-        resolved = resolver.at(place.slice, place.name, place.depth)
-        target = _target(place, inputs, place.name in merged, recipe.dtype, resolved)
+        target = _target(place, inputs, place.name in merged, recipe.dtype)
         unknown = any(name in without.get(number, ()) for number, name in target.sources)
         if target.action == "merge" and unknown:
             target = replace(target, action="average")
         targets[place.name] = target
-    _check_rules(resolver, recipe.where, len(names))
-    _check_settings(method, targets.values())
     for number, sidecar in [*fishers.items(), *factors.items()]:
         used = _names_in(number, targets.values())
         check_complete(sidecar, used)
@@ -156,15 +170,16 @@ def plan_merge(
     if recipe.chat_template is not None:
         template = choose_template(recipe.chat_template, [one.folder for one in inputs.sources])
     config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
-    return MergePlan(
-        inputs, method, targets, fishers, factors, layout, find_companions(first.folder),
-        vocabulary, template, config, resolver.matches(), recipe.seed, allow_nonfinite,
+    plan = MergePlan(
+        inputs, method, targets, arrangement.places, fishers, factors, layout,
+        find_companions(first.folder), vocabulary, template, config, [], recipe.seed,
+        allow_nonfinite,
     )  # fmt: skip
+    return plan.with_settings(resolver)
 
 
-def _target(
-    place: Place, inputs: Inputs, merged: bool, dtype: str | None, resolved: Resolved
-) -> Target:
+def _target(place: Place, inputs: Inputs, merged: bool, dtype: str | None) -> Target:
+    """Yet without weights and settings."""
     named = tuple(zip(inputs.slices[place.slice], place.names, strict=True))
     ancestor = inputs.bases[place.slice]
     base = None if ancestor is None else (ancestor, place.names[0])
@@ -175,7 +190,7 @@ def _target(
         check_tensor(inputs, named, base)
     written = STORED[dtype] if floating and dtype is not None else stored.dtype
     info = TensorInfo(place.name, written, stored.shape)
-    return Target(info, action, named, base, resolved.weights, resolved.settings)
+    return Target(info, action, named, base, [], {})
 
 
 def _names_in(number: int, targets: Iterable[Target]) -> list[str]:
@@ -184,11 +199,11 @@ def _names_in(number: int, targets: Iterable[Target]) -> list[str]:
     return [name for sources in merged for source, name in sources if source == number]
 
 
-def _check_rules(resolver: Resolver, where: str, tensors: int) -> None:
+def _check_rules(resolver: Resolver, tensors: int) -> None:
     for place, pattern in resolver.unmatched():
         raise UsageError(
-            f"{where}: {place}: {pattern!r} decides none of {tensors} tensors: it matches none, or "
-            "only such as an earlier rule decides"
+            f"{resolver.recipe.where}: {place}: {pattern!r} decides none of {tensors} tensors: "
+            "it matches none, or only such as an earlier rule decides"
         )
 
 

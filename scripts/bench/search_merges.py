@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import math
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,7 +133,7 @@ def merges(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         make_models(folder)
     recipe = write_recipe(folder)
-    for seed in random.Random(0).sample(range(args.seeds), args.seeds):
+    for seed in args.seeds:
         for name in args.samplers or ROWS:
             out = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (out / "front.json").exists():
@@ -149,7 +148,8 @@ def merges(args: argparse.Namespace) -> None:
         ]
         if all((out / "front.json").exists() for out in outs):
             found[name] = [curve(out) for out in outs]
-    print(table(found))
+    if found:
+        print(table(found))
 
 
 def curve(out: Path) -> list[float]:
@@ -186,7 +186,7 @@ def spread(values: Sequence[float]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=30)
     parser.add_argument("--samplers", nargs="+", choices=ROWS)
     merges(parser.parse_args())
