@@ -14,7 +14,7 @@ from conftest import Cli, ModelMaker
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
 
-VERBS = ("estimate-fisher", "merge", "prune", "densify", "evaluate")
+VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate")
 
 
 def test_version_is_in_one_place(cli: Cli) -> None:
@@ -26,6 +26,12 @@ def test_help_of_each_verb_gives_an_example(cli: Cli, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.code == 0
     assert f"fishertool {verb}" in " ".join(result.out.split())
+
+
+def test_help_shows_brackets(cli: Cli) -> None:
+    out = cli("evaluate", "--help").out
+    assert "org/name[@revision]" in out
+    assert "[default: all]" in out
 
 
 @pytest.mark.parametrize(

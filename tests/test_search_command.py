@@ -409,6 +409,20 @@ def test_a_search_with_other_settings_does_not_go_on(cli: Cli, recipe: Recipe) -
     assert cli("search", recipe(), "--out", "o", *flags, "--overwrite", "--seed", 1).code == 0
 
 
+def test_a_search_on_a_storage_of_its_own_is_not_joined_unasked(cli: Cli, recipe: Recipe) -> None:
+    flags = ["--sampler", "random", "--storage", "sqlite:///trials.db", "--study", "s", "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags, "--evaluations", 1).code == 0
+    again = cli("search", recipe(), "--out", "p", *flags, "--evaluations", 2)
+    assert again.code == 7
+    assert "the search 's' is there already" in again.err
+    more = cli("search", recipe(), "--out", "p", *flags, "--evaluations", 2, "--resume", "--json")
+    assert more.report["summary"]["evaluations"] == 2
+    anew = cli(
+        "search", recipe(), "--out", "p", *flags, "--evaluations", 1, "--overwrite", "--json"
+    )
+    assert anew.report["summary"]["evaluations"] == 1
+
+
 def test_a_merge_that_fails_is_recorded_and_the_search_goes_on(
     cli: Cli, recipe: Recipe, tmp_path: Path
 ) -> None:

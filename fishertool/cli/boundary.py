@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted; nothing half-written is left", INTERRUPTED)
     except Terminated:
-        return _fail("terminated; nothing was written", TERMINATED)
+        return _fail("terminated; nothing half-written is left", TERMINATED)
     except FishertoolError as error:
         return _fail(str(error), error.exit_code)
     except MemoryError:

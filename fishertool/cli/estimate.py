@@ -22,6 +22,7 @@ from fishertool.cli.flags import (
     MaxLength,
     MaxShardSize,
     MicroBatchSize,
+    Model,
     NegativeColumn,
     NumExamples,
     OptionalData,
@@ -53,7 +54,7 @@ from fishertool.errors import UsageError
 @app.command("estimate-fisher")
 def estimate_fisher(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    model: Model,
     out: Annotated[Path, option("--out", help="Folder to write the sidecar to.")],
     data: OptionalData = None,
     config: Config = None,

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 from fishertool.cli.app import app
 from fishertool.cli.flags import (
     BatchSize,
@@ -15,6 +13,7 @@ from fishertool.cli.flags import (
     Json,
     LabelColumn,
     MaxLength,
+    Model,
     NegativeColumn,
     NumExamples,
     PositiveColumn,
@@ -40,7 +39,7 @@ from fishertool.cli.printing import finish, track_on_stderr
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    model: Model,
     data: Data,
     config: Config = None,
     against: Annotated[

@@ -19,6 +19,7 @@ from fishertool.cli.flags import (
     LabelColumn,
     MaxLength,
     MaxShardSize,
+    Model,
     NumExamples,
     OptionalData,
     Overwrite,
@@ -56,7 +57,7 @@ def _list_methods(show: bool) -> None:
 
 @app.command()
 def factorize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    model: Model,
     out: Annotated[Path, option("--out", help="Folder to write the factorized checkpoint to.")],
     config: Config = None,
     method: Annotated[

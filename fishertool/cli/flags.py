@@ -78,10 +78,12 @@ def importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Ite
         yield
 
 
-def option(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, **more)
+def option(*names: str, help: str = "", **more: Any) -> Any:  # noqa: A002
+    """An option whose help shows its brackets, which are else taken for the markup of colours."""
+    return typer.Option(*names, help=help.replace("[", r"\[") or None, **more)
 
 
+Model = Annotated[str, typer.Argument(help=r"Folder or Hub id (org/name\[@revision]).")]
 Config = Annotated[
     Path | None,
     option(

@@ -19,6 +19,7 @@ from fishertool.cli.flags import (
     LabelColumn,
     MaxLength,
     MaxShardSize,
+    Model,
     NegativeColumn,
     NumExamples,
     Overwrite,
@@ -62,7 +63,7 @@ def _list_methods(show: bool) -> None:
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name[@revision]).")],
+    model: Model,
     out: Annotated[Path, option("--out", help="Folder to write the pruned checkpoint to.")],
     config: Config = None,
     method: Annotated[

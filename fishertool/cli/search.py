@@ -136,7 +136,8 @@ def search(
             device=device,
             track=track_on_stderr(quiet),
         )
-    except KeyboardInterrupt:
-        print("fishertool: what was measured is kept; --resume goes on from there", file=sys.stderr)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # Ctrl-C and SIGTERM
+            print("fishertool: --resume goes on from what is measured", file=sys.stderr)
         raise
     finish(report, as_json, quiet, report_file)

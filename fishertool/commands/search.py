@@ -97,7 +97,7 @@ def search(
             return report
         found = _open(
             out, storage, study or out.resolve().name, content, space, objectives, sampling,
-            evaluator, join=worker, anew=overwrite and not resume,
+            evaluator, join=worker, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         evaluations = reachable(sampling, space.variables)
         with report.phase("search"), track("Searching", evaluations, "merges") as advance:
@@ -155,15 +155,16 @@ def _check_space(evaluator: Evaluator, sampling: "Sampling") -> MergePlan:
 
 
 def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> None:
+    """Refuse an output that is there, unless it is a search that may go on or be replaced."""
     from fishertool.searching.study import JOURNAL
 
-    begun = (out / JOURNAL).is_file() and not (out / REPORT_FILE).is_file()
+    begun = (out / JOURNAL).is_file()
     if resume and (begun or (out / REPORT_FILE).is_file()):
         return
     if begun and not overwrite:
         raise OutputExistsError(
-            f"{out}: holds a search that was not finished; --resume goes on with it, --worker takes "
-            "part in it, --overwrite begins anew"
+            f"{out}: has a search; --resume goes on with it, --worker takes part in it, --overwrite "
+            "begins anew"
         )
     if not begun:
         check_output(out, plan.folders, overwrite, plan.layout.nbytes)
@@ -180,12 +181,14 @@ def _open(
     evaluator: Evaluator,
     *,
     join: bool,
-    anew: bool,
+    resume: bool,
+    overwrite: bool,
 ) -> "Search":
     """The search on its storage, with the sampler that chooses what is tried."""
     from fishertool.searching.samplers import make_sampler
     from fishertool.searching.study import Search, forget, open_storage
 
+    anew = overwrite and not (join or resume)
     if anew and out.is_dir():
         shutil.rmtree(out)
     opened = open_storage(storage, out)
@@ -193,7 +196,7 @@ def _open(
         forget(opened, name)
     told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
-    found = Search(opened, name, space.variables, objectives, fingerprint, join=join)
+    found = Search(opened, name, space.variables, objectives, fingerprint, join=join, resume=resume)
     signs = [one.sign for one in objectives]
     found.study.sampler = make_sampler(sampling, space.variables, signs, evaluator.predict)
     return found

@@ -26,7 +26,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fishertool.errors import StorageError, UsageError
+from fishertool.errors import OutputExistsError, StorageError, UsageError
 from fishertool.recipe.space import Variable
 from fishertool.searching.objectives import Objective
 
@@ -41,7 +41,7 @@ FINGERPRINT = "fishertool"
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
@@ -71,15 +71,22 @@ class Search:
         fingerprint: str,
         *,
         join: bool = False,
+        resume: bool = False,
     ) -> None:
-        """Open the study of that name, made unless it is there; with `join` it must be.
+        """Open the study of that name: made, or with `join` and `resume` the one that is there.
 
-        Raises UsageError where it is another search's, as its fingerprint tells.
+        Raises UsageError where it is another search's, as its fingerprint tells, and where `join`
+        finds none; OutputExistsError where one is there that was not asked for.
         """
         known = name in optuna.get_all_study_names(storage)
         if join and not known:
             raise UsageError(
                 f"--worker: there is no search {name!r} yet; start it without --worker"
+            )
+        if known and not (join or resume):
+            raise OutputExistsError(
+                f"the search {name!r} is there already; --resume goes on with it, --worker takes part "
+                "in it, --overwrite begins anew"
             )
         self.study = optuna.create_study(
             storage=storage,

@@ -139,13 +139,11 @@ def merges(args: argparse.Namespace) -> None:
             if not (out / "front.json").exists():
                 resume = ["--resume"] if out.exists() else []
                 run("search", recipe, "--out", out, *ROWS[name], "--seed", seed, "--evaluations",
-                    args.evaluations, "--batch-size", 32, *resume)  # fmt: skip
+                    args.evaluations, "--batch-size", 32, "--threads", args.threads, *resume)  # fmt: skip
                 print(f"seed {seed}: {name}: {curve(out)[-1]:.4f}", file=sys.stderr, flush=True)
     found = {}
     for name in ROWS:
-        outs = [
-            folder / f"{name.replace(', ', '-').replace(' ', '-')}-{s}" for s in range(args.seeds)
-        ]
+        outs = [folder / f"{name.replace(', ', '-').replace(' ', '-')}-{s}" for s in args.seeds]
         if all((out / "front.json").exists() for out in outs):
             found[name] = [curve(out) for out in outs]
     if found:
@@ -188,5 +186,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samplers", nargs="+", choices=ROWS)
     merges(parser.parse_args())
