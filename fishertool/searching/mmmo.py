@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from fishertool.errors import UsageError
-from fishertool.searching.acquisition import expected_gain, maximum
+from fishertool.searching.acquisition import expected_gain, maximum, worth
+from fishertool.searching.pareto import reference_of, strongest
 from fishertool.searching.recombination import recombine as offspring_of
-from fishertool.searching.recombination import strongest
 from fishertool.searching.screening import fisher_information
 from fishertool.searching.surrogate import fit, standardized
 
 POOL = 10
-DRAWS = 512
+STRONG = 5
+OFFSPRING = 32
+DRAWS = 256
 
 Screen = Literal["surrogate"] | Callable[[Tensor], Tensor] | None
 
@@ -35,27 +37,63 @@ def propose(
     recombine: bool = True,
     screen: Screen = "surrogate",
 ) -> Tensor:
-    """The next `count` points to evaluate: [count, dimension], in the unit cube, all new."""
+    """The next `count` points to evaluate, [count, dimension] in the unit cube, all new.
+
+    points   those evaluated, [n, dimension]; values [n, objective], maximised, n at least 2
+    pending  those under evaluation, [p, dimension], p may be 0: they are counted on
+
+    Candidates are found one after another, each where a Gaussian process an objective expects
+    most more hypervolume given those before it (qLogNEHVI). Then, as in the paper:
+
+    recombine  a candidate is crossed with the five strongest evaluated points by differential
+               evolution. It has 32 offspring, and the one expected to gain most takes its place;
+               the paper's has one, whatever that is worth.
+    screen     `pool` candidates are found in place of `count`, and those with the least Fisher
+               information of the surrogate's are kept, the least known; or, by a function
+               [pool, dimension] -> [pool], those that it scores highest. None: all are kept.
+
+    With both off this is plain Bayesian search. Values are standardized before anything else and
+    the hypervolume's reference point is inferred from them, where the paper's code has a fixed
+    one in the values' units. It is in turn the nadir of the front with a margin, for the
+    front's ends, and the median of all values, for its middle: from the nadir alone a front with
+    poor ends draws all evaluations to them.
+
+    The same arguments give the same points, in any thread. Raises UsageError if the pool is
+    smaller than `count`, or `count` than 1.
+    """
     if count < 1 or (screen is not None and pool < count):
         raise UsageError(f"a pool of {pool} candidates for {count} points; it holds at least those")
-    points, values, pending = points.double(), standardized(values.double()), pending.double()
     generator = torch.Generator().manual_seed(seed)
+    points, values, pending = points.double(), standardized(values.double()), pending.double()
     varying = (values != 0).any(0)
     seen = values[:, varying] if bool(varying.any()) else values
     model = fit(points, seen)
-    strong = points[strongest(values)]
+    strong = points[strongest(seen, STRONG)]
+    references = [reference_of(seen), _median(seen)]
     found = pending
-    for _ in range(count if screen is None else pool):
+    end = len(points) + len(pending) + (count if screen is None else pool)
+    for turn in range(len(points) + len(pending), end):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
-        drawn = SobolEngine(points.shape[1], scramble=True, seed=seeds[0]).draw(
-            DRAWS, dtype=torch.float64
-        )
+        sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
+        drawn = sobol.draw(DRAWS, dtype=torch.float64)
+        gain = expected_gain(model, points, seen, found, references[turn % 2], seeds[1])
+        taken = torch.cat([points, found])
+        best = maximum(gain, drawn, taken)
         if recombine:
-            drawn = torch.cat([drawn, offspring_of(drawn, strong, generator)])
-        gain = expected_gain(model, points, seen, found, seeds[1])
-        found = torch.cat([found, maximum(gain, drawn, torch.cat([points, found]))])
+            offspring = offspring_of(best.expand(OFFSPRING, -1), strong, generator)
+            gains = worth(gain, offspring, taken)
+            if float(gains.max()) > -torch.inf:  # else every one is taken
+                best = offspring[gains.argmax()][None]
+        found = torch.cat([found, best])
     candidates = found[len(pending) :]
     if screen is None:
         return candidates
     scores = -fisher_information(model, candidates) if screen == "surrogate" else screen(candidates)
     return candidates[scores.argsort(descending=True, stable=True)[:count].sort().values]
+
+
+def _median(values: Tensor) -> Tensor:
+    """Of each objective; below its best where most are that."""
+    nadir = reference_of(values)
+    median = values.median(0).values
+    return torch.where(median < values.amax(0), median, nadir)

@@ -94,6 +94,21 @@ def reference_of(values: Tensor) -> Tensor:
     return front.amin(0) - MARGIN * torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
+def strongest(values: Tensor, count: int) -> Tensor:
+    """Indices of the best points: by front, and within one by hypervolume contribution.
+
+    values [point, objective], maximised -> [min(count, point)], best first; of equal ones the
+    earlier first.
+    """
+    ranks = fronts(values)
+    order: list[int] = []
+    for rank in range(int(ranks.max()) + 1):
+        front = (ranks == rank).nonzero().flatten()
+        shares = contributions(values[front], reference_of(values[front]))
+        order += front[shares.argsort(descending=True, stable=True)].tolist()
+    return torch.tensor(order[:count])
+
+
 def knee(values: Tensor) -> int:
     """The index of the point where giving up a little of one objective costs most of another.
 

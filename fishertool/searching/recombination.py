@@ -3,26 +3,8 @@
 import torch
 from torch import Tensor
 
-from fishertool.searching.pareto import contributions, fronts, reference_of
-
-STRONG = 5
 F = 0.5
 CR = 0.5
-
-
-def strongest(values: Tensor, count: int = STRONG) -> Tensor:
-    """Indices of the best points: by front, and within one by hypervolume contribution.
-
-    values [point, objective], maximised -> [min(count, point)], best first; of equal ones the
-    earlier first.
-    """
-    ranks = fronts(values)
-    order: list[int] = []
-    for rank in range(int(ranks.max()) + 1):
-        front = (ranks == rank).nonzero().flatten()
-        shares = contributions(values[front], reference_of(values[front]))
-        order += front[shares.argsort(descending=True, stable=True)].tolist()
-    return torch.tensor(order[:count])
 
 
 def recombine(candidates: Tensor, strong: Tensor, generator: torch.Generator) -> Tensor:

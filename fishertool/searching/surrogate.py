@@ -13,7 +13,15 @@ with quiet():
     from botorch.fit import fit_gpytorch_mll
     from botorch.models.gp_regression import SingleTaskGP
     from botorch.models.model_list_gp_regression import ModelListGP
+    from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
+    from gpytorch.constraints import GreaterThan
+    from gpytorch.likelihoods import GaussianLikelihood
     from gpytorch.mlls.exact_marginal_log_likelihood import ExactMarginalLogLikelihood
+    from gpytorch.priors import LogNormalPrior
+
+NOISE = (-8.0, 2.0)
+"""Mean and deviation of the logarithm of the noise variance, of standardized values."""
+LEAST_NOISE, FIRST_NOISE = 1e-6, 1e-3
 
 
 def standardized(values: Tensor) -> Tensor:
@@ -26,16 +34,23 @@ def standardized(values: Tensor) -> Tensor:
 def fit(points: Tensor, values: Tensor) -> ModelListGP:
     """Independent Gaussian processes of standardized values, one an objective.
 
-    Squared-exponential kernel with a length scale a dimension and inferred noise, at the most
-    probable hyperparameters under BoTorch's priors (Hvarfner, Hellsten and Nardi 2024, arXiv
-    2402.02229). A constant objective, and one whose fit fails, keeps the prior's mode.
+    Matern 5/2 kernel with a length scale a dimension and inferred noise, at the most probable
+    hyperparameters. Length scales have the prior of Hvarfner, Hellsten and Nardi 2024 (arXiv
+    2402.02229), the noise a wide one: an objective may be exact or vary by a tenth of its range,
+    and taking small effects for noise hides the coordinates that matter less. A constant
+    objective, and one whose fit fails, keeps where the fit begins.
     """
     with quiet():
         return ModelListGP(*(_fit(points, column) for column in values.T[..., None]))
 
 
 def _fit(points: Tensor, values: Tensor) -> SingleTaskGP:
-    model = SingleTaskGP(points, values, outcome_transform=None)
+    noise = GaussianLikelihood(
+        noise_prior=LogNormalPrior(*NOISE),
+        noise_constraint=GreaterThan(LEAST_NOISE, transform=None, initial_value=FIRST_NOISE),
+    )
+    kernel = get_covar_module_with_dim_scaled_prior(points.shape[1], use_rbf_kernel=False)
+    model = SingleTaskGP(points, values, None, noise, kernel, outcome_transform=None)
     if not bool((values != values[0]).any()):
         return model.eval()
     start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,0 +1,237 @@
+"""The parts of MM-MO against their definitions, and what a proposal must be."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from fishertool.errors import UsageError
+from fishertool.searching.pareto import (
+    contributions,
+    hypervolume,
+    non_dominated,
+    reference_of,
+    strongest,
+)
+
+pytest.importorskip("botorch", reason="needs fishertool[search]")
+
+from fishertool.searching.acquisition import expected_gain
+from fishertool.searching.mmmo import propose
+from fishertool.searching.recombination import recombine
+from fishertool.searching.screening import fisher_information
+from fishertool.searching.surrogate import fit, standardized
+
+NONE = torch.zeros(0, 3, dtype=torch.float64)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def points(count: int, dimensions: int = 3, seed: int = 0) -> Tensor:
+    return torch.rand(count, dimensions, dtype=torch.float64, generator=generator(seed))
+
+
+def scores(x: Tensor) -> Tensor:
+    """Two objectives in conflict along the first coordinate, both best at 0.5 in the others."""
+    lost = (x[:, 1:] - 0.5).square().sum(-1)
+    return torch.stack([-(x[:, 0] ** 2) - lost, -((1 - x[:, 0]) ** 2) - lost], -1)
+
+
+def posterior_variance(model: object, x: Tensor, candidate: Tensor) -> float:
+    """k(c, c) - k(c, X) (K + noise)^-1 k(X, c), with the fitted kernel and noise."""
+    kernel = model.covar_module  # type: ignore[attr-defined]
+    noise = model.likelihood.noise.detach()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        gram = kernel(x, x).to_dense() + noise * torch.eye(len(x), dtype=torch.float64)
+        across = kernel(x, candidate[None]).to_dense()
+        alone = kernel(candidate[None], candidate[None]).to_dense()
+    return float(alone - across.T @ torch.linalg.solve(gram, across))
+
+
+def test_fisher_information_is_the_sum_of_inverse_posterior_variances() -> None:
+    x, candidates = points(8), points(3, seed=1)
+    model = fit(x, standardized(scores(x)))
+    expected = [
+        sum(1 / posterior_variance(one, x, candidate) for one in model.models)
+        for candidate in candidates
+    ]
+    found = fisher_information(model, candidates)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=0)
+    assert found.min() < fisher_information(model, x).min()  # what was evaluated is known best
+
+
+def test_standardized() -> None:
+    values = torch.cat([points(9, 2) * 1e6 - 5, torch.full((9, 1), 3.3)], 1)
+    found = standardized(values)
+    torch.testing.assert_close(found.mean(0), torch.zeros(3).double())
+    torch.testing.assert_close(found.std(0, unbiased=False), torch.tensor([1.0, 1, 0]).double())
+
+
+def test_the_surrogate_learns_and_ignores_the_global_generator() -> None:
+    x, unseen = points(25), points(50, seed=1)
+    mean, scale = scores(x).mean(0), scores(x).std(0, unbiased=False)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    model = fit(x, standardized(scores(x)))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        errors = model.posterior(unseen).mean * scale + mean - scores(unseen)
+    assert errors.square().mean() < 0.05 * scores(unseen).var()
+
+
+def test_strongest_ranks_by_front_and_then_by_contribution() -> None:
+    values = torch.tensor([[0.0, 0.0], [1.0, 4.0], [4.0, 1.0], [3.5, 1.1], [2.0, 2.9], [0.5, 3.0]])
+    first = values[non_dominated(values)]
+    shares = contributions(first, reference_of(first))
+    rows = non_dominated(values).nonzero().flatten()[shares.argsort(descending=True)]
+    assert strongest(values, 4).tolist() == rows.tolist()
+    assert strongest(values, 5).tolist() == [*rows.tolist(), 5]
+    assert len(strongest(values[:2], 5)) == 2
+
+
+def test_offspring_mix_a_candidate_with_a_mutant_of_the_strong() -> None:
+    candidates, strong = points(40), 0.4 + 0.1 * points(4, seed=1)
+    offspring = recombine(candidates, strong, generator())
+    mutants = [
+        strong[a] + 0.5 * (strong[b] - strong[c])
+        for a in range(4)
+        for b in range(4)
+        for c in range(4)
+        if len({a, b, c}) == 3
+    ]
+    changed = 0
+    for child, parent in zip(offspring, candidates, strict=True):
+        explained = [
+            mutant
+            for mutant in mutants
+            if bool(torch.isclose(child, mutant)[child != parent].all())
+            and bool((child != parent).any())
+        ]
+        assert explained, "neither the candidate's nor one mutant's"
+        changed += int((child != parent).sum())
+    assert 0.5 < changed / offspring.numel() < 0.8  # 1/2 + 1/2 * 1/3 expected
+
+
+def test_offspring_stay_in_the_cube_and_need_no_three_parents() -> None:
+    corners = points(5).round()
+    offspring = recombine(points(50, seed=1), corners, generator())
+    assert bool(((offspring >= 0) & (offspring <= 1)).all())
+    one = recombine(points(5), corners[:1], generator())
+    assert bool(((one == corners[0]) | (one == points(5))).all())
+
+
+def proposals(seed: int = 0, **settings: object) -> Tensor:
+    x = points(6)
+    return propose(x, scores(x), NONE, 2, seed, pool=4, **settings)  # type: ignore[arg-type]
+
+
+SETTINGS = [
+    {},
+    {"recombine": False},
+    {"screen": None},
+    {"recombine": False, "screen": None},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_proposal_is_new_inside_and_repeatable(settings: dict[str, object]) -> None:
+    found = proposals(**settings)
+    assert found.shape == (2, 3) and found.dtype == torch.float64
+    assert bool(((found >= 0) & (found <= 1)).all())
+    assert float(torch.cdist(found, torch.cat([points(6), found])).sort(1).values[:, 1].min()) > 0
+    torch.rand(5)  # the global generator plays no part
+    assert torch.equal(proposals(**settings), found)
+    assert not torch.equal(proposals(seed=1, **settings), found)
+
+
+def test_every_part_has_an_effect() -> None:
+    found = [proposals(**settings) for settings in SETTINGS]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(found[i], found[j]), f"{SETTINGS[i]} is {SETTINGS[j]}"
+
+
+def test_threads_do_not_matter() -> None:
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda seed: proposals(seed), [3, 3, 4]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], proposals(4))
+
+
+def test_screening_keeps_the_candidates_of_least_fisher_information() -> None:
+    x = points(6)
+    pool = propose(x, scores(x), NONE, 4, 0, screen=None)
+    known = fisher_information(fit(x, standardized(scores(x))), pool)
+    kept = propose(x, scores(x), NONE, 2, 0, pool=4)
+    assert torch.equal(kept, pool[known.argsort()[:2].sort().values])
+
+
+def test_screening_by_a_function_keeps_what_it_scores_highest() -> None:
+    x = points(6)
+    pool = propose(x, scores(x), NONE, 4, 0, screen=None)
+    kept = propose(x, scores(x), NONE, 2, 0, pool=4, screen=lambda candidates: candidates[:, 1])
+    assert torch.equal(kept, pool[pool[:, 1].argsort(descending=True)[:2].sort().values])
+
+
+def test_pending_points_are_counted_on() -> None:
+    x = points(6)
+    first = propose(x, scores(x), NONE, 1, 0, screen=None)
+    second = propose(x, scores(x), first, 1, 0, screen=None)
+    assert float((first - second).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("constant", ["none", "one", "all"])
+def test_two_evaluations_and_constant_objectives(constant: str) -> None:
+    x = points(2)
+    values = scores(x)
+    if constant != "none":
+        values[:, 0 if constant == "one" else slice(None)] = 0.7
+    found = propose(x, values, NONE, 2, 0, pool=2)
+    assert len(found.unique(dim=0)) == 2
+
+
+def test_one_and_three_objectives() -> None:
+    x = points(5)
+    three = torch.cat([scores(x), -x.sum(1, keepdim=True)], 1)
+    for values in (three[:, :1], three):
+        assert propose(x, values, NONE, 1, 0, screen=None).shape == (1, 3)
+
+
+def test_gain_is_greater_where_the_front_can_grow() -> None:
+    x = points(20)
+    values = standardized(scores(x))
+    model = fit(x, values)
+    gain = expected_gain(model, x, values, NONE, reference_of(values), 0)
+    good = torch.tensor([[[0.5, 0.5, 0.5]], [[0.5, 0.0, 1.0]]], dtype=torch.float64)
+    with torch.no_grad():
+        better, worse = gain(good).tolist()
+    assert better > worse + 1
+
+
+def test_a_search_beats_as_many_random_points() -> None:
+    reference = torch.tensor([-1.0, -1.0])
+    x = points(6)
+    for seed in range(2):
+        x = torch.cat([x, propose(x, scores(x), NONE, 3, seed, screen=None)])
+    random = [hypervolume(scores(points(12, seed=seed)), reference) for seed in range(20)]
+    assert hypervolume(scores(x), reference) > max(random)
+
+
+@pytest.mark.parametrize(("count", "pool"), [(0, 4), (5, 4)])
+def test_a_pool_too_small(count: int, pool: int) -> None:
+    x = points(6)
+    with pytest.raises(UsageError, match=f"a pool of {pool} candidates for {count} points"):
+        propose(x, scores(x), NONE, count, 0, pool=pool)
+
+
+def test_fronts_need_no_botorch() -> None:
+    code = (
+        "import sys; import fishertool.searching.pareto, fishertool.searching.recombination;"
+        "sys.exit(str({'botorch', 'gpytorch'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
