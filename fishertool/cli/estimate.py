@@ -43,6 +43,7 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
+    data_options,
     importing,
     option,
     thread_count,
@@ -208,7 +209,6 @@ def estimate_fisher(
 
     Example: fishertool estimate-fisher ./model --data texts.jsonl --out ./model-fisher
     """
-    from fishertool.calibration import DataOptions
 
     if from_optimizer is not None:
         _estimate_from_optimizer(context, model, from_optimizer, out)
@@ -221,11 +221,7 @@ def estimate_fisher(
         from fishertool.commands.estimate_fisher import estimate_fisher as command
         from fishertool.estimation.settings import Settings
 
-    options = DataOptions(
-        data, split, text_column, text_pair_column, chat_column, label_column,
-        num_examples, max_length, shuffle, seed, target_column, query_column, positive_column,
-        negative_column, mask_prompt, mask_fraction, scale, in_batch_negatives, select, select_from,
-    )  # fmt: skip
+    options = data_options(context, data)
     report = command(
         model,
         options,

@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+import typer
+
 from fishertool.cli.app import app
 from fishertool.cli.flags import (
     BatchSize,
@@ -30,6 +32,7 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
+    data_options,
     limits,
     option,
     thread_count,
@@ -39,6 +42,7 @@ from fishertool.cli.printing import finish, track_on_stderr
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Model,
     data: Data,
     config: Config = None,
@@ -90,15 +94,9 @@ def evaluate(
 
     Example: fishertool evaluate ./merged --data test.jsonl --against ./model --max-drop accuracy=0.01
     """
-    from fishertool.calibration import DataOptions
     from fishertool.commands.evaluate import evaluate as command
 
-    options = DataOptions(
-        data, split, text_column, text_pair_column, chat_column, label_column,
-        num_examples, max_length, shuffle, seed, query_column=query_column,
-        positive_column=positive_column, negative_column=negative_column, scale=scale,
-        in_batch_negatives=in_batch_negatives, score_column=score_column,
-    )  # fmt: skip
+    options = data_options(context, data)
     report = command(
         model,
         options,

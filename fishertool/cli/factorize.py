@@ -32,6 +32,7 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
+    data_options,
     importing,
     option,
     pairs,
@@ -57,6 +58,7 @@ def _list_methods(show: bool) -> None:
 
 @app.command()
 def factorize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, option("--out", help="Folder to write the factorized checkpoint to.")],
     config: Config = None,
@@ -152,7 +154,6 @@ def factorize(
 
     Example: fishertool factorize MODEL --fisher F --keep 0.5 --evaluate-on test.jsonl --out OUT
     """
-    from fishertool.calibration import DataOptions
 
     with importing([model, *([fisher] if fisher else [])], threads, dry_run):
         from fishertool.commands.factorize import factorize as command
@@ -166,15 +167,11 @@ def factorize(
     if (finetune_steps is None) != (data is None):
         raise UsageError("--finetune-steps and --data, what to train on, go together")
 
-    def options(source: str) -> DataOptions:
-        return DataOptions(
-            source, split, text_column, text_pair_column, chat_column, label_column,
-            num_examples, max_length, shuffle, seed,
-        )  # fmt: skip
-
     finetune = None
     if finetune_steps is not None and data is not None:
-        finetune = Finetuning(finetune_steps, options(data), learning_rate, batch_size)
+        finetune = Finetuning(
+            finetune_steps, data_options(context, data), learning_rate, batch_size
+        )
     report = command(
         model,
         out,
@@ -190,7 +187,7 @@ def factorize(
         rank_multiple=rank_multiple,
         format=format,
         finetune=finetune,
-        evaluate_on=None if evaluate_on is None else options(evaluate_on),
+        evaluate_on=None if evaluate_on is None else data_options(context, evaluate_on),
         batch_size=batch_size,
         include=include or [],
         exclude=exclude or [],

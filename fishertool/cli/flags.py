@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,15 @@ def flag_name(parameter: Any) -> str:
     """The name a user types: `set` for the argument `settings`, `models` for a positional one."""
     flags = [flag for flag in parameter.opts if flag.startswith("--")]
     return str(flags[0][2:] if flags else parameter.name).replace("_", "-")
+
+
+def data_options(context: typer.Context, source: str) -> Any:
+    """The data flags of a verb, for one source; those it does not have at their defaults."""
+    from fishertool.calibration import DataOptions
+
+    names = [field.name for field in fields(DataOptions) if field.name in context.params]
+    given = {name: context.params[name] for name in names}
+    return DataOptions(**given | {"data": source})
 
 
 def pairs(flag: str, given: list[str] | None) -> dict[str, str]:

@@ -29,6 +29,7 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
+    data_options,
     importing,
     option,
     thread_count,
@@ -178,7 +179,6 @@ def merge(
 
     Example: fishertool merge A B --method fisher --fisher FA --fisher FB --out OUT
     """
-    from fishertool.calibration import DataOptions
 
     given = weights_of(weights)
     recipe = recipe_of(context, config, given)
@@ -193,12 +193,7 @@ def merge(
     with importing(recipe.reads, threads, dry_run):
         from fishertool.commands.merge import merge as command
 
-    options = None
-    if evaluate_on is not None:
-        options = DataOptions(
-            evaluate_on, split, text_column, text_pair_column, chat_column, label_column,
-            num_examples, max_length, shuffle, seed,
-        )  # fmt: skip
+    options = None if evaluate_on is None else data_options(context, evaluate_on)
     report = command(
         recipe,
         out,

@@ -38,6 +38,7 @@ from fishertool.cli.flags import (
     TextPairColumn,
     Threads,
     TrustRemoteCode,
+    data_options,
     importing,
     option,
     pairs,
@@ -63,6 +64,7 @@ def _list_methods(show: bool) -> None:
 
 @app.command()
 def prune(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, option("--out", help="Folder to write the pruned checkpoint to.")],
     config: Config = None,
@@ -217,7 +219,6 @@ def prune(
 
     Example: fishertool prune MODEL --method obs --data texts.jsonl --sparsity 0.7 --out OUT
     """
-    from fishertool.calibration import DataOptions
 
     sidecars = [one for one in (fisher, general_fisher) if one]
     with importing([model, *sidecars], threads, dry_run):
@@ -228,14 +229,7 @@ def prune(
         if "dai_form" in chosen:
             raise UsageError("--dai-form and --set dai_form say it twice")
         chosen["dai_form"] = dai_form
-    options = None
-    if data is not None:
-        options = DataOptions(
-            data, split, text_column, text_pair_column, chat_column, label_column, num_examples,
-            max_length, shuffle, seed, query_column=query_column, positive_column=positive_column,
-            negative_column=negative_column, scale=scale, in_batch_negatives=in_batch_negatives,
-            select=select, select_from=select_from,
-        )  # fmt: skip
+    options = None if data is None else data_options(context, data)
     report = command(
         model,
         out,

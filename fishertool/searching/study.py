@@ -208,7 +208,7 @@ def signs_of_life(trial: Trial) -> Iterator[None]:
 def _is_lost(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get(OWNER)
     if owner is not None and owner["host"] == socket.gethostname():
-        return owner != _process(owner["pid"])
+        return bool(owner != _process(owner["pid"]))
     seen = trial.user_attrs.get(SEEN)
     if seen is None and trial.datetime_start is not None:
         seen = trial.datetime_start.timestamp()
