@@ -66,12 +66,13 @@ def told(front: Mapping[str, Any]) -> list[Any]:
 def test_a_search_finds_a_front_whose_recipes_rebuild_it(
     cli: Cli, recipe: Recipe, sampler: str, tmp_path: Path
 ) -> None:
-    flags = ["--sampler", sampler, "--evaluations", 8]
+    count = 16 if sampler == "grid" else 8
+    flags = ["--sampler", sampler, "--evaluations", count]
     flags += [] if sampler in ("random", "grid") else ["--startup", 4]
     result = cli("search", recipe(), "--out", "o", *flags, "--json", "-q")
     assert result.code == 0, result.err
     front = front_of(tmp_path / "o")
-    assert [trial["number"] for trial in front["trials"]] == list(range(8))
+    assert [trial["number"] for trial in front["trials"]] == list(range(count))
     best = [trial for trial in front["trials"] if trial["on_front"]]
     for trial in front["trials"]:
         accuracy, distance = trial["values"]
@@ -345,6 +346,13 @@ def test_a_killed_workers_trial_is_taken_up(recipe: Recipe, tmp_path: Path) -> N
         ({"objectives": [{"metric": "perplexity", "data": "data.jsonl"}]}, "is not measured here"),
         ({"objectives": [{"metric": "distance", "data": "data.jsonl"}]}, "is not measured on data"),
         ({"objectives": [{"metric": "predicted_loss"}]}, "needs a fisher"),
+        (
+            {
+                "merge_method": {"choices": ["ties", "linear"]},
+                "objectives": [{"metric": "distance"}],
+            },
+            "needs a base_model, and methods that take one",
+        ),
         ({"objectives": [{"metric": "size"}, {"metric": "size"}]}, "two objectives are called"),
         ({"objectives": [{"metric": "size", "referense": 1}]}, "did you mean 'reference'?"),
         ({"objectives": [{"metric": "size", "reference": 1}, {"metric": "distance"}]}, "to none"),
@@ -383,6 +391,7 @@ def test_a_wrong_search_is_refused_in_one_line(
         (["--sampler", "tpe", "--without", "screening"], "leaves out parts of mmmo"),
         (["--sampler", "tpe", "--batch", 3], "--batch is for mmmo"),
         (["--sampler", "random", "--startup", 3], "--startup is for samplers"),
+        (["--sampler", "grid"], "two values of each of 4 variables are 16 merges; --evaluations"),
         (["--pick", "knees"], "write knee, or OBJECTIVE=WEIGHT"),
         (["--pick", "distance=much"], "is not a number"),
         (["--worker"], "there is no search"),
@@ -393,7 +402,8 @@ def test_a_wrong_search_is_refused_in_one_line(
 def test_wrong_flags_are_refused_in_one_line(
     cli: Cli, recipe: Recipe, flags: list[object], message: str, tmp_path: Path
 ) -> None:
-    result = cli("search", recipe(), "--out", "o", *flags)
+    few = ["--evaluations", 15] if "grid" in flags else []
+    result = cli("search", recipe(), "--out", "o", *flags, *few)
     assert result.code in (2, 5), result.err
     assert message in result.err
     assert not (tmp_path / "o" / "front.json").exists()

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from fishertool.errors import UsageError
 from fishertool.recipe.space import Variable
 from fishertool.searching.encoding import decode, encode, snapped, width
 from fishertool.searching.pareto import hypervolume, reference_of
 from fishertool.searching.prediction import gauged, most_gained, predicted_gains
+from fishertool.searching.sampling import grid
 
 VARIABLES = [
     Variable("a", -1.0, 3.0),
@@ -46,6 +48,22 @@ def test_snapped_vectors_are_those_of_points() -> None:
     assert torch.allclose(near[:, :2], rows[:, :2])
     assert (near[:, 2] * 4).frac().abs().max() == 0
     assert torch.equal(near[:, 4:].sum(-1), torch.ones(50, dtype=torch.float64))
+
+
+def test_a_grid_has_as_many_values_as_the_evaluations_allow() -> None:
+    numbers = [Variable("a", 0.0, 1.0), Variable("b", 0.0, 4.0), Variable("e", choices=("x", "y"))]
+    points = grid(numbers, 35)
+    assert len(points) == 32
+    for name, high in (("a", 1), ("b", 4)):
+        values = sorted({float(point[name]) for point in points})
+        assert values == pytest.approx([0, high / 3, 2 * high / 3, high])
+    assert len({tuple(point.values()) for point in points}) == 32
+    stepped = [Variable("c", 0.0, 1.0, step=0.5), Variable("d", 1, 2, step=1)]
+    assert len(grid(stepped, 1000)) == 6
+    with pytest.raises(UsageError, match="are 8 merges; --evaluations allows 7"):
+        grid(numbers, 7)
+    with pytest.raises(UsageError, match="--evaluations allows 100"):
+        grid([Variable(str(n), 0.0, 1.0) for n in range(200)], 100)
 
 
 def test_gauged_losses_are_distances() -> None:

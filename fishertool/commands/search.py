@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fishertool.checkpoint.layout import parse_size
-from fishertool.checkpoint.staging import REPORT_FILE, check_output, staged
+from fishertool.checkpoint.staging import REPORT_FILE, check_output
 from fishertool.errors import OutputExistsError, UsageError
 from fishertool.models.loading import check_device
 from fishertool.models.sources import open_source
@@ -24,17 +24,16 @@ from fishertool.recipe.write import to_yaml
 from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.evaluator import Evaluator, Running
 from fishertool.searching.objectives import Objective, read_objectives
+from fishertool.searching.results import pick_trial, replace_file, write_front, write_picked
+from fishertool.searching.sampling import Sampling, check_sampling, grid
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_layers import layer_count
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_write import write_merge
 
-if TYPE_CHECKING:  # they need what is installed for a search alone
-    from fishertool.searching.samplers import Sampling
+if TYPE_CHECKING:  # it needs what is installed for a search alone
     from fishertool.searching.study import Search
 
 KNEE = "knee"
-PICKED = "picked"
 
 
 def search(
@@ -71,8 +70,6 @@ def search(
     options = {name: value for name, value in locals().items() if name not in ("storage", "worker")}
     report = Report("search", options_of(options), environment=environment(threads, device))
     _check_installed()
-    from fishertool.searching.samplers import check_sampling, reachable
-
     sampling = check_sampling(sampler, seed, evaluations, startup, batch, without)
     device = check_device(device)
     torch.set_num_threads(threads)
@@ -85,11 +82,12 @@ def search(
         with report.phase("check"):
             space, objectives, content = _read(recipe, seed)
             wanted = _wanted(pick, objectives)
+            if sampler == "grid":  # it may have fewer points than were asked for
+                evaluations = len(grid(space.variables, evaluations))
             evaluator = Evaluator(opened, space, objectives, running)
-            plan = _check_space(evaluator, sampling)
+            plan, data = _check_space(evaluator, sampling)
             if not worker:
                 _check_out(out, plan, overwrite, resume)
-            data = evaluator.check(plan)
         report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
         if dry_run:
             report.status = "dry-run"
@@ -99,24 +97,27 @@ def search(
             out, storage, study or out.resolve().name, content, space, objectives, sampling,
             evaluator, join=worker, resume=resume, overwrite=overwrite,
         )  # fmt: skip
-        evaluations = reachable(sampling, space.variables)
         with report.phase("search"), track("Searching", evaluations, "merges") as advance:
             from fishertool.searching.work import work
 
             work(found, evaluator, evaluations, advance, wait=not worker, hopeless_after=startup)
         front = _front(found, evaluator, objectives, plan, sampling)
         report.summary |= _summary(front)
-        told = {name: front[name] for name in ("objectives", "reference", "correlation")}
-        report.evaluation = told | {"data": data}
+        names = ("objectives", "reference", "correlation")
+        report.evaluation = {name: front[name] for name in names} | {"data": data}
         if worker:
             return report
         with report.phase("write"):
             if wanted is not None:
-                report.summary["picked"] = _pick(front, wanted, evaluator, objectives, out, threads)
+                picked = pick_trial(front, wanted)
+                told = environment(threads, device)
+                write_picked(out, evaluator.plan(picked["parameters"]), picked["recipe"], told)
+                report.summary["picked"] = picked["number"]
             report.inputs = merge_report.input_files(plan)
             sources = dict.fromkeys(one.data.data for one in objectives if one.data)
             report.inputs += [file for source in sources for file in data_files(source)]
-            _write(out, front, report)
+            write_front(out, front)
+            replace_file(out / REPORT_FILE, report.to_json())  # last: it says that all is there
     return report
 
 
@@ -140,8 +141,13 @@ def _read(recipe: Path, seed: int) -> tuple[Space, list[Objective], Any]:
     return read_space(merge, layers_of, seed), read_objectives(listed), content
 
 
-def _check_space(evaluator: Evaluator, sampling: "Sampling") -> MergePlan:
-    """Plan one merge of each method, so that what can be refused from headers is refused now."""
+def _check_space(
+    evaluator: Evaluator, sampling: Sampling
+) -> tuple[MergePlan, list[dict[str, Any]]]:
+    """Plan one merge of each method, so that what can be refused before the first is refused now.
+
+    The last plan, and what is measured on.
+    """
     space = evaluator.space
     point = {variable.name: middle(variable) for variable in space.variables}
     for choice in space.methods.values():
@@ -151,7 +157,8 @@ def _check_space(evaluator: Evaluator, sampling: "Sampling") -> MergePlan:
                 "--sampler mmmo-weights needs a fisher with a diagonal for each model of the "
                 "recipe; mmmo does without"
             )
-    return plan
+        data = evaluator.check(plan)
+    return plan, data
 
 
 def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> None:
@@ -177,7 +184,7 @@ def _open(
     content: Any,
     space: Space,
     objectives: Sequence[Objective],
-    sampling: "Sampling",
+    sampling: Sampling,
     evaluator: Evaluator,
     *,
     join: bool,
@@ -207,7 +214,7 @@ def _front(
     evaluator: Evaluator,
     objectives: Sequence[Objective],
     plan: MergePlan,
-    sampling: "Sampling",
+    sampling: Sampling,
 ) -> dict[str, Any]:
     from fishertool.searching.front import describe
 
@@ -248,53 +255,3 @@ def _wanted(pick: str | None, objectives: Sequence[Objective]) -> list[float] | 
         except ValueError:
             raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
     return list(weights.values())
-
-
-def _pick(
-    front: Mapping[str, Any],
-    wanted: list[float] | str,
-    evaluator: Evaluator,
-    objectives: Sequence[Objective],
-    out: Path,
-    threads: int,
-) -> int:
-    """Write one merge of the front, and mark it."""
-    from fishertool.searching.pareto import chosen, knee
-
-    done = [trial for trial in front["trials"] if trial["state"] == "complete"]
-    signs = torch.tensor([one.sign for one in objectives])
-    values = torch.tensor([trial["values"] for trial in done], dtype=torch.float64) * signs
-    best = done[knee(values) if isinstance(wanted, str) else chosen(values, wanted)]
-    best["picked"] = True
-    report = Report("merge", {"recipe": best["recipe"]}, environment=environment(threads, "cpu"))
-    plan = evaluator.plan(best["parameters"])
-    with staged(out / PICKED) as folder:
-        written = write_merge(plan, folder, threads, lambda _: None)
-        report.summary = merge_report.summary(plan)
-        report.tensors = merge_report.rows(plan, {})
-        report.inputs = merge_report.input_files(plan)
-        report.output = merge_report.checkpoint_output(plan, written)
-        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-    number: int = best["number"]
-    return number
-
-
-def _write(out: Path, front: Mapping[str, Any], report: Report) -> None:
-    """The front, its recipes and its page; the report last, for it says that all is there."""
-    from fishertool.searching.page import front_page
-
-    with staged(out / "front") as folder:
-        for trial in front["trials"]:
-            if trial["on_front"]:
-                text = trial["recipe_text"]
-                (folder / Path(trial["recipe"]).name).write_text(text, encoding="utf-8")
-    _replace(out / "front.json", json.dumps(front, indent=2, allow_nan=False) + "\n")
-    _replace(out / "front.html", front_page(front))
-    _replace(out / REPORT_FILE, report.to_json())
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole at every instant."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

@@ -136,7 +136,7 @@ def values_of(
             value = sum(losses.values()) if objective.model is None else losses[objective.model]
         else:
             value = free[objective.metric]
-        if not isfinite(value):
-            raise InputError(f"{objective.name} is {value}")
+        if value is None or not isfinite(value):
+            raise InputError(f"{objective.name} is {'not told' if value is None else value}")
         found.append(float(value))
     return found

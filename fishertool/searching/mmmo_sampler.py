@@ -1,0 +1,120 @@
+"""MM-MO as a sampler of Optuna's: batches, the auxiliary objective, and screening."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from fishertool.recipe.settings import Scalar
+from fishertool.recipe.space import Variable
+from fishertool.searching.encoding import decode, encode, snapped, width
+from fishertool.searching.prediction import gauged, most_gained, predicted_gains
+from fishertool.searching.sampling import Sampling
+from fishertool.searching.study import point_of
+from fishertool.searching.whole_points import WholePoints, mixed
+
+DISTANCE, PREDICTED = "distance", "predicted_loss"
+POOL_FOR_ONE, DRAWN_FOR_ONE = 2, 4
+"""Candidates for each one that is evaluated: of a batch, and of the start if losses are predicted."""
+
+Predict = Callable[[Mapping[str, Scalar]], Sequence[float]]
+
+
+class MmmoSampler(WholePoints):
+    """`mmmo.propose`, in batches, after a start spread over the space.
+
+    With `predict` the start, and of every batch's candidates those that are evaluated, are those
+    that gain most in the models' predicted losses: screening by the Fisher of the weights in the
+    place of the surrogate's.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        variables: Sequence[Variable],
+        signs: Sequence[int],
+        predict: Predict | None,
+    ) -> None:
+        super().__init__(variables)
+        self._sampling, self._predict = sampling, predict
+        self._signs = torch.tensor(signs, dtype=torch.float64)
+        self._first: Tensor | None = None
+        self._latest: tuple[object, Tensor] = None, torch.empty(0)
+
+    def point(self, index: int, before: Sequence[FrozenTrial]) -> dict[str, Any]:
+        sampling = self._sampling
+        if index < sampling.startup:
+            return decode(self.variables, self._start()[index])
+        place = (index - sampling.startup) % sampling.batch
+        known = before[: index - place]
+        done = [trial for trial in known if trial.state == TrialState.COMPLETE]
+        key = index - place, [trial.number for trial in done]
+        if self._latest[0] != key:
+            self._latest = key, self._batch(index - place, known, done)
+        return decode(self.variables, self._latest[1][place])
+
+    def _start(self) -> Tensor:
+        """[startup, width]."""
+        if self._first is None:
+            count = self._sampling.startup
+            if self._predict is None:
+                self._first = self._drawn(count)
+            else:
+                drawn = snapped(self.variables, self._drawn(DRAWN_FOR_ONE * count))
+                self._first = drawn[most_gained(self._gauged(drawn), count)]
+        return self._first
+
+    def _batch(
+        self, index: int, known: Sequence[FrozenTrial], done: Sequence[FrozenTrial]
+    ) -> Tensor:
+        """[batch, width]."""
+        sampling = self._sampling
+        if len(done) < 2:
+            return self._drawn(index + sampling.batch)[index:]
+        values = torch.tensor([trial.values for trial in done], dtype=torch.float64) * self._signs
+        distances = [trial.user_attrs.get(DISTANCE) for trial in done]
+        if "sparsity" not in sampling.without and None not in distances:
+            further = -torch.tensor(distances, dtype=torch.float64)
+            values = torch.cat([values, further[:, None]], 1)
+        screen: Any = None if "screening" in sampling.without else "surrogate"
+        if screen and self._predict is not None:
+            before = self._predictions(done)
+
+            def screen(candidates: Tensor) -> Tensor:
+                return predicted_gains(before, self._gauged(snapped(self.variables, candidates)))
+
+        from fishertool.searching.mmmo import propose  # loads BoTorch, which takes seconds
+
+        others = [trial for trial in known if trial.state != TrialState.COMPLETE]
+        return propose(
+            self._encoded(done),
+            values,
+            self._encoded(others),
+            sampling.batch,
+            mixed(sampling.seed, index),
+            pool=POOL_FOR_ONE * sampling.batch,
+            recombine="recombination" not in sampling.without,
+            screen=screen,
+        )
+
+    def _drawn(self, count: int) -> Tensor:
+        seed = mixed(self._sampling.seed, 0)
+        sobol: Any = SobolEngine
+        drawn: Tensor = sobol(width(self.variables), True, seed).draw(count, dtype=torch.float64)
+        return drawn
+
+    def _encoded(self, trials: Sequence[FrozenTrial]) -> Tensor:
+        rows = [encode(self.variables, point_of(trial)) for trial in trials if point_of(trial)]
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width(self.variables))
+
+    def _gauged(self, rows: Tensor) -> Tensor:
+        assert self._predict is not None
+        predicted = [self._predict(decode(self.variables, row)) for row in rows]
+        return gauged(torch.tensor(predicted, dtype=torch.float64))
+
+    def _predictions(self, trials: Sequence[FrozenTrial]) -> Tensor:
+        known = [trial.user_attrs[PREDICTED] for trial in trials]
+        return gauged(torch.tensor(known, dtype=torch.float64))

@@ -1,0 +1,59 @@
+"""What a search leaves behind: the front as JSON, as recipes and as a page, and one merge of it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fishertool.checkpoint.staging import REPORT_FILE, staged
+from fishertool.report import Report
+from fishertool.searching.page import front_page
+from fishertool.searching.pareto import chosen, knee
+from fishertool.surgery import merge_report
+from fishertool.surgery.merge_plan import MergePlan
+from fishertool.surgery.merge_write import write_merge
+
+PICKED, RECIPES = "picked", "front"
+
+
+def pick_trial(front: Mapping[str, Any], wanted: Sequence[float] | str) -> dict[str, Any]:
+    """The trial at the knee, or the one that suits a weight for each objective; marked as picked."""
+    done = [trial for trial in front["trials"] if trial["state"] == "complete"]
+    signs = [1 if one["direction"] == "maximize" else -1 for one in front["objectives"]]
+    values = torch.tensor([trial["values"] for trial in done], dtype=torch.float64)
+    values *= torch.tensor(signs)
+    place = knee(values) if isinstance(wanted, str) else chosen(values, wanted)
+    best: dict[str, Any] = done[place]
+    best["picked"] = True
+    return best
+
+
+def write_picked(out: Path, plan: MergePlan, recipe: str, environment: Mapping[str, Any]) -> None:
+    """Write the merge of one trial, as `fishertool merge --config` of its recipe does."""
+    report = Report("merge", {"recipe": recipe}, environment=dict(environment))
+    with staged(out / PICKED) as folder:
+        written = write_merge(plan, folder, environment["threads"], lambda _: None)
+        report.summary = merge_report.summary(plan)
+        report.tensors = merge_report.rows(plan, {})
+        report.inputs = merge_report.input_files(plan)
+        report.output = merge_report.checkpoint_output(plan, written)
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+
+
+def write_front(out: Path, front: Mapping[str, Any]) -> None:
+    with staged(out / RECIPES) as folder:
+        for trial in front["trials"]:
+            if trial["on_front"]:
+                name = Path(trial["recipe"]).name
+                (folder / name).write_text(trial["recipe_text"], encoding="utf-8")
+    replace_file(out / "front.json", json.dumps(front, indent=2, allow_nan=False) + "\n")
+    replace_file(out / "front.html", front_page(front))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that is whole at every instant."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
