@@ -36,7 +36,7 @@ class Statistics:
     masks: dict[str, Tensor] = field(default_factory=dict)
     """Mean of u u^T, [unit, unit]; or of u^2, [unit], where nothing is rearranged."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Mean of x x^T, [in, in]."""
+    """Mean of x x^T / |y|^2, y the layer's output, [in, in]."""
 
 
 @dataclass
@@ -112,7 +112,9 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
             for block in plan.units.blocks
         }
         masks = MaskMoments(layers, cross=recipe.rearrange)
-    inputs = InputMoments(loaded.module, parameters) if recipe.compensate != "none" else None
+    inputs = None
+    if recipe.compensate != "none":
+        inputs = InputMoments(loaded.module, parameters, relative=True)
     examples = loaded.texts.examples
     sizes, rows = [one.size for one in examples], [len(one.texts) for one in examples]
     done = estimate(
