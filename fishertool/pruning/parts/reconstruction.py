@@ -1,10 +1,10 @@
-"""How the units that stay make up for the others: least squares to the dense layer's output.
+"""How the units that stay make up for the others: a factor each, or least squares to the output.
 
 A layer y = W x loses the inputs of the units that are left out. With X = E[x x^T / |y|^2] over the
 calibration tokens of the dense model, what it then outputs is as near as can be to what it did, in
 the mean square over tokens of the error relative to y. Not weighted so, the few tokens whose outputs
 are many times as long as the others' would decide, of which the norm behind them leaves no more than
-of the others. A ridge pulls towards no change: DAMPING times the mean of the diagonal.
+of the others. A ridge pulls towards no change, of so many times the mean of the diagonal.
 """
 
 import torch
@@ -15,26 +15,22 @@ from fishertool.pruning.parts.units import complement, features_of
 DAMPING = 1e-3
 """It is no substitute for more tokens: a large one restores the directions of most inputs alone, which
 is worse than none."""
+MASK_DAMPING = 0.1
+"""Of fewer examples than there are units."""
 
 
-def mask_scales(
-    weight: Tensor, inputs: Tensor, kept: Tensor, features: int, damping: float = DAMPING
-) -> Tensor:
-    """One factor a unit that stays: the mask, no longer of ones and zeros, that is best.
+def mask_scales(moments: Tensor, kept: Tensor, damping: float = MASK_DAMPING) -> Tensor:
+    """One factor a unit that stays: the mask, no longer of ones and zeros, that loses least.
 
-        minimise E |W (m * x) - W x|^2 / |y|^2 over m_K, with m = 0 elsewhere
+        minimise 1/2 z^T F z over z_K, with z = m - 1 and z = -1 elsewhere:  m_K = 1 + F_KK^-1 F_KQ 1
 
-    whose normal equations need the sums over each pair of units of X_fg (W^T W)_fg alone. Shapes:
-    weight [out, in], inputs X [in, in], kept [count]; the result [count], float64. Source: Kwon et
-    al. 2022, arXiv 2204.09656, section 4.4, with the dense layer's inputs.
+    Shapes: moments F [unit, unit], the mean of u u^T, u an example's gradient of the mask; kept
+    [count]; the result [count], float64. Source: mask tuning of Kwon et al. 2022, arXiv 2204.09656,
+    section 4.4, by the loss to second order in place of the layer's output.
     """
-    weight = weight.double()
-    products = inputs.double() * (weight.T @ weight)
-    units = len(products) // features
-    together = products.reshape(units, features, units, features).sum((1, 3))
-    dropped = complement(kept, units)
-    lost = together[kept][:, dropped].sum(1, keepdim=True)
-    return 1 + _solved(together[kept][:, kept], lost, damping).squeeze(1)
+    fisher = moments.double()
+    lost = fisher[kept][:, complement(kept, len(fisher))].sum(1, keepdim=True)
+    return 1 + _solved(fisher[kept][:, kept], lost, damping).squeeze(1)
 
 
 def refitted(
@@ -53,7 +49,7 @@ def refitted(
 
 
 def _solved(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
-    """(matrix + ridge)^-1 right; zero where the layer never had any input."""
+    """(matrix + ridge)^-1 right; zero where there was never any input or gradient."""
     ridge = damping * float(matrix.diagonal().mean())
     if ridge == 0:
         return torch.zeros_like(right)
