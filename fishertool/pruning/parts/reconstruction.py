@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fishertool.pruning.parts.units import complement, features_of
 
-DAMPING = 1e-3
-"""It is no substitute for more tokens: a large one restores the directions of most inputs alone, which
-is worse than none."""
+DAMPING = 0.02
+"""By ten thousand tokens a MiniLM embedder kept more with it than with 0.001."""
 MASK_DAMPING = 1.0
 """There are fewer examples than units: 70 of them at 0.1 fitted their noise in a MiniLM embedder."""
 
