@@ -223,6 +223,27 @@ def test_equal_inputs_in_other_memory_do_not_share() -> None:
     assert moments.tokens == {"0.weight": 3, "1.weight": 3}
 
 
+def test_relative_moments_count_a_token_by_the_size_of_its_output() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 5, bias=False)])
+    x = torch.randn(2, 3, 4) * torch.tensor([1.0, 50.0, 1.0]).view(1, 3, 1)  # the second is massive
+    x[1, 0] = 0  # of which the second layer makes nothing at all
+    moments = InputMoments(layers, dict(layers.named_parameters()), relative=True)
+    with moments:
+        moments.begin([torch.tensor([[1, 1, 1], [1, 1, 0]])])
+        for layer in layers:
+            layer(x)
+        moments.end()
+    assert moments.leader == {"0.weight": "0.weight", "1.weight": "1.weight"}  # one x, two y
+    for name, layer in zip(("0.weight", "1.weight"), layers, strict=True):
+        expected = torch.zeros(4, 4, dtype=torch.float64)
+        for token in [*x[0], *x[1, :2]]:
+            one, size = token.double(), float(layer(token).detach().double().norm())
+            expected += torch.outer(one, one) / size**2 if size else 0
+        assert moments.tokens[name] == 5
+        assert relative_error(mirrored(moments.sums[name], 1), expected) < BOUND
+
+
 @pytest.mark.parametrize("side", [1, 2, 5, 7, 64])
 def test_a_symmetric_product_is_summed_by_its_upper_half(side: int) -> None:
     rows = torch.randn(10, side, generator=torch.Generator().manual_seed(0))

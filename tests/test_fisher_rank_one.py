@@ -93,6 +93,25 @@ def test_agrees_with_the_dense_matrix(shapes: list[tuple[int, ...]], members: in
     assert all(torch.equal(gradients[name], before[name]) for name in gradients)
 
 
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("members", [1, 7, 8, 64])
+@pytest.mark.parametrize(("block", "size"), [(4, 1), (4, 4), (8, 2), (24, 4)])
+def test_inverse_blocks_are_those_of_the_dense_inverse(members: int, block: int, size: int) -> None:
+    gradients = draw(members, [(5, 8), (2, 12)])
+    inverse = torch.linalg.inv(dense(gradients, DAMPING, block))
+    starts = range(0, 64, size)
+    expected = torch.stack([inverse[a : a + size, a : a + size] for a in starts])
+    found = RankOneFisher(HeldGradients(gradients), DAMPING, block).inverse_blocks(size)
+    assert error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("block", "size"), [(None, 4), (6, 4), (16, 3)])
+def test_blocks_of_the_inverse_that_divide_no_block_of_f(block: int | None, size: int) -> None:
+    fisher = RankOneFisher(HeldGradients(draw(3, [(4, 8)])), DAMPING, block)
+    with pytest.raises(ValueError, match="do not divide"):
+        fisher.inverse_blocks(size)
+
+
 @pytest.mark.parametrize("block", [None, 5, 16, 100])
 def test_identities(block: int | None) -> None:
     gradients = draw(12, SHAPES["several"])

@@ -504,6 +504,7 @@ def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_pa
         ("--sparsity 0.5 --method obs --data data.jsonl --damping 1e-7", 2, "10 gradients is singular"),
         ("--sparsity 0.5 --method obs --fisher fisher --damping 0", 2, "a number above 0"),
         ("--sparsity 0.5 --method obs --fisher fisher --damping auto", 2, "give --data"),
+        ("--pattern 2:4 --method obs --fisher fisher --block 2", 2, "take --block 4 or more"),
         ("--sparsity 0.5 --method obs --fisher fisher --block 0", 2, "a number of weights, or whole"),
         ("--sparsity 0.5 --method obs --fisher fisher --compensate auto", 2, "give --data"),
         ("--sparsity 0.5 --method obs --fisher fisher --steps 2", 2, "give --data"),

@@ -1,6 +1,7 @@
 """Every saliency against its formula, written out weight by weight in float64."""
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ def everything(shape: tuple[int, int]) -> dict[str, Any]:
         "gradient": normal(*shape, seed=5),
         "general_gradient": normal(*shape, seed=6),
         "inverse_diagonal": normal(*shape, seed=7).square().double() + 0.1,
+        "inverse_blocks": normal(*shape, 1, 1, seed=9).square().double() + 0.1,
+        "pruned": 1,
         "activations": moment(shape[1]),
         "generator": torch.Generator().manual_seed(8),
         "magnitude": 0.7,
@@ -113,7 +116,7 @@ def test_obs_is_the_rise_of_the_loss_at_the_constrained_minimum(block: int | Non
     weight, gradients = normal(4, 16), normal(11, 4, 16, seed=1)
     curvature = RankOneFisher(HeldGradients({"w": gradients}), 0.05, block)
     inverse = curvature.inverse_diagonal().reshape(weight.shape)
-    found = (mfac if block is None else obs)(weight, inverse)
+    found = mfac(weight, inverse) if block is None else obs(weight, inverse[..., None, None], 1)
     rows = gradients.reshape(11, -1).double()
     dense = rows.T @ rows / 11
     side = block or 64
@@ -126,6 +129,38 @@ def test_obs_is_the_rise_of_the_loss_at_the_constrained_minimum(block: int | Non
         change[others], change[q] = moves, -w
         expected = float(change @ dense @ change) / 2
         assert float(found.flatten()[q]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("members", [3, 40])
+@pytest.mark.parametrize(("size", "pruned"), [(2, 1), (4, 2), (4, 4), (8, 3)])
+def test_obs_of_a_group_is_the_rise_for_its_best_set(members: int, size: int, pruned: int) -> None:
+    """Every set of a group is set to zero and the quadratic model minimized over all others."""
+    weight, gradients = normal(2, 16), normal(members, 2, 16, seed=1)
+    curvature = RankOneFisher(HeldGradients({"w": gradients}), 0.05, 8)
+    blocks = curvature.inverse_blocks(size).reshape(2, -1, size, size)
+    found = obs(weight, blocks, pruned).flatten()
+    rows = gradients.reshape(members, -1).double()
+    places = torch.arange(32) // 8
+    dense = rows.T @ rows / members * (places[:, None] == places)
+    dense += 0.05 * torch.eye(32, dtype=torch.float64)
+    w = weight.flatten().double()
+    expected = torch.full_like(w, torch.inf)
+    for start in range(0, 32, size):
+        rises = {}
+        for together in itertools.combinations(range(start, start + size), pruned):
+            gone = torch.tensor(together)
+            others = torch.tensor([i for i in range(32) if i not in together])
+            change = torch.zeros_like(w)
+            change[gone] = -w[gone]
+            change[others] = torch.linalg.solve(
+                dense[others][:, others], dense[others][:, gone] @ w[gone]
+            )
+            rises[together] = float(change @ dense @ change) / 2
+            for one in together:
+                expected[one] = min(expected[one], rises[together] / pruned)
+        order = found[start : start + size].argsort(stable=True)[:pruned]
+        assert set((order + start).tolist()) == set(min(rises, key=lambda key: rises[key]))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("form", ["paper", "normalized"])

@@ -31,11 +31,19 @@ class InputMoments:
     leader  weight name -> the name whose entry is its own
     tokens  name with an entry -> tokens seen
 
+    With `relative`, each token counts by 1 / |y|^2, y the layer's output, bias and all: the sum of
+    x x^T / |y|^2, in which W' x - W x is an error relative to y. A few tokens can have outputs many
+    times as long as the others', of which the norm after them leaves no more than of the others.
+    Every layer then has an entry of its own.
+
     Forward passes count only after `begin`, and padding never. Source: Martens and Grosse 2015,
     arXiv 1503.05671; the uncentred covariance of SparseGPT, RegMean and SVD-LLM.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], *, relative: bool = False
+    ):
+        self.relative = relative
         self.sums: Sums = {}
         self.tokens: Sums = {}
         self.groups: Groups = {"inputs": self.sums, "tokens": self.tokens}
@@ -95,7 +103,7 @@ class InputMoments:
     ) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         for view in self._views.get(id(module.weight), ()):
-            self._see(view, x, True, transposed)
+            self._see(view, x, y, True, transposed)
 
     def _on_use(self, use: Use, y: Tensor) -> Tensor:
         x, transposed = use.argument.reads, use.argument.transposed
@@ -104,16 +112,21 @@ class InputMoments:
             for view in self._views.get(id(use.parameter), ()):
                 start, stop = view.start - use.first, view.stop - use.first
                 if 0 <= start < stop <= use.rows:
-                    self._see(view, x[..., start:stop] if transposed else x, padded, transposed)
+                    part = x[..., start:stop] if transposed else x
+                    self._see(view, part, y, padded, transposed)
         return y
 
-    def _see(self, view: View, x: Tensor, padded: bool, transposed: bool) -> None:
+    def _see(self, view: View, x: Tensor, y: Tensor, padded: bool, transposed: bool) -> None:
         if not self._active or max(rows_of(view.tensor)) > MAX_SIDE:
             return
         x, name = x.detach(), view.name
         if transposed:
             self.transposed.add(name)
-        if self._last is not None and x.data_ptr() == self._last[1].data_ptr():
+        if (
+            not self.relative
+            and self._last is not None
+            and x.data_ptr() == self._last[1].data_ptr()
+        ):
             leader, last, version = self._last
             if x.shape == last.shape and x._version == version:
                 self._follow(name, leader)
@@ -121,6 +134,9 @@ class InputMoments:
         self._follow(name, name)
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
         rows = wide(x).reshape(-1, x.shape[-1])
+        if self.relative:
+            sizes = wide(y).detach().reshape(len(rows), -1).norm(dim=1, keepdim=True)
+            rows = torch.where(sizes > 0, rows / sizes, 0.0)
         if padded and (kept := self._kept.get(len(rows))) is not None:
             rows = rows[kept.to(rows.device)]
         if name not in self.sums:

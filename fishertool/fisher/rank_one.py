@@ -150,13 +150,41 @@ class RankOneFisher:
                     values = torch.linalg.solve_triangular(lower, eye, upper=False)
                     values = values.square_().sum(1)
                 else:
-                    values = (1 - _explained(lower, piece) / self.members) / dampings
+                    explained = _solved(lower, piece).square_().sum(2, dtype=torch.float64)
+                    values = (1 - explained / self.members) / dampings
                 least = 1 / (dampings + piece.squares / self.members)
                 most = (1 / dampings).expand_as(least)
                 outside = values < least * (1 - self._slack)
                 outside |= values > most * (1 + self._slack)
                 self.clamped += int(outside.sum())
                 found.append(values.clamp(least, most).flatten())
+        return torch.cat(found)
+
+    def inverse_blocks(self, size: int) -> Tensor:
+        """The diagonal blocks of F^-1 of `size` consecutive weights, [weight / size, size, size],
+        float64; of one weight each, the inverse diagonal.
+
+        Raises ValueError where `size` does not divide every block of F.
+        """
+        if size == 1:
+            return self.inverse_diagonal().reshape(-1, 1, 1)
+        if self.block is None or any(piece.width % size for piece in self._pieces):
+            raise ValueError(f"blocks of {size} weights do not divide those of {self.block} of F")
+        found = []
+        for run in self._factored():
+            lower, dampings = run.factor
+            for piece in run.pieces:
+                if run.primal:
+                    eye = torch.eye(piece.width, dtype=lower.dtype, device=lower.device)
+                    rows = torch.linalg.solve_triangular(lower, eye, upper=False).mT
+                else:
+                    rows = _solved(lower, piece).double()
+                rows = rows.reshape(len(rows), -1, size, rows.shape[2])
+                values = rows @ rows.mT
+                if not run.primal:
+                    eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+                    values = (eye - values / self.members) / dampings[:, :, None, None]
+                found.append(values.flatten(0, 1))
         return torch.cat(found)
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -241,13 +269,13 @@ def _gram(rows: Tensor) -> Tensor:
     return gram
 
 
-def _explained(lower: Tensor, piece: Piece) -> Tensor:
-    """Sums over members of (L^-1 G)^2, [block, width]."""
-    upper = lower.mT.to(piece.gradients.dtype)  # G^T L^-T: BLAS solves faster from the right
+def _solved(lower: Tensor, piece: Piece) -> Tensor:
+    """G^T L^-T, [block, width, member]."""
+    upper = lower.mT.to(piece.gradients.dtype)  # BLAS solves faster from the right
     solved: Tensor = torch.linalg.solve_triangular(
         upper, piece.gradients.mT, upper=True, left=False
     )
-    return solved.square_().sum(2, dtype=torch.float64)
+    return solved
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ KINDS = {
     "fisher": "diagonal",
     "gradient": "mean-gradient",
     "inverse_diagonal": "rank-one",
+    "inverse_blocks": "rank-one",
     "activations": "activation",
 }
 """Input of a method -> the kind of Fisher it is of; `general_...` are of the general sidecar."""
@@ -24,6 +25,8 @@ DEFAULT_BLOCK: dict[str, int | None] = {"mfac": None}
 BLOCK = 128
 DAMPING = 1e-3
 COLUMNWISE_DAMPING = 0.01
+LARGEST_GROUP = 8
+"""Of weights whose sets OBS weighs against one another: 4 of 8 are 70 sets."""
 TOO_SMALL = 1e-6
 """Damping below which a block of more weights than gradients tells of nothing but damping."""
 
@@ -62,6 +65,20 @@ class Recipe:
         return (
             "rank-one" in self.kinds or "columnwise" in self.updates or "damping" in self.settings
         )
+
+    @property
+    def group(self) -> int:
+        """Weights that OBS judges together: those a pattern takes some of, or all, at once."""
+        size = self.pattern.m or self.pattern.columns
+        known = "inverse_blocks" in self.method.inputs and self.block is not None
+        return size if known and size <= LARGEST_GROUP else 1
+
+    @property
+    def pruned_of_group(self) -> int:
+        """How many of them go."""
+        if self.group == 1:
+            return 1
+        return self.pattern.m - self.pattern.n if self.pattern.m else self.pattern.columns
 
     @property
     def chooses_in_columns(self) -> bool:
@@ -182,6 +199,11 @@ def _check(recipe: Recipe, budget: str | None, block: str | None, damping: str |
         raise UsageError(
             "--block is for obs, mfac, and --compensate summed or joint; nothing here asks for a "
             "rank-one Fisher"
+        )
+    if recipe.block is not None and recipe.block < recipe.group:
+        raise UsageError(
+            f"--block {recipe.block}: --pattern {recipe.pattern} is judged {recipe.group} weights "
+            f"at a time; take --block {recipe.group} or more"
         )
     if damping is not None and not recipe.has_damping:
         raise UsageError(f"--damping: method {name} inverts nothing; leave it out")

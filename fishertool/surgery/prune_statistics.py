@@ -38,6 +38,7 @@ class Statistics:
     def __init__(self, kinds: dict[str, Opened], general: dict[str, Opened] | None = None):
         self.kinds, self.general = kinds, general or {}
         self.fallbacks, self.clamped = 0, 0
+        self._dampings: dict[tuple[str, float], float] = {}
         self._whole: tuple[float, dict[str, Tensor]] | None = None
 
     @property
@@ -70,6 +71,10 @@ class Statistics:
         for name in recipe.method.inputs:
             if name == "inverse_diagonal":
                 found[name] = self._inverse_diagonal(recipe, matrices, matrix)
+            elif name == "inverse_blocks":
+                found[name] = self._inverse_blocks(recipe, matrices, matrix)
+            elif name == "pruned":
+                found[name] = recipe.pruned_of_group
             elif name == "activations":
                 found[name] = self.activations(matrix)
             elif name in KINDS or name.startswith("general"):
@@ -96,9 +101,16 @@ class Statistics:
             rows = gradients.read(matrix.name, 0, matrix.elements)
             shaped = rows.reshape(len(rows), *reversed(matrix.shape)).mT
             gradients = HeldGradients({matrix.name: shaped.contiguous()})
-        block = None if recipe.block is None else aligned(recipe.block, matrix.shape[1])
+        block = (
+            None if recipe.block is None else aligned(recipe.block, matrix.shape[1], recipe.group)
+        )
         assert recipe.damping is not None
-        return RankOneFisher(gradients, recipe.damping, block, relative=True), gradients
+        key = matrix.name, recipe.damping
+        if key in self._dampings:  # the mean Fisher takes a pass over the bank
+            return RankOneFisher(gradients, self._dampings[key], block), gradients
+        fisher = RankOneFisher(gradients, recipe.damping, block, relative=True)
+        self._dampings[key] = fisher.damping
+        return fisher, gradients
 
     def _inverse_diagonal(
         self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix
@@ -120,6 +132,14 @@ class Statistics:
         if matrix.turned:
             return on_disk.reshape(*reversed(matrix.shape)).T
         return on_disk.reshape(matrix.shape)
+
+    def _inverse_blocks(self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix) -> Tensor:
+        if recipe.group == 1:
+            return self._inverse_diagonal(recipe, matrices, matrix)[..., None, None]
+        fisher, _ = self.curvature(recipe, matrix)
+        blocks = fisher.inverse_blocks(recipe.group)
+        self._count(fisher)
+        return blocks.reshape(matrix.shape[0], -1, *blocks.shape[1:])
 
     def _count(self, fisher: RankOneFisher) -> None:
         self.fallbacks += len(fisher.fallbacks)
@@ -149,16 +169,21 @@ def open_statistics(
     return Statistics(*found)
 
 
-def aligned(block: int, width: int) -> int:
+def aligned(block: int, width: int, group: int = 1) -> int:
     """The largest divisor of a row's width in the upper half below `block`; `block` if there is none,
-    when blocks run on over the ends of rows.
+    when blocks run on over the ends of rows. Of whole groups, which divide the width.
 
     >>> aligned(128, 384), aligned(50, 384), aligned(50, 384 + 1), aligned(128, 16)
     (128, 48, 35, 16)
+    >>> aligned(13, 20), aligned(13, 20, 4)
+    (10, 12)
     """
     if block >= width:
         return width
-    found = [size for size in range(block, block // 2, -1) if width % size == 0]
+    block -= block % group
+    found = [
+        size for size in range(block, block // 2, -1) if width % size == 0 and size % group == 0
+    ]
     return found[0] if found else block
 
 

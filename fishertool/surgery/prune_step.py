@@ -114,7 +114,7 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
             saliency = saliency.masked_fill(gone, float("-inf"))
         yield matrix.name, saliency.to(torch.float32)
         advance(matrix.elements)
-    if step.statistics is not None and "inverse_diagonal" in wanted:
+    if step.statistics is not None and {"inverse_diagonal", "inverse_blocks"} & set(wanted):
         step.counts["fallbacks"] = step.statistics.fallbacks
         step.counts["clamped"] = step.statistics.clamped
 

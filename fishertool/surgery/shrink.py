@@ -34,9 +34,9 @@ class Statistics:
     """Of the calibration examples, by joining weight."""
 
     masks: dict[str, Tensor] = field(default_factory=dict)
-    """Mean of u u^T, [unit, unit]; or of u^2, [unit], where nothing is rearranged."""
+    """Mean of u u^T, [unit, unit]; or of u^2, [unit], where nothing is rearranged or tuned."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Mean of x x^T, [in, in]."""
+    """Mean of x x^T / |y|^2, y the layer's output, [in, in]."""
 
 
 @dataclass
@@ -104,15 +104,17 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
         raise InputError(f"{plan.checkpoint.folder}: {lost[0]} is no parameter of the model")
     parameters = {name: loaded.parameters[name] for name in names}
     masks = None
-    if recipe.method == "fisher":
+    if recipe.method == "fisher" or recipe.tunes_masks:
         layers = {
             block.join.name: Masked(
                 parameters[block.join.name], block.join.features, plan.units.turned
             )
             for block in plan.units.blocks
         }
-        masks = MaskMoments(layers, cross=recipe.rearrange)
-    inputs = InputMoments(loaded.module, parameters) if recipe.compensate != "none" else None
+        masks = MaskMoments(layers, cross=recipe.rearrange or recipe.tunes_masks)
+    inputs = None
+    if recipe.compensate in ("joint", "auto"):
+        inputs = InputMoments(loaded.module, parameters, relative=True)
     examples = loaded.texts.examples
     sizes, rows = [one.size for one in examples], [len(one.texts) for one in examples]
     done = estimate(
@@ -153,9 +155,8 @@ def _chosen(plan: ShrinkPlan, block: Block, gathered: Statistics, seed: int) -> 
     if method == "magnitude":
         return _by_magnitude(plan, block)
     moments = gathered.masks[block.join.name].cpu()
-    if moments.dim() == 1:
-        return most_salient(moments, plan.kept)
-    return rearranged(moments, most_salient(moments.diagonal(), plan.kept))
+    salient = most_salient(moments if moments.dim() == 1 else moments.diagonal(), plan.kept)
+    return rearranged(moments, salient) if plan.recipe.rearrange else salient
 
 
 def _by_magnitude(plan: ShrinkPlan, block: Block) -> Tensor:
@@ -183,7 +184,7 @@ def _joining(
             continue
         found[name] = weight[:, features_of(stay, features)]
         if way == "mask":
-            scales = mask_scales(weight, gathered.inputs[name].cpu(), stay, features)
+            scales = mask_scales(gathered.masks[name].cpu(), stay)
             found[name] = found[name] * scales.repeat_interleave(features)
     return found
 

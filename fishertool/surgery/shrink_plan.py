@@ -36,6 +36,10 @@ class ShrinkRecipe:
     """Whether `fisher` swaps units by the whole block of the Fisher within a layer."""
 
     @property
+    def tunes_masks(self) -> bool:
+        return self.compensate in ("mask", "auto")
+
+    @property
     def needs_data(self) -> bool:
         return self.method == "fisher" or self.compensate != "none"
 
