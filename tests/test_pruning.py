@@ -157,9 +157,9 @@ def test_obs_of_a_group_is_the_rise_for_its_best_set(members: int, size: int, pr
             )
             rises[together] = float(change @ dense @ change) / 2
             for one in together:
-                expected[one] = min(expected[one], rises[together] / pruned)
+                expected[one] = min(float(expected[one]), rises[together] / pruned)
         order = found[start : start + size].argsort(stable=True)[:pruned]
-        assert set((order + start).tolist()) == set(min(rises, key=lambda key: rises[key]))
+        assert set((order + start).tolist()) == set(min(rises.items(), key=lambda item: item[1])[0])
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
 
 

@@ -19,5 +19,5 @@ def fisher_information(model: "ModelListGP", candidates: Tensor) -> Tensor:
     candidates [candidate, dimension] -> [candidate]. MM-MO (Zhang et al. 2024, arXiv 2407.00487).
     """
     with torch.no_grad():
-        variance = model.posterior(candidates).variance
+        variance: Tensor = model.posterior(candidates).variance
     return variance.reciprocal().sum(-1)
