@@ -71,7 +71,8 @@ OPTUNA: dict[str, Callable[[int], BaseSampler]] = {
 
 
 def start_of(seed: int) -> Tensor:
-    return SobolEngine(DIMENSIONS, scramble=True, seed=seed).draw(START, dtype=torch.float64)
+    sobol = SobolEngine(DIMENSIONS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    return sobol.draw(START, dtype=torch.float64)
 
 
 def search_mmmo(problem: Problem, seed: int, batch: int, settings: dict[str, Any]) -> Tensor:
