@@ -135,7 +135,8 @@ def main() -> None:
     part.add_argument("--seeds", type=int, default=10)
     part.add_argument("--first-seed", type=int, default=0)
     part.add_argument("--batch", type=int, default=5)
-    part.add_argument("--samplers", nargs="+", default=[*MMMO, *OPTUNA], metavar="NAME")
+    names = [*MMMO, *OPTUNA]
+    part.add_argument("--samplers", nargs="+", default=names, choices=names, metavar="NAME")
     part.add_argument("--json", type=Path, metavar="FILE")
     part.set_defaults(run=synthetic)
     args = parser.parse_args()
