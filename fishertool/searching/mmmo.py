@@ -5,6 +5,7 @@ Multi-objective Optimization" (arXiv 2407.00487).
 """
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -22,6 +23,8 @@ POOL = 10
 STRONG = 5
 OFFSPRING = 32
 DRAWS = 256
+
+_ONE_AT_A_TIME = Lock()  # BoTorch's settings and Python's warning filters are the process's
 
 Screen = Literal["surrogate"] | Callable[[Tensor], Tensor] | None
 
@@ -52,31 +55,50 @@ def propose(
                information of the surrogate's are kept, the least known; or, by a function
                [pool, dimension] -> [pool], those that it scores highest. None: all are kept.
 
-    With both off this is plain Bayesian search. Values are standardized before anything else and
-    the hypervolume's reference point is inferred from them, where the paper's code has a fixed
-    one in the values' units. It is in turn the nadir of the front with a margin, for the
-    front's ends, and the median of all values, for its middle: from the nadir alone a front with
-    poor ends draws all evaluations to them.
+    With both off this is plain Bayesian search. The values are standardized before anything else
+    and the hypervolume's reference point is `reference_of` them; the paper's code has a fixed one
+    in the values' own units.
 
     The same arguments give the same points, in any thread. Raises UsageError if the pool is
     smaller than `count`, or `count` than 1.
     """
     if count < 1 or (screen is not None and pool < count):
         raise UsageError(f"a pool of {pool} candidates for {count} points; it holds at least those")
-    generator = torch.Generator().manual_seed(seed)
-    points, values, pending = points.double(), standardized(values.double()), pending.double()
+    with _ONE_AT_A_TIME:
+        return _propose(
+            points.double(),
+            standardized(values.double()),
+            pending.double(),
+            count,
+            torch.Generator().manual_seed(seed),
+            pool=count if screen is None else pool,
+            recombine=recombine,
+            screen=screen,
+        )
+
+
+def _propose(
+    points: Tensor,
+    values: Tensor,
+    pending: Tensor,
+    count: int,
+    generator: torch.Generator,
+    *,
+    pool: int,
+    recombine: bool,
+    screen: Screen,
+) -> Tensor:
     varying = (values != 0).any(0)
     seen = values[:, varying] if bool(varying.any()) else values
     model = fit(points, seen)
     strong = points[strongest(seen, STRONG)]
-    references = [reference_of(seen), _median(seen)]
+    reference = reference_of(seen)
     found = pending
-    end = len(points) + len(pending) + (count if screen is None else pool)
-    for turn in range(len(points) + len(pending), end):
+    for _ in range(pool):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
         drawn = sobol.draw(DRAWS, dtype=torch.float64)
-        gain = expected_gain(model, points, seen, found, references[turn % 2], seeds[1])
+        gain = expected_gain(model, points, seen, found, reference, seeds[1])
         taken = torch.cat([points, found])
         best = maximum(gain, drawn, taken)
         if recombine:
@@ -90,10 +112,3 @@ def propose(
         return candidates
     scores = -fisher_information(model, candidates) if screen == "surrogate" else screen(candidates)
     return candidates[scores.argsort(descending=True, stable=True)[:count].sort().values]
-
-
-def _median(values: Tensor) -> Tensor:
-    """Of each objective; below its best where most are that."""
-    nadir = reference_of(values)
-    median = values.median(0).values
-    return torch.where(median < values.amax(0), median, nadir)

@@ -71,7 +71,8 @@ OPTUNA: dict[str, Callable[[int], BaseSampler]] = {
 
 
 def start_of(seed: int) -> Tensor:
-    return SobolEngine(DIMENSIONS, scramble=True, seed=seed).draw(START, dtype=torch.float64)
+    sobol = SobolEngine(DIMENSIONS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    return sobol.draw(START, dtype=torch.float64)
 
 
 def search_mmmo(problem: Problem, seed: int, batch: int, settings: dict[str, Any]) -> Tensor:
@@ -134,7 +135,8 @@ def main() -> None:
     part.add_argument("--seeds", type=int, default=10)
     part.add_argument("--first-seed", type=int, default=0)
     part.add_argument("--batch", type=int, default=5)
-    part.add_argument("--samplers", nargs="+", default=[*MMMO, *OPTUNA], metavar="NAME")
+    names = [*MMMO, *OPTUNA]
+    part.add_argument("--samplers", nargs="+", default=names, choices=names, metavar="NAME")
     part.add_argument("--json", type=Path, metavar="FILE")
     part.set_defaults(run=synthetic)
     args = parser.parse_args()
