@@ -1,6 +1,7 @@
 """How much of the Pareto front the samplers of a search find in 30 evaluations: Markdown tables.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python scripts/bench/search.py synthetic --json search.json
+    OMP_NUM_THREADS=1 python scripts/bench/search.py synthetic --json search.json
+    OMP_NUM_THREADS=1 python scripts/bench/search.py merges FOLDER
 
 `synthetic` is two problems with known fronts in six dimensions, both objectives minimized: ZDT1
 (Zitzler, Deb and Thiele 2000) with the hypervolume to (1.1, 6), at most 6.266, and DTLZ2 (Deb,
@@ -8,6 +9,7 @@ Thiele, Laumanns and Zitzler 2002) with two objectives to (1.1, 1.1), at most 0.
 but `random` begin with the same 10 scrambled Sobol points of a seed. MM-MO then proposes batches
 of 5, as in its paper; Optuna's samplers see each value before the next point, which favours them.
 Optuna's are at their defaults but for NSGA-II, whose population is 10, not more than 30 allow.
+`merges` is of real merges: see `search_merges.py`.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import optuna
+import search_merges
 import torch
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from torch import Tensor
@@ -106,7 +109,9 @@ def search(name: str, problem: Problem, seed: int, batch: int) -> Tensor:
     return search_optuna(problem, seed, OPTUNA[name](seed))
 
 
-def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
+def synthetic(args: argparse.Namespace) -> None:
+    print("| sampler | " + " | ".join(f"{title} | seconds" for title in PROBLEMS) + " |")
+    print("|---|" + "---:|" * (2 * len(PROBLEMS)))
     rows = []
     for name in args.samplers:
         row: dict[str, Any] = {"sampler": name}
@@ -117,7 +122,8 @@ def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
             row[title] = {"hypervolumes": found, "seconds": time.perf_counter() - begin}
         print(line_of(row, args.seeds), flush=True)
         rows.append(row)
-    return rows
+    if args.json:
+        args.json.write_text(json.dumps({"batch": args.batch, "samplers": rows}, indent=1) + "\n")
 
 
 def line_of(row: dict[str, Any], seeds: int) -> str:
@@ -131,7 +137,8 @@ def line_of(row: dict[str, Any], seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    part = parser.add_subparsers(required=True).add_parser("synthetic")
+    parts = parser.add_subparsers(required=True)
+    part = parts.add_parser("synthetic")
     part.add_argument("--seeds", type=int, default=10)
     part.add_argument("--first-seed", type=int, default=0)
     part.add_argument("--batch", type=int, default=5)
@@ -139,14 +146,13 @@ def main() -> None:
     part.add_argument("--samplers", nargs="+", default=names, choices=names, metavar="NAME")
     part.add_argument("--json", type=Path, metavar="FILE")
     part.set_defaults(run=synthetic)
+    part = parts.add_parser("merges")
+    search_merges.add_arguments(part)
+    part.set_defaults(run=search_merges.merges)
     args = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    print("| sampler | " + " | ".join(f"{title} | seconds" for title in PROBLEMS) + " |")
-    print("|---|" + "---:|" * (2 * len(PROBLEMS)))
-    rows = args.run(args)
-    if args.json:
-        args.json.write_text(json.dumps({"batch": args.batch, "samplers": rows}, indent=1) + "\n")
+    args.run(args)
 
 
 if __name__ == "__main__":
