@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Cli, Estimate, ModelMaker
+from conftest import Cli, Estimate, ModelMaker, make_text, write_rows
 from safetensors.torch import load_file
 
 optuna = pytest.importorskip("optuna")
@@ -96,6 +96,38 @@ def test_a_search_finds_a_front_whose_recipes_rebuild_it(
     apart = sum(float((merged[name].double() - base[name]).abs().sum()) for name in base)
     count = sum(tensor.numel() for tensor in base.values())
     assert trial["values"][1] == pytest.approx(apart / count, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "metric"),
+    [("llama", {}, "perplexity"), ("bert", {"head": "Model"}, "ndcg_at_10")],
+)
+def test_every_task_that_is_measured_can_be_searched(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, kind: str, more: dict[str, str], metric: str
+) -> None:
+    for seed, name in enumerate("ab"):
+        make_model(name, kind, seed, spread=0.2, **more)
+    rows = [
+        {"text": make_text(n, 6), "query": make_text(n, 2), "positive": make_text(n, 5)}
+        for n in range(9)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    objective = {"metric": metric, "data": "rows.jsonl", "num-examples": 8}
+    content = {
+        "merge_method": "linear",
+        "models": [
+            {"model": name, "parameters": {"weight": {"low": 0.1, "high": 1}}} for name in "ab"
+        ],
+        "objectives": [objective, {"metric": "loss", "data": "rows.jsonl"}],
+    }
+    (tmp_path / "search.yml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    flags = ("--sampler", "random", "--evaluations", 3, "--pick", "knee", "--json", "-q")
+    result = cli("search", "search.yml", "--out", "o", *flags)
+    assert result.code == 0, result.err
+    trial = front_of(tmp_path / "o")["trials"][result.report["summary"]["picked"]]
+    few = ("--num-examples", 8, "--json", "-q")
+    told = cli("evaluate", "o/picked", "--data", "rows.jsonl", *few).report["summary"]
+    assert told[metric] == pytest.approx(trial["values"][0], rel=1e-6)
 
 
 def test_merges_in_memory_and_from_a_folder_measure_the_same(
