@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +24,7 @@ pytest.importorskip("botorch", reason="needs fishertool[search]")
 from fishertool.searching import acquisition, mmmo
 from fishertool.searching.acquisition import expected_gain
 from fishertool.searching.mmmo import propose
+from fishertool.searching.quiet import quiet
 from fishertool.searching.recombination import recombine
 from fishertool.searching.screening import fisher_information
 from fishertool.searching.surrogate import fit, standardized
@@ -247,3 +249,12 @@ def test_fronts_need_no_botorch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_warnings_that_are_turned_on_again_are_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("ABNORMAL", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == ""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+    # Recorded, for BoTorch turns some of its warnings on again where it gives them.
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter("ignore")
         yield
