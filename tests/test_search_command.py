@@ -1,7 +1,6 @@
 """`fishertool search`: fronts of merges, resumed, shared among workers, and refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Cli, Estimate, ModelMaker, make_text, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 optuna = pytest.importorskip("optuna")
 
@@ -346,27 +345,21 @@ def test_two_workers_lose_and_repeat_no_trial(
     assert study == "o"
 
 
-def test_a_killed_workers_trial_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
-    recipe()
-    flags = ["--sampler", "random", "--evaluations", 6]
-    out = tmp_path / "o"
-    leader = start(out, *flags, slow=1.0)
-    wait_for_trials(out, 1)
-    worker = start(out, *flags, "--worker", slow=600)
-    wait_for_trials(out, 4)
-    deadline = time.monotonic() + 60
-    owners: set[int] = set()
-    while worker.pid not in owners:
-        lines = (out / "search.journal").read_text().splitlines()
-        owners = {json.loads(x)["user_attr"]["owner"]["pid"] for x in lines if '"owner"' in x}
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(worker.pid, signal.SIGKILL)
+def test_a_killed_workers_trial_is_taken_up(cli: Cli, recipe: Recipe, tmp_path: Path) -> None:
+    flags = ["--sampler", "random", "--evaluations"]
+    path, out = recipe(), tmp_path / "o"
+    assert cli("search", path, "--out", "whole", *flags, 4, "-q").code == 0
+    assert cli("search", path, "--out", "o", *flags, 1, "-q").code == 0
+    worker = start(out, *flags, 4, "--worker", slow=600)
+    wait_for_trials(out, 2)
+    worker.kill()
     worker.communicate()
-    _, err = leader.communicate(timeout=120)
-    assert leader.returncode == 0, err
-    front = front_of(out)
-    assert [trial["state"] for trial in front["trials"]] == ["complete"] * 6
+    result = cli("search", path, "--out", "o", *flags, 4, "--resume", "-q")
+    assert result.code == 0, result.err
+    journal = (out / "search.journal").read_text()
+    assert f'"pid":{worker.pid}' in journal.replace(" ", "")
+    assert '"lost"' in journal
+    assert told(front_of(out)) == told(front_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
@@ -500,3 +493,32 @@ def test_dry_run_checks_and_writes_nothing(cli: Cli, recipe: Recipe, tmp_path: P
     assert result.report["status"] == "dry-run"
     assert result.report["summary"]["variables"] == 4
     assert not (tmp_path / "o").exists()
+
+
+def test_flags_from_a_file_and_the_report_where_it_is_wanted(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "flags.yml").write_text("sampler: random\nevaluations: 2\nseed: 5\n")
+    flags = ("--config", "flags.yml", "--report", "told.json", "-q")
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    report = json.loads((tmp_path / "told.json").read_text())
+    assert report["options"]["sampler"] == "random"
+    assert front_of(tmp_path / "o")["seed"] == 5
+    assert len(front_of(tmp_path / "o")["trials"]) == 2
+    assert (
+        json.loads((tmp_path / "o" / "fishertool_report.json").read_text())["command"] == "search"
+    )
+
+
+def test_weights_that_are_not_finite_fail_the_merges(
+    cli: Cli, recipe: Recipe, models: list[Path]
+) -> None:
+    weights = load_file(models[1] / "model.safetensors")
+    weights["bert.pooler.dense.bias"][0] = float("nan")
+    save_file(weights, models[1] / "model.safetensors", {"format": "pt"})
+    path = recipe(objectives=[{"metric": "sparsity"}])
+    flags = ("--sampler", "random", "--evaluations", 2, "-q")
+    refused = cli("search", path, "--out", "o", *flags)
+    assert refused.code == 3
+    assert "has NaN or Inf" in refused.err
+    assert cli("search", path, "--out", "p", *flags, "--allow-nonfinite").code == 0

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +39,9 @@ class Evaluation(NamedTuple):
     values: list[float]
     """Of every objective, in its own units."""
     distance: float | None
-    """Mean of abs(theta - theta_0)."""
+    """Mean of abs(theta - theta_0), if that is finite."""
     predicted_loss: list[float] | None
-    """Of each model, where every model has a Fisher."""
+    """Of each model, where every model has a Fisher, if they are finite."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ class Evaluator:
         }
         models = [plan.inputs.references[number] for number in plan.inputs.models]
         values = values_of(self.objectives, measured, free, models)
-        return Evaluation(values, passed.distance, passed.predicted_loss)
+        return Evaluation(values, _finite(passed.distance), _finite(passed.predicted_loss))
 
     def predict(self, point: Mapping[str, Scalar]) -> list[float]:
         """Of each model the predicted increase of its loss, by a merge that nobody measures."""
-        predicted = self._pass(self.plan(point)).predicted_loss
+        predicted: list[float] | None = _finite(self._pass(self.plan(point)).predicted_loss)
         if predicted is None:
-            raise UsageError("a predicted loss needs a fisher with a diagonal for each model")
+            raise UsageError(
+                "a predicted loss needs a fisher with a diagonal for each model, and finite weights"
+            )
         return predicted
 
     def check(self, plan: MergePlan) -> list[dict[str, Any]]:
@@ -187,6 +190,15 @@ class Evaluator:
             )
             for options, data in subject.prepared.items()
         }  # fmt: skip
+
+
+def _finite(figures: Any) -> Any:
+    """A figure or a list of them; None where one is not finite, as of weights that are not."""
+    if figures is None:
+        return None
+    return (
+        figures if all(map(isfinite, figures if isinstance(figures, list) else [figures])) else None
+    )
 
 
 class Subject:

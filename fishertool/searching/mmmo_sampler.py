@@ -81,7 +81,8 @@ class MmmoSampler(WholePoints):
             values = torch.cat([values, further[:, None]], 1)
         screen: Any = None if "screening" in sampling.without else "surrogate"
         if screen and self._predict is not None:
-            before = self._predictions(done)
+            told = [trial.user_attrs.get(PREDICTED) for trial in done]
+            before = gauged(torch.tensor([one for one in told if one], dtype=torch.float64))
 
             def screen(candidates: Tensor) -> Tensor:
                 return predicted_gains(before, self._gauged(snapped(self.variables, candidates)))
@@ -114,7 +115,3 @@ class MmmoSampler(WholePoints):
         assert self._predict is not None
         predicted = [self._predict(decode(self.variables, row)) for row in rows]
         return gauged(torch.tensor(predicted, dtype=torch.float64))
-
-    def _predictions(self, trials: Sequence[FrozenTrial]) -> Tensor:
-        known = [trial.user_attrs[PREDICTED] for trial in trials]
-        return gauged(torch.tensor(known, dtype=torch.float64))
