@@ -269,7 +269,8 @@ def test_pick_writes_one_merge_of_the_front(
 def start(out: Path, *flags: object, slow: float = 0.0) -> subprocess.Popen[str]:
     """A search in a process of its own, whose every merge takes so many seconds longer."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job's may be ignored
         "from fishertool.searching import evaluator\n"
         "merge = evaluator.Evaluator.evaluate\n"
         "def slower(self, point):\n"

@@ -56,10 +56,8 @@ def propose(
                [pool, dimension] -> [pool], those that it scores highest. None: all are kept.
 
     With both off this is plain Bayesian search. The values are standardized before anything else
-    and the hypervolume's reference point is inferred from them, where the paper's code has a fixed
-    one in the values' own units. It is in turn the nadir of the front with a margin, for the
-    front's ends, and the median of all values, for its middle: from the nadir alone a front with
-    poor ends draws all evaluations to them.
+    and the hypervolume's reference point is `reference_of` them; the paper's code has a fixed one
+    in the values' own units.
 
     The same arguments give the same points, in any thread. Raises UsageError if the pool is
     smaller than `count`, or `count` than 1.
@@ -94,14 +92,13 @@ def _propose(
     seen = values[:, varying] if bool(varying.any()) else values
     model = fit(points, seen)
     strong = points[strongest(seen, STRONG)]
-    references = [reference_of(seen), _median(seen)]
+    reference = reference_of(seen)
     found = pending
-    begin = len(points) + len(pending)
-    for turn in range(begin, begin + pool):
+    for _ in range(pool):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
         drawn = sobol.draw(DRAWS, dtype=torch.float64)
-        gain = expected_gain(model, points, seen, found, references[turn % 2], seeds[1])
+        gain = expected_gain(model, points, seen, found, reference, seeds[1])
         taken = torch.cat([points, found])
         best = maximum(gain, drawn, taken)
         if recombine:
@@ -115,9 +112,3 @@ def _propose(
         return candidates
     scores = -fisher_information(model, candidates) if screen == "surrogate" else screen(candidates)
     return candidates[scores.argsort(descending=True, stable=True)[:count].sort().values]
-
-
-def _median(values: Tensor) -> Tensor:
-    """Of each objective; the front's nadir where most values are the best one."""
-    median = values.median(0).values
-    return torch.where(median < values.amax(0), median, reference_of(values))
