@@ -219,7 +219,6 @@ def prune(
 
     Example: fishertool prune MODEL --method obs --data texts.jsonl --sparsity 0.7 --out OUT
     """
-
     sidecars = [one for one in (fisher, general_fisher) if one]
     with importing([model, *sidecars], threads, dry_run):
         from fishertool.commands.prune import prune as command

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,9 @@ def search(
                 evaluations = len(grid(space.variables, evaluations))
             evaluator = Evaluator(opened, space, objectives, running)
             plan, data = _check_space(evaluator, sampling)
-            if not worker:
+            if worker:
+                _check_begun(out, storage)
+            else:
                 _check_out(out, plan, overwrite, resume)
         report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
         if dry_run:
@@ -159,6 +162,14 @@ def _check_space(
             )
         data = evaluator.check(plan)
     return plan, data
+
+
+def _check_begun(out: Path, storage: str | None) -> None:
+    """Refuse to work for a search that is not there, before a journal is made for it."""
+    from fishertool.searching.study import JOURNAL
+
+    if storage is None and not (out / JOURNAL).is_file():
+        raise UsageError(f"--worker: there is no search in {out} yet; start it without --worker")
 
 
 def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> None:
@@ -254,4 +265,7 @@ def _wanted(pick: str | None, objectives: Sequence[Objective]) -> list[float] | 
             weights[name.strip()] = float(text)
         except ValueError:
             raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
-    return list(weights.values())
+    found = list(weights.values())
+    if not all(0 <= weight < math.inf for weight in found) or not any(found):
+        raise UsageError(f"--pick {pick!r}: weights are at least 0, and not all 0")
+    return found

@@ -1,6 +1,6 @@
 """MM-MO: multi-objective Bayesian search with recombination and screening.
 
-Zhang et al. 2024, "It's Morphing Time: Unleashing the Potential of Multiple LLMs via
+Li et al. 2024, "It's Morphing Time: Unleashing the Potential of Multiple LLMs via
 Multi-objective Optimization" (arXiv 2407.00487).
 """
 

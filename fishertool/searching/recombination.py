@@ -13,7 +13,7 @@ def recombine(candidates: Tensor, strong: Tensor, generator: torch.Generator) ->
     a, b and c are drawn without replacement from the strong configurations (with it where there
     are fewer than three). Each coordinate is v's with probability CR and the candidate's
     otherwise, one of them v's for certain: differential evolution rand/1/bin (Storn and Price
-    1997) with F = CR = 0.5, as in MM-MO (Zhang et al. 2024, arXiv 2407.00487).
+    1997) with F = CR = 0.5, as in MM-MO (Li et al. 2024, arXiv 2407.00487).
 
     candidates [candidate, dimension], strong [configuration, dimension] -> as candidates.
     """

@@ -16,7 +16,7 @@ def fisher_information(model: "ModelListGP", candidates: Tensor) -> Tensor:
     Gaussian of that variance has this Fisher information of its mean. It says nothing about the
     Fisher information of a model's weights.
 
-    candidates [candidate, dimension] -> [candidate]. MM-MO (Zhang et al. 2024, arXiv 2407.00487).
+    candidates [candidate, dimension] -> [candidate]. MM-MO (Li et al. 2024, arXiv 2407.00487).
     """
     with torch.no_grad():
         variance: Tensor = model.posterior(candidates).variance

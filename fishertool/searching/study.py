@@ -137,10 +137,14 @@ class Search:
         return taken
 
     def finish(self, trial: Trial, values: Sequence[float], **found: Any) -> None:
-        """Record the values of all objectives, and what else was found."""
-        for name, value in found.items():
-            trial.set_user_attr(name, value)
-        self.study.tell(trial, list(values), skip_if_finished=True)
+        """Record the values of all objectives, and what else was found.
+
+        Nothing, where this process was silent for so long that its trial was given to another.
+        """
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            for name, value in found.items():
+                trial.set_user_attr(name, value)
+            self.study.tell(trial, list(values), skip_if_finished=True)
 
     def fail(self, trial: Trial, why: str) -> None:
         """Record that the evaluation failed."""

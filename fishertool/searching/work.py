@@ -12,6 +12,8 @@ from fishertool.searching.study import Search, counts, signs_of_life
 
 POLL = 0.5
 """Seconds between looks at what other workers do."""
+KEPT = ("distance", "predicted_loss", "seconds")
+"""What is told of a trial beside its values."""
 
 
 def work(
@@ -72,9 +74,6 @@ def _evaluate(search: Search, trial: Trial, evaluate: Callable[..., Evaluation])
             predicted_loss=found.predicted_loss,
             seconds=round(time.monotonic() - begun, 3),
         )
-
-
-KEPT = ("distance", "predicted_loss", "seconds")
 
 
 def _check_hope(search: Search, trials: int) -> None:
