@@ -4,12 +4,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from fishertool.checkpoint.header import TensorInfo
 
 PIECE_ELEMENTS = 1 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,37 @@ def stream(
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Call `function` for every piece; at most `threads + 1` pieces are in memory.
+    """Call `function` for every piece and `advance` with its elements, as `collect` does."""
+    collect(work, function, threads, lambda piece, _: advance(piece.elements))
 
-    The function must touch nothing but its own piece: then results do not depend on `threads`.
-    The first error stops the work and is raised.
+
+def collect(
+    work: Iterable[Piece],
+    function: Callable[[Piece], T],
+    threads: int,
+    take: Callable[[Piece, T], None],
+) -> None:
+    """Call `function` for every piece, and `take` with what it returned, in the order of work.
+
+    At most `threads + 1` pieces are in memory. The function must touch nothing but its own piece:
+    then results do not depend on `threads`. The first error stops the work and is raised.
     """
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # one piece per thread is the parallelism
     try:
         if threads == 1:
             for piece in work:
-                function(piece)
-                advance(piece.elements)
+                take(piece, function(piece))
             return
         with ThreadPoolExecutor(threads, thread_name_prefix="piece") as pool:
-            waiting: deque[tuple[Future[None], int]] = deque()
+            waiting: deque[tuple[Piece, Future[T]]] = deque()
             try:
                 for piece in work:
                     if len(waiting) > threads:
-                        _finish(waiting, advance)
-                    waiting.append((pool.submit(function, piece), piece.elements))
+                        _finish(waiting, take)
+                    waiting.append((piece, pool.submit(function, piece)))
                 while waiting:
-                    _finish(waiting, advance)
+                    _finish(waiting, take)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -66,7 +78,6 @@ def stream(
         torch.set_num_threads(intra_op)
 
 
-def _finish(waiting: deque[tuple[Future[None], int]], advance: Callable[[int], None]) -> None:
-    future, elements = waiting.popleft()
-    future.result()
-    advance(elements)
+def _finish(waiting: deque[tuple[Piece, Future[T]]], take: Callable[[Piece, T], None]) -> None:
+    piece, future = waiting.popleft()
+    take(piece, future.result())

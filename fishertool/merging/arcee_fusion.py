@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,9 @@ def arcee_fusion(models: tuple[Tensor, Tensor], whole: float) -> Tensor:
 def whole(weights: Sequence[float], elements: int) -> Passes[float]:
     """The least score at which the second model's weight is taken."""
 
-    def scores(models: Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
-        first, second = models
-        found = torch.empty(first.shape, dtype=first.dtype)
-        for one, other, out in blocks(first, second, found):
-            out.copy_(_score(one, other))
-        return [found]
+    def scores(models: Sequence[Tensor], base: Tensor | None) -> Iterator[list[Tensor]]:
+        for first, second in blocks(*models):
+            yield [_score(first, second)]
 
     ranks = [elements - int(share * (elements - 1)) for share in (0.75, 0.5, 0.25)]
     [[third, median, first]] = yield from kth_largest(scores, [ranks])

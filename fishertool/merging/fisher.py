@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Literal
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher, Passes
+from fishertool.merging.parts.blocks import blocks
 from fishertool.merging.parts.threshold import kth_largest
 
 RELATIVE_FLOOR = 1e-6
@@ -77,7 +78,7 @@ def fisher(
         denominator.add_(amount)
         if base is not None and trim != 1.0:
             assert whole is not None, "trim stands on what `whole` finds"
-            model = torch.where(_root_saliency(model, base, one) >= whole[i], model, base)
+            model = torch.where(_root_saliency(model, base, one.values) >= whole[i], model, base)
         numerator.addcmul_(amount, model)
     if base is not None:
         typical = sum(
@@ -113,12 +114,15 @@ def whole(
 
 def _root_saliencies(
     models: Sequence[Tensor], base: Tensor | None, fishers: Sequence[Fisher]
-) -> list[Tensor]:
+) -> Iterator[list[Tensor]]:
     if base is None:
         raise ValueError("fisher trim needs a base")
-    return [_root_saliency(model, base, one) for model, one in zip(models, fishers, strict=True)]
+    values = [one.values for one in fishers]
+    for *parts, origin in blocks(*models, *values, base):
+        pairs = zip(parts[: len(models)], parts[len(models) :], strict=True)
+        yield [_root_saliency(model, origin, diagonal) for model, diagonal in pairs]
 
 
-def _root_saliency(model: Tensor, base: Tensor, one: Fisher) -> Tensor:
+def _root_saliency(model: Tensor, base: Tensor, diagonal: Tensor) -> Tensor:
     # Ordered as F tau^2 is, which of a language model would be too small for float32.
-    return (model - base).abs_().mul_(one.values.sqrt()).float()
+    return (model - base).abs_().mul_(diagonal.sqrt()).float()

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.stream import Piece
 from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import open_source
 from fishertool.progress import Advance
+from fishertool.surgery.merge_look import look
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_tensor import merge_job
+from fishertool.surgery.merge_tensor import cut, merge_piece
 
 
 def open_lora(opened: ExitStack, base: str, name: str, rank: int) -> LoraWriter:
@@ -26,8 +26,8 @@ def write_lora(
     """Merge a tensor at a time and write what differs from the base; what became of each by name."""
     told = {}
     for info in plan.outputs():
-        job = Piece(info.name, 0, info.rows, info.elements)
-        rows = [values for _, values, _ in merge_job(plan, job)]
+        looks = look(plan, [info], threads=1)
+        rows = [merge_piece(plan, piece, looks.get(info.name))[0] for piece in cut(plan, [info])]
         told[info.name] = writer.add(info.name, torch.cat(rows).reshape(info.shape))
         advance(info.elements)
     return writer.write(folder), told

@@ -10,8 +10,9 @@ from torch import Tensor
 from fishertool.checkpoint.stream import Piece, stream
 from fishertool.fisher.predicted_loss import PieceSums, loss_increases_of
 from fishertool.progress import Advance
+from fishertool.surgery.merge_look import groups, look
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_tensor import jobs, merge_job
+from fishertool.surgery.merge_tensor import Look, cut, merge_piece
 
 Put = Callable[[Piece, Tensor], None]
 """Takes rows of the output, in its dtype; called from several threads."""
@@ -39,11 +40,14 @@ def merge_pass(
     """Merge every tensor of the plan, piece by piece; with `to_base`, compare it with the base."""
     increases, changes = PieceSums(), PieceSums()
 
-    def one(job: Piece) -> None:
-        for piece, values, part in merge_job(plan, job):
+    for group in groups(plan):
+        looks = look(plan, group, threads)
+
+        def one(piece: Piece, looks: dict[str, Look] = looks) -> None:
+            values, part = merge_piece(plan, piece, looks.get(piece.name))
             put(piece, values)
             if part is None:
-                continue
+                return
             if plan.predicts and part.fishers:
                 fishers = [fisher.values for fisher in part.fishers]
                 found = loss_increases_of(values.to(fishers[0].dtype), part.models, fishers)
@@ -51,7 +55,7 @@ def merge_pass(
             if to_base and part.base is not None:
                 changes.add(piece.name, piece.start, _change(values, part.base))
 
-    stream(jobs(plan), one, threads, advance)
+        stream(cut(plan, group), one, threads, advance)
     predicted = {name: found.tolist() for name, found in increases.by_tensor().items()}
     if not changes.by_tensor():
         return Passed(predicted, None, None)

@@ -1,19 +1,19 @@
 """One tensor of a merge: its pieces are read, merged and rounded."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
+from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
 from fishertool.merging.linear import linear
-from fishertool.merging.method import Fisher, make_passes
+from fishertool.merging.method import Fisher, Passes, make_passes
 from fishertool.surgery.merge_plan import MergePlan, Target
 from fishertool.surgery.merge_statistics import MATRICES
 
@@ -27,51 +27,68 @@ class Part(NamedTuple):
     """Empty where not every model has one."""
 
 
-def jobs(plan: MergePlan) -> Iterator[Piece]:
-    """The work to be spread over threads: a tensor that must be seen whole is one job."""
-    whole = plan.method.whole is not None or bool(MATRICES & plan.method.inputs.keys())
-    for info in plan.outputs():
-        if whole and plan.targets[info.name].action == "merge":
+class Look(NamedTuple):
+    """What a method's passes over a whole tensor came to."""
+
+    found: Any
+    read: bool
+    """Whether they read its values, which are finite then."""
+
+
+def cut(plan: MergePlan, outputs: Iterable[TensorInfo]) -> Iterator[Piece]:
+    """The pieces in which these tensors are merged."""
+    matrices = bool(MATRICES & plan.method.inputs.keys())
+    for info in outputs:
+        if matrices and plan.targets[info.name].action == "merge":
             yield Piece(info.name, 0, info.rows, info.elements)
         else:
             yield from pieces([info])
 
 
-def merge_job(plan: MergePlan, job: Piece) -> Iterator[tuple[Piece, Tensor, Part | None]]:
-    """The rows of a job in the output's dtype, in pieces where it is larger than one.
+def merge_piece(
+    plan: MergePlan, piece: Piece, look: Look | None = None
+) -> tuple[Tensor, Part | None]:
+    """The rows of a piece in the output's dtype, and what they were merged from; None where not.
 
-    With each what it was merged from; None where it was not.
+    look  needed where the method makes passes and the tensor is more than this piece
     """
-    target = plan.targets[job.name]
+    target = plan.targets[piece.name]
     if target.action in ("keep-first", "equal"):
         take = _kept if target.action == "keep-first" else _equal
-        yield job, take(plan, target, job), None
-        return
-    merging = target.action == "merge"
-    in_passes = merging and plan.method.whole is not None
-    parts = list(pieces([target.info])) if in_passes else [job]
-    read = reader(plan, target)
-    if len(parts) == 1:
-        read = lru_cache(1)(read)  # what the passes have read serves the merge
-    given = dict(target.settings)
-    if in_passes:
-        passes = plan.method.passes(target.weights, target.info.elements, target.settings)
-        shown = 3 if "fishers" in plan.method.inputs else 2
-        given["whole"] = make_passes(passes, lambda: (read(piece)[:shown] for piece in parts))
-    for piece in parts:
-        part = read(piece)
-        if merging and plan.factors:
-            merged = _merge_matrices(plan, target, part)
-        elif merging:
-            inputs = _inputs(plan, target, piece, part)
-            merged = plan.method.function(part.models, **inputs, **given)
-        else:
-            merged = linear(part.models, target.weights)
-        yield piece, _rounded(plan, target, merged), part
+        return take(plan, target, piece), None
+    part = reader(plan, target, trusted=look is not None and look.read)(piece)
+    if target.action != "merge":
+        merged = linear(part.models, target.weights)
+    elif plan.factors:
+        merged = _merge_matrices(plan, target, part)
+    else:
+        given = _inputs(plan, target, piece, part)
+        if plan.method.whole is not None:
+            given["whole"] = look.found if look else _look_at(plan, target, part)
+        merged = plan.method.function(part.models, **given, **target.settings)
+    return _rounded(plan, target, merged), part
 
 
-def reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
-    """Reads pieces of a target's inputs, and refuses what is not finite."""
+def _look_at(plan: MergePlan, target: Target, part: Part) -> Any:
+    """What the passes find out about a tensor of one piece."""
+    return make_passes(passes_of(plan, target), lambda: [part[: shown_to_passes(plan)]])
+
+
+def passes_of(plan: MergePlan, target: Target) -> Passes[Any]:
+    passes: Passes[Any] = plan.method.passes(target.weights, target.info.elements, target.settings)
+    return passes
+
+
+def shown_to_passes(plan: MergePlan) -> int:
+    """How many of a part's fields they are given."""
+    return 3 if "fishers" in plan.method.inputs else 2
+
+
+def reader(plan: MergePlan, target: Target, *, trusted: bool = False) -> Callable[[Piece], Part]:
+    """Reads pieces of a target's inputs, and refuses what is not finite.
+
+    trusted  they were read before, and found finite
+    """
     named = [(plan.inputs.sources[number], name) for number, name in target.sources]
     base = None if target.base is None else (plan.inputs.sources[target.base[0]], target.base[1])
     fishers = plan.fishers_of(target)
@@ -83,7 +100,8 @@ def reader(plan: MergePlan, target: Target) -> Callable[[Piece], Part]:
         return rows.reshape(-1, shape[-1]) if len(shape) > 2 else rows
 
     def one(source: TensorSource, name: str, piece: Piece) -> Tensor:
-        return shaped(_read_finite(plan, source, name, piece).to(dtype))
+        read = _read if trusted else _read_finite
+        return shaped(read(plan, source, name, piece).to(dtype))
 
     def read(piece: Piece) -> Part:
         models = [one(source, name, piece) for source, name in named]
@@ -172,8 +190,12 @@ def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
     return rounded
 
 
+def _read(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
+    return source.read(name, piece.start, piece.stop)
+
+
 def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
-    values = source.read(name, piece.start, piece.stop)
+    values = _read(plan, source, name, piece)
     if not plan.allow_nonfinite and not all_finite(values):
         raise InputError(
             f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"

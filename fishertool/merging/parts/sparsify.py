@@ -40,8 +40,9 @@ def find_ranges(counts: Sequence[tuple[int, int] | None], rescale: bool) -> Pass
         if count
     }
 
-    def vectors(models: Sequence[Tensor], base: Tensor) -> Iterator[Tensor]:
-        return (models[i] - base for i in asked)
+    def vectors(models: Sequence[Tensor], base: Tensor) -> Iterator[list[Tensor]]:
+        for *parts, origin in blocks(*(models[i] for i in asked), base):
+            yield [part - origin for part in parts]
 
     found = yield from kth_largest(vectors, list(asked.values()))
     ranges = [Range() if one is None else NOTHING for one in counts]

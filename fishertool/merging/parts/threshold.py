@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,16 +10,16 @@ from fishertool.merging.method import Passes
 
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
-BLOCK = 1 << 17
 WHOLE_NUMBERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
-Scores = Callable[..., Iterable[Tensor]]
+Scores = Callable[..., Iterable[Sequence[Tensor]]]
+"""From what a pass takes of a piece: the n scores, in as many blocks as their author likes."""
 
 
 def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[list[float]]]:
     """For each of n scores its k-th largest sizes, exactly, by counting digits of 16 bits.
 
-    scores  takes what a pass takes of a piece -> n tensors, ranked without regard to sign
+    scores  of a piece; ranked without regard to sign
     ranks   for each score the k that are asked for, from 1 to the number of elements
 
     Floating-point numbers without sign are ordered as their bits are: the first pass counts the
@@ -38,12 +37,16 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[l
         def count(
             *piece: Any, digit: int = digit, prefixes: Sequence[Sequence[int]] = prefixes
         ) -> Tensor:
-            counts = [
-                _count(score, digit, prefix)
-                for score, wanted in zip(scores(*piece), prefixes, strict=True)
-                for prefix in wanted
-            ]
-            return torch.stack(counts)
+            parts: list[list[list[Tensor]]] = [[[] for _ in wanted] for wanted in prefixes]
+            for block in scores(*piece):
+                for score, wanted, kept in zip(block, prefixes, parts, strict=True):
+                    bits = score.abs().flatten().view(WHOLE_NUMBERS[score.dtype])
+                    for prefix, part in zip(wanted, kept, strict=True):
+                        part.append(_digits(bits, digit, prefix))
+            counts = torch.stack(
+                [torch.bincount(torch.cat(one), minlength=BINS) for kept in parts for one in kept]
+            )
+            return counts.to(torch.float64) if bits.dtype == torch.int64 else counts
 
         total = yield count
         # Scores are not seen here; the dtype of their counts says how many digits they have.
@@ -62,18 +65,12 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[l
     ]
 
 
-def _count(score: Tensor, digit: int, prefix: int) -> Tensor:
-    """How often each value of a digit follows the digits of `prefix`; as float64 for a float64."""
-    raw = score.abs().flatten().view(WHOLE_NUMBERS[score.dtype])
-    shift = 8 * raw.itemsize - DIGIT_BITS * (digit + 1)
-    if digit:
-        # Few agree; numpy selects few several times as fast as torch, and in blocks that a
-        # core's cache holds.
-        above = shift + DIGIT_BITS
-        blocks = (block.numpy() for block in torch.split(raw, BLOCK))
-        raw = torch.from_numpy(
-            np.concatenate([block[block >> above == prefix] for block in blocks])
-            & (BINS - 1 << shift)
-        )
-    counts = torch.bincount(raw >> shift, minlength=BINS)
-    return counts.to(torch.float64) if score.dtype == torch.float64 else counts
+def _digits(bits: Tensor, digit: int, prefix: int) -> Tensor:
+    """This digit of every number whose digits before it are `prefix`."""
+    digits = 8 * bits.itemsize // DIGIT_BITS
+    if digit == 0:
+        return bits.view(torch.int16)[digits - 1 :: digits].contiguous()  # without sign: never < 0
+    shift = DIGIT_BITS * (digits - 1 - digit)
+    numbers = bits.numpy()  # it selects few of many several times as fast as torch
+    agreeing = numbers[numbers >> shift + DIGIT_BITS == prefix]
+    return torch.from_numpy(agreeing >> shift & BINS - 1)
