@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-from fishertool.checkpoint.dtypes import BITS
+from fishertool.checkpoint.dtypes import BITS, FLOATING, torch_name
 from fishertool.checkpoint.header import TensorInfo, encode_header
 from fishertool.errors import UsageError
 
@@ -40,6 +41,15 @@ class Layout:
     @property
     def parameters(self) -> int:
         return sum(tensor.elements for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def dtype(self) -> str:
+        """What most weights have, as config.json calls it."""
+        totals: dict[str, int] = {}
+        for tensor in chain.from_iterable(shard.tensors for shard in self.shards):
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
+        floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
+        return torch_name(max(floating or totals, key=lambda dtype: totals[dtype]))
 
 
 def lay_out(

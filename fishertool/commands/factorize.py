@@ -32,7 +32,7 @@ from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_recover import Finetuning, recover_factors
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
-from fishertool.surgery.factorize_write import dtype_of, write_factorized
+from fishertool.surgery.factorize_write import write_factorized
 
 METHODS = "fishertool.factorization"
 BASE_RSS_BYTES = 400_000_000
@@ -227,7 +227,7 @@ def _output(plan: FactorizePlan, layout: Layout, digests: Sequence[FileDigest]) 
         list(map(asdict, digests)),
         layout.nbytes,
         layout.parameters,
-        dtype_of(layout),
+        layout.dtype,
         list(plan.companions.copied),
         list(plan.companions.left_out),
     )

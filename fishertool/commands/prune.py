@@ -27,7 +27,6 @@ from fishertool.report import (
     options_of,
     public_name,
 )
-from fishertool.surgery.factorize_write import dtype_of
 from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
@@ -187,7 +186,7 @@ def prune(
                 list(map(asdict, digests)),
                 plan.layout.nbytes,
                 plan.layout.parameters,
-                dtype_of(plan.layout),
+                plan.layout.dtype,
                 list(companions[0].copied),
                 list(companions[0].left_out),
             )

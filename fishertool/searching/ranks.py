@@ -17,10 +17,10 @@ from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
-from fishertool.surgery.factorize_matrix import Matrix
 from fishertool.surgery.factorize_plan import FactorizePlan
 from fishertool.surgery.factorize_terms import Cutter
 from fishertool.surgery.factorize_write import factorized_rows
+from fishertool.surgery.matrix import Matrix
 
 
 class Judge:

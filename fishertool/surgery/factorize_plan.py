@@ -17,9 +17,9 @@ from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.registry import Method
 from fishertool.selection import select
-from fishertool.surgery.factorize_matrix import Matrix
 from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_statistics import SUFFICES, Statistics, open_statistics
+from fishertool.surgery.matrix import Matrix
 
 FORMATS = ("low-rank", "dense")
 DTYPES = ("F64", "F32", "F16", "BF16")

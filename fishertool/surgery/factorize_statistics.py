@@ -11,7 +11,7 @@ from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.registry import Method
 from fishertool.sidecar import check_fits, open_sidecar
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 
 SUFFICES = {
     "fisher": ("diagonal",),

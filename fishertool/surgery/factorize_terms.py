@@ -18,8 +18,8 @@ from fishertool.factorization.method import Decomposition, Factors
 from fishertool.factorization.rank import largest_saving
 from fishertool.progress import Advance
 from fishertool.registry import Method
-from fishertool.surgery.factorize_matrix import Matrix
 from fishertool.surgery.factorize_plan import FactorizePlan
+from fishertool.surgery.matrix import Matrix
 
 STEM = "terms"
 

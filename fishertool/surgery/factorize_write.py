@@ -1,7 +1,6 @@
 """Carry out a factorization: factors rounded and written matrix by matrix, all else copied."""
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_companions, write_config, write_json
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, torch_name
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.layout import Layout
 from fishertool.checkpoint.reader import load_json
 from fishertool.checkpoint.stream import Piece, pieces, stream
@@ -21,9 +20,9 @@ from fishertool.factorization.rank import Ranks
 from fishertool.fisher.factored import expand
 from fishertool.models.low_rank import quantization_config
 from fishertool.progress import Advance
-from fishertool.surgery.factorize_matrix import Matrix
 from fishertool.surgery.factorize_plan import FactorizePlan
 from fishertool.surgery.factorize_terms import Cutter, read_weight, whole_piece
+from fishertool.surgery.matrix import Matrix
 
 
 def write_factorized(
@@ -65,15 +64,6 @@ def write_factorized(
     _write_config(plan, layout, folder, {m.module: rank for m, rank in factored.values()})
     copy_companions(plan.checkpoint.folder, plan.companions, folder)
     return layout, digests, figures
-
-
-def dtype_of(layout: Layout) -> str:
-    """What most weights of the output have."""
-    totals: dict[str, int] = {}
-    for tensor in chain.from_iterable(shard.tensors for shard in layout.shards):
-        totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
-    floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
-    return torch_name(max(floating or totals, key=lambda dtype: totals[dtype]))
 
 
 def rounded_factors(plan: FactorizePlan, matrix: Matrix, factors: Factors) -> Factors:
@@ -171,7 +161,7 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 
 def _write_config(plan: FactorizePlan, layout: Layout, folder: Path, ranks: dict[str, int]) -> None:
-    write_config(plan.checkpoint.folder, folder, dtype_of(layout))
+    write_config(plan.checkpoint.folder, folder, layout.dtype)
     if ranks:
         config = load_json(folder / "config.json")
         config["quantization_config"] = quantization_config(ranks)

@@ -49,6 +49,7 @@ def look(plan: MergePlan, group: Sequence[TensorInfo], threads: int) -> dict[str
     found: dict[str, Look] = {}
     wanted: dict[str, Pass] = {}
     totals: dict[str, Tensor] = {}
+    looked = False
 
     def go_on(name: str) -> None:
         try:
@@ -66,7 +67,6 @@ def look(plan: MergePlan, group: Sequence[TensorInfo], threads: int) -> dict[str
         total = totals.get(piece.name)
         totals[piece.name] = part if total is None else total + part
 
-    looked = False
     for name in running:
         go_on(name)
     while wanted:

@@ -12,7 +12,7 @@ from fishertool.progress import Advance
 from fishertool.pruning.parts.columnwise import columnwise
 from fishertool.pruning.parts.compensation import joint, summed
 from fishertool.pruning.parts.masks import choose_columns
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_stage import Step
 from fishertool.surgery.prune_trial import Trial

@@ -16,7 +16,7 @@ from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
 from fishertool.selection import select
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
 from fishertool.surgery.prune_statistics import Statistics, open_statistics
 

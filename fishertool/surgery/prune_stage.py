@@ -15,7 +15,7 @@ from fishertool.checkpoint.layout import lay_out
 from fishertool.checkpoint.reader import Checkpoint, load_json
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_recipe import Recipe
 from fishertool.surgery.prune_statistics import Statistics

@@ -22,7 +22,7 @@ from fishertool.sidecar import (
     open_sidecar,
     read_diagonal,
 )
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import KINDS, Recipe
 
 Opened = tuple[Checkpoint, FisherHeader]

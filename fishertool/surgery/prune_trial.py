@@ -19,7 +19,7 @@ from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.recovery import Recovery, recover
 from fishertool.progress import Advance
 from fishertool.sidecar import open_diagonal, open_sidecar
-from fishertool.surgery.factorize_matrix import Matrix
+from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_statistics import Opened, Statistics
 

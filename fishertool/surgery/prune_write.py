@@ -17,7 +17,6 @@ from fishertool.fisher.sums import Computed
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
-from fishertool.surgery.factorize_write import dtype_of
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_stage import ONE_FILE
 
@@ -53,7 +52,7 @@ def write_pruned(
         outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
         stream(pieces(outputs), one, threads, advance)
         digests = writer.finish()
-    write_config(plan.checkpoint.folder, place, dtype_of(plan.layout))
+    write_config(plan.checkpoint.folder, place, plan.layout.dtype)
     copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
     return digests
 

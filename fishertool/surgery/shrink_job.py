@@ -21,7 +21,6 @@ from fishertool.models.recovery import recover
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Output, Report, data_files, public_name
-from fishertool.surgery.factorize_write import dtype_of
 from fishertool.surgery.prune_trial import Trial, open_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
@@ -234,7 +233,7 @@ def _output(plan: ShrinkPlan, digests: list[FileDigest]) -> Output:
         list(map(asdict, digests)),
         plan.layout.nbytes,
         plan.layout.parameters,
-        dtype_of(plan.layout),
+        plan.layout.dtype,
         list(first.copied),
         list(first.left_out),
     )

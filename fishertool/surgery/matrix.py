@@ -1,4 +1,4 @@
-"""A matrix to factorize: a tensor on disk, or one expert's part of a stack."""
+"""A matrix of a checkpoint: a tensor on disk, or one expert's part of a stack."""
 
 from dataclasses import dataclass
 
