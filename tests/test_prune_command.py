@@ -85,7 +85,7 @@ def test_counts_are_exact_and_nothing_else_changes(
             continue
         gone = after[name] == 0
         expected = int(0.6 * old.numel() + 0.5)
-        if method == "wanda":
+        if method in ("wanda", "fisher"):
             expected = len(old) * int(0.6 * old.shape[1] + 0.5)
         assert int(gone.sum()) == expected, name
         assert torch.equal(after[name][~gone], old[~gone]), name
@@ -112,17 +112,21 @@ def test_zero_sparsity_changes_nothing(
     assert files_of(tmp_path / "o") == files_of(model)
 
 
+@pytest.mark.parametrize("budget", [None, "row", "tensor"])
 def test_the_mask_is_that_of_the_sidecars_fisher(
-    cli: Cli, model: Path, sidecar: Path, tmp_path: Path
+    cli: Cli, model: Path, sidecar: Path, tmp_path: Path, budget: str | None
 ) -> None:
-    flags = ("--method", "fisher", "--sparsity", 0.5, "--fisher", sidecar, "--json")
+    flags = ["--method", "fisher", "--sparsity", 0.5, "--fisher", sidecar, "--json"]
+    flags += ["--budget", budget] if budget else []
     result = cli("prune", model, *flags, "--out", "o")
     before, after = weights_of(model), weights_of(tmp_path / "o")
     tensors = load_file(sidecar / "diagonal.safetensors")
     predicted = 0.0
     for name in filter(is_pruned, before):
         rise = 0.5 * before[name].double() ** 2 * tensors[name].double()
-        kept = smallest(rise, rise.numel() // 2)
+        groups = [rise] if budget == "tensor" else rise
+        kept = torch.stack([smallest(group, group.numel() // 2) for group in groups])
+        kept = kept.reshape(rise.shape)
         assert torch.equal(after[name] != 0, kept), name
         predicted += float(rise[~kept].sum())
     found = result.report["summary"]["predicted_loss_change"]

@@ -114,7 +114,7 @@ def prune(
         option(
             "--budget",
             help="What has the sparsity: every tensor, every row, or (global) all tensors "
-            "together. [default: tensor; row for wanda]",
+            "together. [default: tensor; row for fisher and wanda]",
         ),
     ] = None,
     normalize: Annotated[

@@ -20,7 +20,8 @@ KINDS = {
 }
 """Input of a method -> the kind of Fisher it is of; `general_...` are of the general sidecar."""
 GENERAL = ("general", "general_gradient")
-DEFAULT_BUDGET: dict[str, Budget] = {"wanda": "row"}
+DEFAULT_BUDGET: dict[str, Budget] = {"wanda": "row", "fisher": "row"}
+"""Wanda's by definition; of the diagonal Fisher, measured: README has what a tensor's costs."""
 DEFAULT_BLOCK: dict[str, int | None] = {"mfac": None}
 BLOCK = 128
 DAMPING = 1e-3

@@ -11,9 +11,9 @@ embedder    all-MiniLM-L6-v2 as it is; a docstring's first sentence is the query
 
 What is pruned are the linear weights in the blocks, 10.6M of 22.7M, with the Fisher of so many
 training texts; all figures are of test texts. Nothing is retrained. `2:4` stands beside the
-sparsities. `obs 4 steps` estimates the Fisher anew after each step, and `gaprune` is for the
-embedder; neither is run unless --rows names it. One JSON line a result, in FOLDER/prune.jsonl, and
-a Markdown table of means over seeds.
+sparsities. `obs 4 steps` estimates the Fisher anew after each step, `gaprune` is for the embedder,
+and the rows that name a budget have another than the default; none of these is run unless --rows
+names it. One JSON line a result, in FOLDER/prune.jsonl, and a Markdown table of means over seeds.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class Row(NamedTuple):
     compensate: str = "none"
     steps: int = 1
     settings: Mapping[str, str] = MappingProxyType({})
+    budget: str | None = None
 
 
 ROWS = {
@@ -68,8 +69,11 @@ ROWS = {
     "obs 4 steps": Row("obs", steps=4),
     "gaprune": Row("gaprune"),
     "gaprune paper": Row("gaprune", settings={"dai_form": "paper"}),
+    "fisher in tensors": Row("fisher", budget="tensor"),
+    "obs in rows": Row("obs", budget="row"),
+    "gaprune in rows": Row("gaprune", budget="row"),
 }
-USUAL = [name for name, row in ROWS.items() if row.steps == 1 and row.method != "gaprune"]
+USUAL = ["magnitude", "wanda", "fisher", "sparsegpt", "obs", "obs summed", "obs joint"]
 LENGTH = 48
 SCORES = {"classifier": "accuracy", "embedder": "ndcg_at_10"}
 
@@ -155,7 +159,7 @@ def results(
     subject: Subject, row: str, sparsities: list[str], options: Any
 ) -> Iterator[dict[str, Any]]:
     """For every sparsity; saliencies, which are the same for all, are found once."""
-    method, compensate, steps, settings = ROWS[row]
+    method, compensate, steps, settings, budget = ROWS[row]
     curved = method == "obs"
     with ExitStack() as opened, tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         scratch = Path(temporary)
@@ -174,7 +178,12 @@ def results(
                 yield {"row": row, "sparsity": sparsity, **figures}
                 continue
             recipe = resolve_recipe(
-                method, settings, budget=None, normalize="none", recover_steps=0, **asked
+                method,
+                settings,
+                budget=None if is_pattern else budget,
+                normalize="none",
+                recover_steps=0,
+                **asked,
             )
             fisher, general = subject.sidecars(method) if recipe.kinds else (None, None)
             plan = plan_prune(
