@@ -40,7 +40,7 @@ def whole(weights: Sequence[float], elements: int) -> Passes[float]:
             yield [_score(first, second)]
 
     ranks = [elements - int(share * (elements - 1)) for share in (0.75, 0.5, 0.25)]
-    [[third, median, first]] = yield from kth_largest(scores, [ranks])
+    [[third, median, first]] = yield from kth_largest(scores, [ranks], elements)
     return median + 1.5 * (third - first)
 
 

@@ -65,4 +65,4 @@ def whole(
         count = int(share * elements)
         top = min(int(outliers * elements), elements - count)
         counts.append(None if share == 1 else (top, count))
-    return find_ranges(counts, rescale)
+    return find_ranges(counts, elements, rescale)

@@ -108,7 +108,7 @@ def whole(
     kept = round(trim * elements)
     if not kept:
         return [inf] * len(weights)
-    found = yield from kth_largest(_root_saliencies, [[kept]] * len(weights))
+    found = yield from kth_largest(_root_saliencies, [[kept]] * len(weights), elements)
     return [least for [least] in found]
 
 

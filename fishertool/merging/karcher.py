@@ -37,7 +37,7 @@ def whole(
     weights: Sequence[float], elements: int, *, max_iter: int = 10, tol: float = 1e-5
 ) -> Passes[list[float]]:
     """The models' coefficients: every point on the way lies in their span."""
-    products = yield gram
+    products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()
     lengths = products.diagonal().sqrt()

@@ -39,9 +39,10 @@ PerModel = float | Sequence[float]
 """A setting that may differ from model to model."""
 
 T = TypeVar("T")
-Pass = Callable[..., Tensor]
-"""What one pass takes from a piece, of models, base and maybe Fishers: a tensor to be summed."""
-Passes = Generator[Pass, Tensor, T]
+Pass = Callable[..., Any]
+"""What one pass takes from a piece, of models, base and maybe Fishers: what + can sum up over the
+pieces, as tensors or lists."""
+Passes = Generator[Pass, Any, T]
 
 
 class Fisher(NamedTuple):
@@ -105,7 +106,7 @@ def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]
     try:
         one = next(passes)
         while True:
-            total: Tensor | None = None
+            total: Any = None
             for piece in pieces():
                 found = one(*piece)
                 total = found if total is None else total + found

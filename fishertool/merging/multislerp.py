@@ -38,7 +38,7 @@ def whole(
     weights: Sequence[float], elements: int, *, normalize_weights: bool = True, eps: float = 1e-8
 ) -> Passes[list[float]]:
     """The models' coefficients."""
-    products = yield gram
+    products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)
     if normalize_weights and shares.sum():
         shares /= shares.sum()

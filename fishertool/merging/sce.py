@@ -56,7 +56,9 @@ def whole(weights: Sequence[float], elements: int, *, select_topk: float = 1.0) 
         varied = yield lambda models, base: _spread(models).count_nonzero()
         count = int(int(varied) * share)
         if count:
-            [[least]] = yield from kth_largest(lambda models, base: [[_spread(models)]], [[count]])
+            [[least]] = yield from kth_largest(
+                lambda models, base: [[_spread(models)]], [[count]], elements
+            )
         else:
             least = inf
 

@@ -54,4 +54,4 @@ def whole(
         None if one == 1 else (0, max(1, int(one * elements)) if one else 0)
         for one in fractions(density, len(weights), "density")
     ]
-    return find_ranges(counts, rescale)
+    return find_ranges(counts, elements, rescale)

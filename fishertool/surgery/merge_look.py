@@ -1,8 +1,7 @@
 """Passes over whole tensors before they are merged, where a method needs them."""
 
 from collections.abc import Iterator, Sequence
-
-from torch import Tensor
+from typing import Any
 
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.stream import PIECE_ELEMENTS, Piece, collect, pieces
@@ -13,7 +12,7 @@ from fishertool.surgery.merge_tensor import Look, passes_of, reader, shown_to_pa
 GROUP_ELEMENTS = 1 << 25
 """What is read again soon is still in the page cache."""
 GROUP_TENSORS = 32
-"""Of each, what the passes sum up is in memory: for ties half a MB a model."""
+"""Of each, what the passes sum up is in memory: for ties up to a MB a model."""
 
 
 def groups(plan: MergePlan) -> Iterator[list[TensorInfo]]:
@@ -48,7 +47,7 @@ def look(plan: MergePlan, group: Sequence[TensorInfo], threads: int) -> dict[str
     shown = shown_to_passes(plan)
     found: dict[str, Look] = {}
     wanted: dict[str, Pass] = {}
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, Any] = {}
     looked = False
 
     def go_on(name: str) -> None:
@@ -59,11 +58,11 @@ def look(plan: MergePlan, group: Sequence[TensorInfo], threads: int) -> dict[str
             found[name] = Look(end.value, looked)
             wanted.pop(name, None)
 
-    def one(piece: Piece) -> Tensor:
+    def one(piece: Piece) -> Any:
         read = reader(plan, plan.targets[piece.name], trusted=looked)
         return wanted[piece.name](*read(piece)[:shown])
 
-    def add(piece: Piece, part: Tensor) -> None:
+    def add(piece: Piece, part: Any) -> None:
         total = totals.get(piece.name)
         totals[piece.name] = part if total is None else total + part
 

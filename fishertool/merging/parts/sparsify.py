@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import hardshrink
@@ -25,14 +26,16 @@ class Range(NamedTuple):
 NOTHING = Range(least=inf)
 
 
-def find_ranges(counts: Sequence[tuple[int, int] | None], rescale: bool) -> Passes[list[Range]]:
+def find_ranges(
+    counts: Sequence[tuple[int, int] | None], elements: int, rescale: bool
+) -> Passes[list[Range]]:
     """For each model the range of sizes that `count` entries have below its `top` largest ones.
 
     counts   (top, count) for each model; None keeps everything
     rescale  scale the kept entries to the L1 norm of all
 
     Entries as large as one at the end of the range are kept too. No passes where nothing is to be
-    found; two, and a third to rescale.
+    found; those of `kth_largest`, and one more to rescale.
     """
     asked = {
         i: [top + 1, top + count] if top else [count]
@@ -44,7 +47,7 @@ def find_ranges(counts: Sequence[tuple[int, int] | None], rescale: bool) -> Pass
         for *parts, origin in blocks(*(models[i] for i in asked), base):
             yield [part - origin for part in parts]
 
-    found = yield from kth_largest(vectors, list(asked.values()))
+    found = yield from kth_largest(vectors, list(asked.values()), elements)
     ranges = [Range() if one is None else NOTHING for one in counts]
     for i, values in zip(asked, found, strict=True):
         ranges[i] = Range(values[-1], values[0] if len(values) > 1 else inf)
@@ -69,8 +72,8 @@ def keep_range(vector: Tensor, kept: Range) -> Tensor:
     """The vector with zeros for what is not in the range; may write to the vector."""
     if kept.least > 0:
         # hardshrink keeps what is larger than its argument: here, than the next smaller number.
-        least = torch.tensor(kept.least, dtype=vector.dtype)
-        vector = hardshrink(vector, float(torch.nextafter(least, torch.zeros_like(least))))
+        number = np.float64 if vector.dtype == torch.float64 else np.float32
+        vector = hardshrink(vector, float(np.nextafter(number(kept.least), number(0))))
     if kept.most < inf:
         vector.sub_(hardshrink(vector, kept.most))
     return vector if kept.scale == 1 else vector.mul_(kept.scale)

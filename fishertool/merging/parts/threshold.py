@@ -1,76 +1,120 @@
 """Values by rank, of a tensor that is never sorted nor held whole."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from math import sqrt
+from typing import Any, NamedTuple, TypeAlias
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fishertool.merging.method import Passes
 
-DIGIT_BITS = 16
-BINS = 1 << DIGIT_BITS
-WHOLE_NUMBERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+SAMPLE = 1 << 17
+"""About how many sizes of a tensor tell where to look."""
+DEVIATIONS = 4.0
+"""How far from there its standard error makes us look."""
 
 Scores = Callable[..., Iterable[Sequence[Tensor]]]
 """From what a pass takes of a piece: the n scores, in as many blocks as their author likes."""
+Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+"""Sizes as whole numbers: floating-point numbers without sign are ordered as their bits are."""
 
 
-def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Passes[list[list[float]]]:
-    """For each of n scores its k-th largest sizes, exactly, by counting digits of 16 bits.
+class Near(NamedTuple):
+    """What a piece has in a range of sizes."""
 
-    scores  of a piece; ranked without regard to sign
-    ranks   for each score the k that are asked for, from 1 to the number of elements
+    above: int
+    """How many are larger."""
+    sizes: Bits
+    counts: Bits
 
-    Floating-point numbers without sign are ordered as their bits are: the first pass counts the
-    upper digit, each further one the next digit of those that agree with the value found so far.
-    Two passes for float32, four for float64; none where no k is asked for.
+
+def kth_largest(
+    scores: Scores, ranks: Sequence[Sequence[int]], elements: int
+) -> Passes[list[list[float]]]:
+    """For each of n scores its k-th largest sizes, exactly.
+
+    scores    of a piece; ranked without regard to sign
+    ranks     for each score the k that are asked for, from 1 to `elements`
+    elements  of each score, over all pieces
+
+    The first pass takes a sample, from which the k-th size is known within about one per cent of
+    the ranks; the second counts what is larger and gathers what is in that range. Where the k-th
+    is not among it, two more look with another sample in a wider range. One pass for a tensor
+    that is no larger than a sample, none where no k is asked for.
     """
-    if not any(ranks):
-        return [[] for _ in ranks]
-    found = [[0] * len(asked) for asked in ranks]
-    left = [list(asked) for asked in ranks]
-    digits, digit = 1, 0
-    while digit < digits:
-        prefixes = [sorted(set(prefix)) for prefix in found]
-
-        def count(
-            *piece: Any, digit: int = digit, prefixes: Sequence[Sequence[int]] = prefixes
-        ) -> Tensor:
-            parts: list[list[list[Tensor]]] = [[[] for _ in wanted] for wanted in prefixes]
-            for block in scores(*piece):
-                for score, wanted, kept in zip(block, prefixes, parts, strict=True):
-                    bits = score.abs().flatten().view(WHOLE_NUMBERS[score.dtype])
-                    for prefix, part in zip(wanted, kept, strict=True):
-                        part.append(_digits(bits, digit, prefix))
-            counts = torch.stack(
-                [torch.bincount(torch.cat(one), minlength=BINS) for kept in parts for one in kept]
-            )
-            return counts.to(torch.float64) if bits.dtype == torch.int64 else counts
-
-        total = yield count
-        # Scores are not seen here; the dtype of their counts says how many digits they have.
-        digits, dtype = (4, torch.float64) if total.is_floating_point() else (2, torch.float32)
-        counted = iter(total.long())
-        for one, asked, wanted in zip(found, left, prefixes, strict=True):
-            above = {prefix: next(counted).flip(0).cumsum(0) for prefix in wanted}
-            for number, (prefix, rank) in enumerate(zip(one, asked, strict=True)):
-                place = int(torch.searchsorted(above[prefix], rank))
-                asked[number] = rank - (int(above[prefix][place - 1]) if place else 0)
-                one[number] = (prefix << DIGIT_BITS) | (BINS - 1 - place)
-        digit += 1
-    return [
-        torch.tensor(one, dtype=WHOLE_NUMBERS[dtype]).view(dtype).tolist() if one else []
-        for one in found
-    ]
+    asked = [(i, rank) for i, wanted in enumerate(ranks) for rank in wanted]
+    found: dict[tuple[int, int], float] = {}
+    stride, deviations = elements // SAMPLE | 1, DEVIATIONS
+    while len(found) < len(set(asked)):
+        parts = yield lambda *piece, stride=stride: [_sample(scores(*piece), stride)]
+        samples = [np.sort(np.concatenate(part)) for part in zip(*parts, strict=True)]
+        if stride == 1:
+            return [
+                [_size(sample[-k]) for k in wanted]
+                for sample, wanted in zip(samples, ranks, strict=True)
+            ]
+        left = [one for one in asked if one not in found]
+        ranges = [(i, *_range(samples[i], k / elements, deviations)) for i, k in left]
+        parts = yield lambda *piece, ranges=ranges: [_near(scores(*piece), ranges)]
+        for one, near in zip(left, zip(*parts, strict=True), strict=True):
+            size = _ranked(near, one[1])
+            if size is not None:
+                found[one] = size
+        stride, deviations = stride + 2, 2 * deviations
+    return [[found[i, rank] for rank in wanted] for i, wanted in enumerate(ranks)]
 
 
-def _digits(bits: Tensor, digit: int, prefix: int) -> Tensor:
-    """This digit of every number whose digits before it are `prefix`."""
-    digits = 8 * bits.itemsize // DIGIT_BITS
-    if digit == 0:
-        return bits.view(torch.int16)[digits - 1 :: digits].contiguous()  # without sign: never < 0
-    shift = DIGIT_BITS * (digits - 1 - digit)
-    numbers = bits.numpy()  # it selects few of many several times as fast as torch
-    agreeing = numbers[numbers >> shift + DIGIT_BITS == prefix]
-    return torch.from_numpy(agreeing >> shift & BINS - 1)
+def _sample(blocks: Iterable[Sequence[Tensor]], stride: int) -> list[Bits]:
+    """Every so many-th size of each score."""
+    taken = [[_bits(score.flatten()[::stride]) for score in block] for block in blocks]
+    return [np.concatenate(parts) for parts in zip(*taken, strict=True)]
+
+
+def _range(sample: Bits, share: float, deviations: float) -> tuple[int, int]:
+    """The sizes, least and most, between which the one lies that `share` of all are as large as.
+
+    sample  sorted
+    """
+    size = len(sample)
+    error = deviations * sqrt(size * share * (1 - share)) + 1
+    least, most = int(size * (1 - share) - error), int(size * (1 - share) + error) + 1
+    return (
+        int(sample[least]) if least >= 0 else 0,
+        int(sample[most]) if most < size else int(np.iinfo(sample.dtype).max),
+    )
+
+
+def _near(blocks: Iterable[Sequence[Tensor]], ranges: Sequence[tuple[int, int, int]]) -> list[Near]:
+    """For each range (score, least, most) what is in it."""
+    above = [0] * len(ranges)
+    inside: list[list[Bits]] = [[] for _ in ranges]
+    for block in blocks:
+        bits = [_bits(score) for score in block]
+        for number, (i, least, most) in enumerate(ranges):
+            above[number] += int(np.count_nonzero(bits[i] > most))
+            inside[number].append(bits[i][(bits[i] >= least) & (bits[i] <= most)])
+    unique = [np.unique(np.concatenate(parts), return_counts=True) for parts in inside]
+    return [Near(count, *one) for count, one in zip(above, unique, strict=True)]
+
+
+def _ranked(pieces: Sequence[Near], rank: int) -> float | None:
+    """The size of this rank, where it is in the pieces' range."""
+    sizes = np.concatenate([piece.sizes for piece in pieces])
+    order = np.argsort(sizes)[::-1]
+    counts = np.concatenate([piece.counts for piece in pieces])[order]
+    ends = sum(piece.above for piece in pieces) + counts.cumsum()
+    place = int(np.searchsorted(ends, rank))
+    if place == len(ends) or rank <= ends[0] - counts[0]:
+        return None
+    return _size(sizes[order[place]])
+
+
+def _bits(score: Tensor) -> Bits:
+    sizes: npt.NDArray[Any] = score.abs().flatten().numpy()
+    return sizes.view(np.int32 if sizes.dtype == np.float32 else np.int64)
+
+
+def _size(bits: np.signedinteger[Any]) -> float:
+    return float(bits.view(np.float32 if bits.dtype == np.int32 else np.float64))
