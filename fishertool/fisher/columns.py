@@ -66,7 +66,7 @@ class Piece:
     @cached_property
     def squares(self) -> Tensor:
         """Sums over members of G^2, [block, width]."""
-        return self.gradients.square().sum(1, dtype=torch.float64)
+        return self.gradients.square().sum(1).double()
 
     def of(self, x: Tensor) -> Tensor:
         """The entries of vectors here: [weight, column] -> [block, width, column], float64."""

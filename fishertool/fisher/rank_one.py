@@ -150,7 +150,7 @@ class RankOneFisher:
                     values = torch.linalg.solve_triangular(lower, eye, upper=False)
                     values = values.square_().sum(1)
                 else:
-                    explained = _solved(lower, piece).square_().sum(2, dtype=torch.float64)
+                    explained = _solved(lower, piece).square_().sum(2).double()
                     values = (1 - explained / self.members) / dampings
                 least = 1 / (dampings + piece.squares / self.members)
                 most = (1 / dampings).expand_as(least)
