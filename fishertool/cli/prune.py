@@ -107,7 +107,7 @@ def prune(
         option("--set", help="A setting of the method, as key=value; repeatable."),
     ] = None,
     dai_form: Annotated[
-        str | None, option("--dai-form", help="gaprune: normalized, or paper.")
+        str | None, option("--dai-form", help="gaprune: paper, or normalized. [default: paper]")
     ] = None,
     budget: Annotated[
         str | None,

@@ -17,15 +17,17 @@ def gaprune(
     beta: float = 1.0,
     alpha: float = 0.2,
     gamma: float = 0.5,
-    dai_form: Literal["normalized", "paper"] = "normalized",
+    dai_form: Literal["paper", "normalized"] = "paper",
 ) -> Tensor:
     """Domain Alignment Importance: what a domain needs beyond what general data need.
 
         [(F_dom - `beta` F_gen) abs(w) + `gamma` sqrt(abs(w))] (1 + `alpha` s)
 
     s is the cosine of the matrix's mean gradients on the two sets. `dai_form` `paper` takes the
-    terms as they are, where the Fishers, many orders of magnitude smaller than weights, do not
-    count; `normalized` divides each Fisher and abs(w) by its mean over all pruned weights.
+    terms as they are, where the Fishers, many orders of magnitude smaller than weights, hardly
+    count; `normalized` divides each Fisher and abs(w) by its mean over all pruned weights. Then
+    what general data need more than the domain goes first, whatever the domain loses by it: of a
+    domain that is near to the general data `beta` must be near zero.
 
     Shapes: all [out, in] but `magnitude`. Source: GAPrune, Tang and Yang 2025, arXiv 2509.10844.
     """
