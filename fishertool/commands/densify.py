@@ -16,7 +16,7 @@ from fishertool.checkpoint.companions import (
     write_json,
 )
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite, torch_name
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out, parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -34,7 +34,14 @@ from fishertool.models.low_rank import (
 )
 from fishertool.models.names import empty_model
 from fishertool.progress import Advance, Track, silent
-from fishertool.report import Files, Output, Report, environment, options_of, public_name
+from fishertool.report import (
+    Files,
+    Report,
+    checkpoint_output,
+    environment,
+    options_of,
+    public_name,
+)
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,7 @@ def densify(
             with report.phase("digest"):
                 files = list(map(asdict, checkpoint.digests()))
                 report.inputs = [Files(public_name(model), "model", files)]
-            report.output = Output(
-                list(map(asdict, digests)),
-                plan.layout.nbytes,
-                plan.layout.parameters,
-                torch_name(next(iter(plan.factors.values()))[0].dtype),
-                list(plan.companions.copied),
-                list(plan.companions.left_out),
-            )
+            report.output = checkpoint_output(plan.layout, digests, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 

@@ -19,8 +19,8 @@ from fishertool.progress import Track, silent
 from fishertool.registry import find_method, suggest
 from fishertool.report import (
     Files,
-    Output,
     Report,
+    checkpoint_output,
     data_files,
     environment,
     options_of,
@@ -130,7 +130,7 @@ def factorize(
                 report.inputs = _input_files(plan, model, fisher)
             for options in (finetune and finetune.data, evaluate_on):
                 report.inputs += data_files(options.data) if options else []
-            report.output = _output(plan, layout, digests)
+            report.output = checkpoint_output(layout, digests, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -220,17 +220,6 @@ def _evaluate(
     report.evaluation = {"metrics": metrics, "against": others, "candidates": candidates}
     report.calibration = judge.data.describe()
     report.warnings += judge.data.warnings()
-
-
-def _output(plan: FactorizePlan, layout: Layout, digests: Sequence[FileDigest]) -> Output:
-    return Output(
-        list(map(asdict, digests)),
-        layout.nbytes,
-        layout.parameters,
-        layout.dtype,
-        list(plan.companions.copied),
-        list(plan.companions.left_out),
-    )
 
 
 def _needed_bytes(plan: FactorizePlan, copies: int) -> dict[str, int]:

@@ -17,7 +17,13 @@ from fishertool.recipe.inputs import normalised
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.write import plain, renamed
 from fishertool.registry import Method, find_method, suggest
-from fishertool.report import Report, data_files, environment, options_of
+from fishertool.report import (
+    Report,
+    checkpoint_output,
+    data_files,
+    environment,
+    options_of,
+)
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
 from fishertool.searching.weights import Judge, agreement
@@ -139,7 +145,7 @@ def _write(
         written = write_merge(plan, folder, threads, advance)
     told = {name: {"predicted_loss": found} for name, found in written.passed.predicted.items()}
     report.tensors = merge_report.rows(plan, told if predict else {})
-    report.output = merge_report.checkpoint_output(plan, written)
+    report.output = checkpoint_output(plan.layout, written.files, plan.companions)
     report.summary["predicted_loss"] = written.passed.predicted_loss
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fishertool.calibration import DataOptions
+from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
@@ -20,8 +21,8 @@ from fishertool.models.units import PATTERNS
 from fishertool.progress import Track, silent
 from fishertool.report import (
     Files,
-    Output,
     Report,
+    checkpoint_output,
     data_files,
     environment,
     options_of,
@@ -163,15 +164,8 @@ def prune(
                         plan, outcome, trial, recover_steps, recover_learning_rate, track
                     )
                 trained = trial.parameters
-            total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
-            with (
-                report.phase("write"),
-                track("Writing", total, "weights") as advance,
-                open_checkpoint(outcome.pruned, STEM) as pruned,
-            ):
-                digests = write_pruned(plan, pruned, trained, folder, threads, advance)
-                if save_mask:
-                    digests += write_mask(plan, pruned, folder)
+            with report.phase("write"):
+                digests = _write(plan, outcome, trained, folder, save_mask, threads, track)
             report.tensors = rows_of(plan, outcome, plain)
             report.summary = summary_of(plan, outcome, report.tensors)
             report.summary["updates"] = updates_of(report.tensors)
@@ -181,15 +175,7 @@ def prune(
                 report.inputs = _input_files(plan, model, fisher, general_fisher)
             if data is not None:
                 report.inputs += data_files(data.data)
-            companions = list(plan.companions.values())
-            report.output = Output(
-                list(map(asdict, digests)),
-                plan.layout.nbytes,
-                plan.layout.parameters,
-                plan.layout.dtype,
-                list(companions[0].copied),
-                list(companions[0].left_out),
-            )
+            report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             shutil.rmtree(work)
     return report
@@ -204,6 +190,24 @@ def _recover(
     ):
         done = trial.recover(pruned, plan.matrices, steps, learning_rate, advance)
     return {**asdict(done), "held_out_loss": trial.loss()}
+
+
+def _write(
+    plan: PrunePlan,
+    outcome: Outcome,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    save_mask: bool,
+    threads: int,
+    track: Track,
+) -> list[FileDigest]:
+    total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
+    with (
+        track("Writing", total, "weights") as advance,
+        open_checkpoint(outcome.pruned, STEM) as pruned,
+    ):
+        digests = write_pruned(plan, pruned, trained, folder, threads, advance)
+        return digests + (write_mask(plan, pruned, folder) if save_mask else [])
 
 
 def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:

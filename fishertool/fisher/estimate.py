@@ -14,7 +14,7 @@ from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
 from fishertool.fisher.kronecker import InputMoments
-from fishertool.fisher.labels import SEED_STRIDE, Labels
+from fishertool.fisher.labels import Labels
 from fishertool.fisher.per_example import PerExampleGradients
 from fishertool.fisher.signed import SignedGradients
 from fishertool.fisher.sums import Groups, Sums
@@ -168,51 +168,6 @@ def estimate(
             gradients = hooks.enter_context(SignedGradients(model, parameters, seed, shards))
         else:
             gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
-
-        def consume(name: str, parts: Sequence[Gradient]) -> None:
-            done.touched.add(name)
-            for statistic in statistics:
-                statistic.add(name, parts)
-
-        def begin(batch: Batch, counting: bool = True) -> Sequence[int]:
-            calls.begin(len(batch.examples), batch.rows_each, batch.masks, counting)
-            if gradients is None:
-                return batch.examples
-            return gradients.begin(batch.examples, batch.rows_each)
-
-        def finite_of(batch: Batch) -> list[int]:
-            begin(batch, counting=False)
-            with torch.no_grad():
-                logits = logits_of(model, batch)
-            losses = _losses(label_rules.log_probabilities(logits), batch.beside(logits))
-            finite = losses.isfinite().tolist()  # one more than examples, where there are none
-            return [n for n, is_finite in zip(batch.examples, finite, strict=False) if is_finite]
-
-        def batch_of(indices: Sequence[int]) -> Batch:
-            return collate(indices) if indices else collate([probe]).emptied()
-
-        def run(batch: Batch) -> None:
-            units_of_batch = begin(batch)
-            for statistic in statistics:
-                statistic.begin(units_of_batch)
-            if inputs is not None:
-                inputs.begin(batch.masks)
-            logits = logits_of(model, batch)
-            batch = batch.beside(logits)
-            if inputs is not None:
-                inputs.end()
-            log_p = label_rules.log_probabilities(logits)
-            losses = _losses(log_p, batch)
-            _check_finite(losses, batch)
-            done.sums["nll"] += losses.sum().cpu()
-            done.sums["scored"] += batch.scored.sum().cpu()
-            if gradients is not None:
-                cotangents = _cotangents(log_p, batch, labels, draws, seed)
-                del log_p
-                for cotangent, last in _mark_last(cotangents):
-                    gradients.backward(logits, cotangent, consume, retain_graph=not last)
-            done.sums["examples"] += len(batch.examples)
-
         if gradients is not None:
             gradients.check(
                 lambda copies: logits_of(model, collate([probe] * copies)),
@@ -220,13 +175,19 @@ def estimate(
             )
             done.one_by_one |= gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
+        rule = label_rules.rule(labels, draws, seed)
+        batches = _Batches(model, calls, gradients, inputs, statistics, rule, done)
+
+        def batch_of(indices: Sequence[int]) -> Batch:
+            return collate(indices) if indices else collate([probe]).emptied()
+
         for unit in units:
             for indices in unit:
                 for part in _split(indices, gradients, shards):
-                    kept = finite_of(batch_of(part)) if skip_nonfinite else part
+                    kept = batches.finite(batch_of(part)) if skip_nonfinite else part
                     done.sums["skipped"] += len(part) - len(kept)
                     if kept or shards > 1:  # whoever shares a weight runs every step
-                        run(batch_of(kept))
+                        batches.run(batch_of(kept))
                 advance(len(indices))
             for statistic in statistics:
                 statistic.begin([])
@@ -234,6 +195,62 @@ def estimate(
             if after(done):
                 break
     return done
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What is done with every batch, while the hooks are in place."""
+
+    model: nn.Module
+    calls: FunctionCalls
+    gradients: PerExampleGradients | SignedGradients | None
+    inputs: InputMoments | None
+    statistics: Sequence[Statistic]
+    cotangents: label_rules.Rule
+    done: Pass
+
+    def run(self, batch: Batch) -> None:
+        """Forward and backward; everything is gathered."""
+        units = self._begin(batch)
+        for statistic in self.statistics:
+            statistic.begin(units)
+        if self.inputs is not None:
+            self.inputs.begin(batch.masks)
+        logits = logits_of(self.model, batch)
+        batch = batch.beside(logits)
+        if self.inputs is not None:
+            self.inputs.end()
+        log_p = label_rules.log_probabilities(logits)
+        losses = _losses(log_p, batch)
+        _check_finite(losses, batch)
+        self.done.sums["nll"] += losses.sum().cpu()
+        self.done.sums["scored"] += batch.scored.sum().cpu()
+        if self.gradients is not None:
+            cotangents = self.cotangents(log_p, batch.targets, batch.scored, batch.examples)
+            del log_p
+            for cotangent, last in _mark_last(cotangents):
+                self.gradients.backward(logits, cotangent, self._consume, retain_graph=not last)
+        self.done.sums["examples"] += len(batch.examples)
+
+    def finite(self, batch: Batch) -> list[int]:
+        """The examples whose loss is finite, by a forward pass alone."""
+        self._begin(batch, counting=False)
+        with torch.no_grad():
+            logits = logits_of(self.model, batch)
+        losses = _losses(label_rules.log_probabilities(logits), batch.beside(logits))
+        finite = losses.isfinite().tolist()  # one more than examples, where there are none
+        return [n for n, is_finite in zip(batch.examples, finite, strict=False) if is_finite]
+
+    def _begin(self, batch: Batch, counting: bool = True) -> Sequence[int]:
+        self.calls.begin(len(batch.examples), batch.rows_each, batch.masks, counting)
+        if self.gradients is None:
+            return batch.examples
+        return self.gradients.begin(batch.examples, batch.rows_each)
+
+    def _consume(self, name: str, parts: Sequence[Gradient]) -> None:
+        self.done.touched.add(name)
+        for statistic in self.statistics:
+            statistic.add(name, parts)
 
 
 @dataclass
@@ -263,18 +280,6 @@ def _split(
     if gradients is not None and gradients.one_by_one:
         return [[index] for index in indices]
     return [indices] if indices or shards > 1 else []
-
-
-def _cotangents(
-    log_p: Tensor, batch: Batch, labels: Labels, draws: int, seed: int
-) -> Iterable[Tensor]:
-    if labels == "empirical":
-        return [label_rules.empirical(log_p, batch.targets, batch.scored)]
-    if labels == "expected":
-        return label_rules.expected(log_p)
-    seeds = [seed * SEED_STRIDE + example for example in batch.examples]
-    drawn = label_rules.sampled if labels == "sampled" else label_rules.expected_signed
-    return drawn(log_p, batch.scored, seeds, draws)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -5,16 +5,35 @@ from that cotangent gives the gradient with respect to the weights; scaling it b
 square by s^2, which is how expectations are taken.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Labels = Literal["empirical", "sampled", "expected", "expected-signed"]
+Rule = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Iterable[Tensor]]
+"""`log_p`, `targets` and `scored` as for `empirical`, and which examples they are: cotangents."""
 
 SEED_STRIDE = 1_000_003
 """Example n of a run with some seed draws from a generator seeded with seed * SEED_STRIDE + n."""
+
+
+def rule(labels: Labels, draws: int, seed: int) -> Rule:
+    """How labels of this kind are taken, `draws` and `seed` being for those that are drawn."""
+    if labels == "empirical":
+        return lambda log_p, targets, scored, examples: [empirical(log_p, targets, scored)]
+    if labels == "expected":
+        return lambda log_p, targets, scored, examples: expected(log_p)
+    drawn = sampled if labels == "sampled" else expected_signed
+
+    def draw(
+        log_p: Tensor, targets: Tensor, scored: Tensor, examples: Sequence[int]
+    ) -> Iterable[Tensor]:
+        seeds = [seed * SEED_STRIDE + example for example in examples]
+        return drawn(log_p, scored, seeds, draws)
+
+    return draw
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

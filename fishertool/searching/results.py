@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fishertool.checkpoint.staging import REPORT_FILE, staged
-from fishertool.report import Report
+from fishertool.report import Report, checkpoint_output
 from fishertool.searching.page import front_page
 from fishertool.searching.pareto import chosen, knee
 from fishertool.surgery import merge_report
@@ -38,7 +38,7 @@ def write_picked(out: Path, plan: MergePlan, recipe: str, environment: Mapping[s
         report.summary = merge_report.summary(plan)
         report.tensors = merge_report.rows(plan, {})
         report.inputs = merge_report.input_files(plan)
-        report.output = merge_report.checkpoint_output(plan, written)
+        report.output = checkpoint_output(plan.layout, written.files, plan.companions)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import torch_name
 from fishertool.checkpoint.staging import free_bytes
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.models.sources import split_reference
 from fishertool.report import Files, Output, public_name
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_write import Written
 
 BASE_RSS_BYTES = 400_000_000
 
@@ -66,17 +64,6 @@ def summary(plan: MergePlan) -> dict[str, Any]:
         "tensors": dict(Counter(target.action for target in plan.targets.values())),
         "rules": {f"{rule.place}: {rule.condition}": rule.tensors for rule in plan.rules},
     }
-
-
-def checkpoint_output(plan: MergePlan, written: Written) -> Output:
-    return Output(
-        list(map(asdict, written.files)),
-        plan.layout.nbytes,
-        plan.layout.parameters,
-        torch_name(plan.dtype),
-        list(plan.companions.copied),
-        list(plan.companions.left_out),
-    )
 
 
 def adapter_output(files: Sequence[FileDigest], parameters: int) -> Output:

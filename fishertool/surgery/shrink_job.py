@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fishertool.calibration import DataOptions
-from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.estimation.measuring import loss_of
@@ -20,7 +19,7 @@ from fishertool.models.loading import load_model
 from fishertool.models.recovery import recover
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
-from fishertool.report import Files, Output, Report, data_files, public_name
+from fishertool.report import Files, Report, checkpoint_output, data_files, public_name
 from fishertool.surgery.prune_trial import Trial, open_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
@@ -105,7 +104,7 @@ def shrink(
             else:
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
-            report.output = _output(plan, digests)
+            report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -225,15 +224,3 @@ def _rows(plan: ShrinkPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
 def _inputs(plan: ShrinkPlan, model: str, examples: Examples | None) -> list[Files]:
     found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
     return found + ([] if examples is None else data_files(examples.options.data))
-
-
-def _output(plan: ShrinkPlan, digests: list[FileDigest]) -> Output:
-    first = next(iter(plan.companions.values()))
-    return Output(
-        list(map(asdict, digests)),
-        plan.layout.nbytes,
-        plan.layout.parameters,
-        plan.layout.dtype,
-        list(first.copied),
-        list(first.left_out),
-    )
