@@ -19,6 +19,7 @@ from fishertool.cli.flags import (
     LabelColumn,
     MaxLength,
     MaxShardSize,
+    MethodSettings,
     Model,
     NumExamples,
     OptionalData,
@@ -34,26 +35,15 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     importing,
+    methods_flag,
     option,
     pairs,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
-from fishertool.registry import find_method, method_names
 
 FACTORIZATION_METHODS = "fishertool.factorization"
-
-
-def _list_methods(show: bool) -> None:
-    if not show:
-        return
-    for name in method_names(FACTORIZATION_METHODS):
-        found = find_method(FACTORIZATION_METHODS, name)
-        print(f"{name}  {found.summary}")
-        for setting, default in found.settings.items():
-            print(f"    --set {setting}={default}")
-    raise typer.Exit
 
 
 @app.command()
@@ -65,12 +55,7 @@ def factorize(
     method: Annotated[
         str, option("--method", help="svd, fwsvd, asvd, whitened, kronecker or tfwsvd.")
     ] = "kronecker",
-    methods: Annotated[
-        bool,
-        option(
-            "--methods", is_eager=True, callback=_list_methods, help="List methods and settings."
-        ),
-    ] = False,
+    methods: Annotated[bool, methods_flag(FACTORIZATION_METHODS)] = False,
     fisher: Annotated[
         str | None,
         option("--fisher", help="The model's sidecar, of a kind that the method needs."),
@@ -81,10 +66,7 @@ def factorize(
     start: Annotated[
         str | None, option("--start", help="tfwsvd: the method whose result it refines.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option("--set", help="A setting of the method, as key=value; repeatable."),
-    ] = None,
+    settings: MethodSettings = None,
     keep: Annotated[
         float | None,
         option("--keep", help="Share of the selected weights' parameters that is kept, as 0.5."),

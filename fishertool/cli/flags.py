@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fishertool.errors import UsageError
+from fishertool.registry import find_method, method_names
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -93,6 +94,22 @@ def option(*names: str, help: str = "", **more: Any) -> Any:  # noqa: A002
     return typer.Option(*names, help=help.replace("[", r"\[") or None, **more)
 
 
+def methods_flag(package: str) -> Any:
+    """`--methods`, which lists a package's methods with their settings, and ends."""
+
+    def show(wanted: bool) -> None:
+        if not wanted:
+            return
+        for name in method_names(package):
+            found = find_method(package, name)
+            print(f"{name}  {found.summary}")
+            for setting, default in found.settings.items():
+                print(f"    --set {setting.removesuffix('_')}={default}")
+        raise typer.Exit
+
+    return option("--methods", is_eager=True, callback=show, help="List methods and settings.")
+
+
 Model = Annotated[str, typer.Argument(help=r"Folder or Hub id (org/name\[@revision]).")]
 Config = Annotated[
     Path | None,
@@ -102,6 +119,10 @@ Config = Annotated[
         callback=load_config,
         help="YAML file with flag names as keys; flags on the command line win.",
     ),
+]
+MethodSettings = Annotated[
+    list[str] | None,
+    option("--set", help="A setting of the method, as key=value; repeatable."),
 ]
 Json = Annotated[bool, option("--json", help="Print the report as one JSON document.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only errors and warnings.")]

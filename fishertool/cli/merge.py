@@ -18,6 +18,7 @@ from fishertool.cli.flags import (
     LabelColumn,
     MaxLength,
     MaxShardSize,
+    MethodSettings,
     NumExamples,
     Overwrite,
     Quiet,
@@ -31,26 +32,16 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     importing,
+    methods_flag,
     option,
     thread_count,
 )
 from fishertool.cli.merge_recipe import load_recipe_or_config, recipe_of, weights_of
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
-from fishertool.registry import find_method, method_names
+from fishertool.registry import find_method
 
 MERGE_METHODS = "fishertool.merging"
-
-
-def _list_methods(show: bool) -> None:
-    if not show:
-        return
-    for name in method_names(MERGE_METHODS):
-        found = find_method(MERGE_METHODS, name)
-        print(f"{name}  {found.summary}")
-        for setting, default in found.settings.items():
-            print(f"    --set {setting.removesuffix('_')}={default}")
-    raise typer.Exit
 
 
 @app.command()
@@ -76,12 +67,7 @@ def merge(
         bool, option("--print-config", help="Print the merge as a recipe, and do nothing.")
     ] = False,
     method: Annotated[str, option("--method", help="See --methods.")] = "linear",
-    methods: Annotated[
-        bool,
-        option(
-            "--methods", is_eager=True, callback=_list_methods, help="List methods and settings."
-        ),
-    ] = False,
+    methods: Annotated[bool, methods_flag(MERGE_METHODS)] = False,
     weights: Annotated[
         str | None,
         option(
@@ -108,10 +94,7 @@ def merge(
         str | None,
         option("--preset", help="matena: the options of the Fisher merging paper's code."),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option("--set", help="A setting of the method, as key=value; repeatable."),
-    ] = None,
+    settings: MethodSettings = None,
     head: Annotated[
         str | None,
         option(

@@ -19,6 +19,7 @@ from fishertool.cli.flags import (
     LabelColumn,
     MaxLength,
     MaxShardSize,
+    MethodSettings,
     Model,
     NegativeColumn,
     NumExamples,
@@ -40,26 +41,15 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     importing,
+    methods_flag,
     option,
     pairs,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
-from fishertool.registry import find_method, method_names
 
 PRUNING_METHODS = "fishertool.pruning"
-
-
-def _list_methods(show: bool) -> None:
-    if not show:
-        return
-    for name in method_names(PRUNING_METHODS):
-        found = find_method(PRUNING_METHODS, name)
-        print(f"{name}  {found.summary}")
-        for setting, default in found.settings.items():
-            print(f"    --set {setting}={default}")
-    raise typer.Exit
 
 
 @app.command()
@@ -75,12 +65,7 @@ def prune(
             help="magnitude, random, wanda, fisher, obs, mfac, gaprune or sparsegpt; see --methods.",
         ),
     ] = "magnitude",
-    methods: Annotated[
-        bool,
-        option(
-            "--methods", is_eager=True, callback=_list_methods, help="List methods and settings."
-        ),
-    ] = False,
+    methods: Annotated[bool, methods_flag(PRUNING_METHODS)] = False,
     sparsity: Annotated[
         float | None,
         option("--sparsity", help="Share of the selected weights to be zero, as 0.5."),
@@ -102,10 +87,7 @@ def prune(
         str | None,
         option("--general-fisher", help="gaprune: the sidecar of general data."),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option("--set", help="A setting of the method, as key=value; repeatable."),
-    ] = None,
+    settings: MethodSettings = None,
     dai_form: Annotated[
         str | None, option("--dai-form", help="gaprune: paper, or normalized. [default: paper]")
     ] = None,
