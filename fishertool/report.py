@@ -7,19 +7,14 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fishertool import __version__
-
-if TYPE_CHECKING:
-    from fishertool.checkpoint.companions import Companions
-    from fishertool.checkpoint.digest import FileDigest
-    from fishertool.checkpoint.layout import Layout
 
 SCHEMA = "fishertool.report/1"
 NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "parts", "data", "out")
@@ -52,20 +47,6 @@ class Output:
     dtype: str
     companions: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-
-
-def checkpoint_output(
-    layout: "Layout", digests: "Sequence[FileDigest]", companions: "Companions"
-) -> Output:
-    """A checkpoint as it was written."""
-    return Output(
-        list(map(asdict, digests)),
-        layout.nbytes,
-        layout.parameters,
-        layout.dtype,
-        list(companions.copied),
-        list(companions.left_out),
-    )
 
 
 @dataclass

@@ -37,11 +37,11 @@ from fishertool.progress import Advance, Track, silent
 from fishertool.report import (
     Files,
     Report,
-    checkpoint_output,
     environment,
     options_of,
     public_name,
 )
+from fishertool.surgery.output import checkpoint_output
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from fishertool.registry import find_method, suggest
 from fishertool.report import (
     Files,
     Report,
-    checkpoint_output,
     data_files,
     environment,
     options_of,
@@ -33,6 +32,7 @@ from fishertool.surgery.factorize_recover import Finetuning, recover_factors
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
 from fishertool.surgery.factorize_write import write_factorized
+from fishertool.surgery.output import checkpoint_output
 
 METHODS = "fishertool.factorization"
 BASE_RSS_BYTES = 400_000_000

@@ -19,7 +19,6 @@ from fishertool.recipe.write import plain, renamed
 from fishertool.registry import Method, find_method, suggest
 from fishertool.report import (
     Report,
-    checkpoint_output,
     data_files,
     environment,
     options_of,
@@ -33,6 +32,7 @@ from fishertool.surgery.merge_lora import open_lora, write_lora
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
 from fishertool.surgery.merge_predict import check_optimal, gather_forms
 from fishertool.surgery.merge_write import write_merge
+from fishertool.surgery.output import checkpoint_output
 
 METHODS = "fishertool.merging"
 OPTIMAL, FREE = "optimal", "optimal-free"

@@ -22,12 +22,12 @@ from fishertool.progress import Track, silent
 from fishertool.report import (
     Files,
     Report,
-    checkpoint_output,
     data_files,
     environment,
     options_of,
     public_name,
 )
+from fishertool.surgery.output import checkpoint_output
 from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of

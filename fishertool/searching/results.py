@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from fishertool.checkpoint.staging import REPORT_FILE, staged
-from fishertool.report import Report, checkpoint_output
+from fishertool.report import Report
 from fishertool.searching.page import front_page
 from fishertool.searching.pareto import chosen, knee
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
+from fishertool.surgery.output import checkpoint_output
 
 PICKED, RECIPES = "picked", "front"
 

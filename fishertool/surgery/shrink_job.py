@@ -19,7 +19,8 @@ from fishertool.models.loading import load_model
 from fishertool.models.recovery import recover
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
-from fishertool.report import Files, Report, checkpoint_output, data_files, public_name
+from fishertool.report import Files, Report, data_files, public_name
+from fishertool.surgery.output import checkpoint_output
 from fishertool.surgery.prune_trial import Trial, open_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
