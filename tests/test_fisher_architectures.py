@@ -19,8 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fishertool.calibration import Example
 from fishertool.checkpoint.reader import open_checkpoint
-from fishertool.fisher.batches import micro_batches
-from fishertool.fisher.estimate import Batch, Pass, estimate
+from fishertool.fisher.batches import Batch, micro_batches
+from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import marginals
 from fishertool.fisher.function_calls import base_of, offset_in
 from fishertool.fisher.gradient_bank import GradientBank

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fishertool.calibration import Example
 from fishertool.errors import InputError
+from fishertool.fisher.batches import Batch
 from fishertool.fisher.diagonal import add_squares
-from fishertool.fisher.estimate import Batch, Estimate, estimate_diagonal
+from fishertool.fisher.estimate import Estimate, estimate_diagonal
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, Whole
 from fishertool.fisher.labels import Labels
 from fishertool.models.tasks import TASKS, collate

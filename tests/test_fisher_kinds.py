@@ -12,8 +12,8 @@ from test_fisher_diagonal import randomize, relative_error
 from torch import Tensor, nn
 
 from fishertool.calibration import Example
-from fishertool.fisher.batches import micro_batches
-from fishertool.fisher.estimate import Batch, Pass, estimate
+from fishertool.fisher.batches import Batch, micro_batches
+from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import Factored, add_marginals, expand, marginals
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.gradients import OuterProducts

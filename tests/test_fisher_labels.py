@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishertool.fisher.estimate import Batch, estimate_diagonal
+from fishertool.fisher.batches import Batch
+from fishertool.fisher.estimate import estimate_diagonal
 from fishertool.fisher.labels import (
     Labels,
     empirical,

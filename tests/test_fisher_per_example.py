@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.errors import FishertoolError
-from fishertool.fisher.estimate import Batch, Estimate, estimate_diagonal
+from fishertool.fisher.batches import Batch
+from fishertool.fisher.estimate import Estimate, estimate_diagonal
 from fishertool.fisher.gradients import Gradient, rows_of
 from fishertool.fisher.per_example import PerExampleGradients
 

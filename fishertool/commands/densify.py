@@ -34,13 +34,7 @@ from fishertool.models.low_rank import (
 )
 from fishertool.models.names import empty_model
 from fishertool.progress import Advance, Track, silent
-from fishertool.report import (
-    Files,
-    Report,
-    environment,
-    options_of,
-    public_name,
-)
+from fishertool.report import Files, Report, environment, options_of, public_name
 from fishertool.surgery.output import checkpoint_output
 
 

@@ -22,7 +22,8 @@ from fishertool.estimation.subject import LoadedSubject, Source, find_subject, l
 from fishertool.estimation.work import Unit, Work, divide
 from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
-from fishertool.fisher.estimate import Batch, Estimator, Pass, estimate
+from fishertool.fisher.batches import Batch
+from fishertool.fisher.estimate import Estimator, Pass, estimate
 from fishertool.fisher.kinds import Gathering
 from fishertool.models.loading import check_device, check_spreading
 from fishertool.progress import Advance, Track, silent

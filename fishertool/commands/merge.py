@@ -17,12 +17,7 @@ from fishertool.recipe.inputs import normalised
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.write import plain, renamed
 from fishertool.registry import Method, find_method, suggest
-from fishertool.report import (
-    Report,
-    data_files,
-    environment,
-    options_of,
-)
+from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
 from fishertool.searching.weights import Judge, agreement

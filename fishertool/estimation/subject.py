@@ -15,7 +15,7 @@ from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.estimation.settings import Settings, resolve_labels
 from fishertool.estimation.workers import Workers
-from fishertool.fisher.estimate import Batch
+from fishertool.fisher.batches import Batch
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.labels import Labels
 from fishertool.models.adapters import Adapter, open_adapter

@@ -14,7 +14,7 @@ from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
 from fishertool.evaluation.embedding import measure_embedding
 from fishertool.evaluation.perplexity import blocks, perplexity_metrics
-from fishertool.fisher.estimate import logits_of
+from fishertool.fisher.batches import logits_of
 from fishertool.fisher.labels import log_probabilities
 from fishertool.models.loading import LoadedModel
 from fishertool.models.tasks import Task, collate

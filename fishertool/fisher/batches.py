@@ -1,10 +1,52 @@
-"""Which examples are run together: micro-batches that waste no padding."""
+"""A batch, and which examples are run together: micro-batches that waste no padding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 TOKENS = 1024
 """Fewer, and what is done once a batch weighs (adding up in float64); more, and activations leave
 the caches of a CPU."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, padded to one length."""
+
+    inputs: Mapping[str, Tensor]
+    """The model's keyword arguments, each with examples in front."""
+    targets: Tensor
+    """[example] classes, or [example, time] next tokens."""
+    scored: Tensor
+    """As `targets`: False where nothing is predicted (padding, the last position)."""
+    examples: Sequence[int]
+    """Which examples of the data these are."""
+    rows_each: int = 1
+    """Texts an example has. Where there are several, the model runs them as adjacent rows."""
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """[..., time], zero at padding: of the encoder, and of the decoder where there are both."""
+        return [self.inputs[name] for name in MASKS if name in self.inputs]
+
+    def emptied(self) -> Self:
+        """The same inputs, of no example: nothing is predicted."""
+        return replace(self, scored=torch.zeros_like(self.scored), examples=())
+
+    def beside(self, logits: Tensor) -> Self:
+        """With targets on the logits' device, which need not be the inputs'."""
+        device = logits.device
+        return replace(self, targets=self.targets.to(device), scored=self.scored.to(device))
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(**batch.inputs).logits
+    return logits
 
 
 def micro_batches(

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
+from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
@@ -20,37 +21,6 @@ from fishertool.fisher.signed import SignedGradients
 from fishertool.fisher.sums import Groups, Sums
 
 Estimator = Literal["exact", "signed"]
-MASKS = ("attention_mask", "decoder_attention_mask")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some examples, padded to one length."""
-
-    inputs: Mapping[str, Tensor]
-    """The model's keyword arguments, each with examples in front."""
-    targets: Tensor
-    """[example] classes, or [example, time] next tokens."""
-    scored: Tensor
-    """As `targets`: False where nothing is predicted (padding, the last position)."""
-    examples: Sequence[int]
-    """Which examples of the data these are."""
-    rows_each: int = 1
-    """Texts an example has. Where there are several, the model runs them as adjacent rows."""
-
-    @property
-    def masks(self) -> list[Tensor]:
-        """[..., time], zero at padding: of the encoder, and of the decoder where there are both."""
-        return [self.inputs[name] for name in MASKS if name in self.inputs]
-
-    def emptied(self) -> Self:
-        """The same inputs, of no example: nothing is predicted."""
-        return replace(self, scored=torch.zeros_like(self.scored), examples=())
-
-    def beside(self, logits: Tensor) -> Self:
-        """With targets on the logits' device, which need not be the inputs'."""
-        device = logits.device
-        return replace(self, targets=self.targets.to(device), scored=self.scored.to(device))
 
 
 class Statistic(Protocol):
@@ -280,11 +250,6 @@ def _split(
     if gradients is not None and gradients.one_by_one:
         return [[index] for index in indices]
     return [indices] if indices or shards > 1 else []
-
-
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(**batch.inputs).logits
-    return logits
 
 
 def _losses(log_p: Tensor, batch: Batch) -> Tensor:

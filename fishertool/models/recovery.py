@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from fishertool.calibration import CalibrationData
 from fishertool.errors import InputError
-from fishertool.fisher.batches import micro_batches
-from fishertool.fisher.estimate import Batch, logits_of
+from fishertool.fisher.batches import Batch, logits_of, micro_batches
 from fishertool.models.loading import LoadedModel
 from fishertool.models.low_rank import LowRankLinear
 from fishertool.models.tasks import Task, collate

@@ -11,7 +11,7 @@ from torch import Tensor
 from fishertool.calibration import UNSCORED, Example, Form
 from fishertool.calibration.forms import FORMS
 from fishertool.errors import InputError, UsageError
-from fishertool.fisher.estimate import Batch
+from fishertool.fisher.batches import Batch
 from fishertool.models.sentence import pipeline_of
 from fishertool.registry import suggest
 

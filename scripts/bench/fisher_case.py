@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fishertool.calibration import Example
-from fishertool.fisher.estimate import Batch
+from fishertool.fisher.batches import Batch
 from fishertool.models.tasks import TASKS, Task, collate
 
 SHAPES = {"minilm": (128, 16, 128), "llama": (256, 8, 32)}

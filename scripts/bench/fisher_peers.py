@@ -9,7 +9,7 @@ from fisher_case import Case, loss_of
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from fishertool.fisher.estimate import Batch
+from fishertool.fisher.batches import Batch
 
 CHUNK = 4
 """Examples that torch.func takes at once: with more it was slower, and took more memory."""

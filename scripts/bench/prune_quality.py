@@ -69,7 +69,9 @@ ROWS = {
     "obs 4 steps": Row("obs", steps=4),
     "gaprune": Row("gaprune"),
     "gaprune normalized": Row("gaprune", settings={"dai_form": "normalized"}),
-    "gaprune normalized, beta 0": Row("gaprune", settings={"dai_form": "normalized", "beta": "0"}),
+    "gaprune normalized beta 0 in rows": Row(
+        "gaprune", budget="row", settings={"dai_form": "normalized", "beta": "0"}
+    ),
     "fisher in tensors": Row("fisher", budget="tensor"),
     "obs in rows": Row("obs", budget="row"),
     "gaprune in rows": Row("gaprune", budget="row"),

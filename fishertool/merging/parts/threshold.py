@@ -44,10 +44,10 @@ def kth_largest(
     is not among it, two more look with another sample in a wider range. One pass for a tensor
     that is no larger than a sample, none where no k is asked for.
     """
-    asked = [(i, rank) for i, wanted in enumerate(ranks) for rank in wanted]
+    asked = list(dict.fromkeys((i, rank) for i, wanted in enumerate(ranks) for rank in wanted))
     found: dict[tuple[int, int], float] = {}
     stride, deviations = elements // SAMPLE | 1, DEVIATIONS
-    while len(found) < len(set(asked)):
+    while len(found) < len(asked):
         parts = yield lambda *piece, stride=stride: [_sample(scores(*piece), stride)]
         samples = [np.sort(np.concatenate(part)) for part in zip(*parts, strict=True)]
         if stride == 1:
