@@ -163,7 +163,7 @@ def test_a_search_that_goes_on_finds_what_one_run_finds(
 def test_each_part_of_mmmo_can_be_left_out(
     cli: Cli, recipe: Recipe, part: str, tmp_path: Path
 ) -> None:
-    flags = ["--evaluations", 5, "--startup", 4, "--batch", 1, "-q"]
+    flags = ["--evaluations", 5, "--startup", 4, "-q"]
     path = recipe(objectives=[{"metric": m, "data": "data.jsonl"} for m in ("loss", "accuracy")])
     assert cli("search", path, "--out", "o", *flags).code == 0
     assert cli("search", path, "--out", "p", *flags, "--without", part).code == 0
@@ -172,6 +172,15 @@ def test_each_part_of_mmmo_can_be_left_out(
     )
     assert whole[:4] == less[:4]
     assert whole[4] != less[4]
+
+
+def test_a_distance_that_is_an_objective_is_not_one_twice(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--evaluations", 5, "--startup", 4, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    assert cli("search", recipe(), "--out", "p", *flags, "--without", "sparsity").code == 0
+    assert told(front_of(tmp_path / "o")) == told(front_of(tmp_path / "p"))
 
 
 def test_a_batch_is_chosen_from_what_is_known_before_it(
@@ -200,7 +209,7 @@ def test_predicted_losses_screen_and_are_held_against_what_was_measured(
         for name, fisher in zip("ab", sidecars, strict=True)
     ]
     path = recipe(models=given, objectives=objectives)
-    flags = ["--evaluations", 5, "--startup", 3, "--batch", 1, "--json", "-q"]
+    flags = ["--evaluations", 5, "--startup", 3, "--json", "-q"]
     result = cli("search", path, "--out", "o", "--sampler", "mmmo-weights", *flags)
     assert result.code == 0, result.err
     front = front_of(tmp_path / "o")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishertool.errors import UsageError
 from fishertool.searching.pareto import (
     contributions,
     hypervolume,
@@ -23,7 +22,7 @@ pytest.importorskip("botorch", reason="needs fishertool[search]")
 
 from fishertool.searching import acquisition, mmmo
 from fishertool.searching.acquisition import expected_gain
-from fishertool.searching.mmmo import propose
+from fishertool.searching.mmmo import propose, search_reference
 from fishertool.searching.quiet import quiet
 from fishertool.searching.recombination import recombine
 from fishertool.searching.screening import fisher_information
@@ -140,7 +139,7 @@ def test_offspring_stay_in_the_cube_and_need_no_three_parents() -> None:
 
 def proposals(seed: int = 0, **settings: Any) -> Tensor:
     x = points(6)
-    return propose(x, scores(x), NONE, 2, seed, pool=4, **settings)
+    return propose(x, scores(x), NONE, 2, seed, **settings)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -163,7 +162,7 @@ def test_a_proposal_is_new_inside_and_repeatable(settings: dict[str, Any]) -> No
 
 
 def test_every_part_has_an_effect() -> None:
-    found = [proposals(**settings) for settings in SETTINGS]
+    found = [proposals(seed=1, **settings) for settings in SETTINGS]
     for i in range(4):
         for j in range(i):
             assert not torch.equal(found[i], found[j]), f"{SETTINGS[i]} is {SETTINGS[j]}"
@@ -180,14 +179,14 @@ def test_screening_keeps_the_candidates_of_least_fisher_information() -> None:
     x = points(6)
     pool = propose(x, scores(x), NONE, 4, 0, screen=None)
     known = fisher_information(fit(x, standardized(scores(x))), pool)
-    kept = propose(x, scores(x), NONE, 2, 0, pool=4)
+    kept = propose(x, scores(x), NONE, 2, 0)
     assert torch.equal(kept, pool[known.argsort()[:2].sort().values])
 
 
 def test_screening_by_a_function_keeps_what_it_scores_highest() -> None:
     x = points(6)
     pool = propose(x, scores(x), NONE, 4, 0, screen=None)
-    kept = propose(x, scores(x), NONE, 2, 0, pool=4, screen=lambda candidates: candidates[:, 1])
+    kept = propose(x, scores(x), NONE, 2, 0, screen=lambda candidates: candidates[:, 1])
     assert torch.equal(kept, pool[pool[:, 1].argsort(descending=True)[:2].sort().values])
 
 
@@ -204,7 +203,7 @@ def test_two_evaluations_and_constant_objectives(constant: str) -> None:
     values = scores(x)
     if constant != "none":
         values[:, 0 if constant == "one" else slice(None)] = 0.7
-    found = propose(x, values, NONE, 2, 0, pool=2)
+    found = propose(x, values, NONE, 2, 0)
     assert len(torch.unique(found, dim=0)) == 2
 
 
@@ -213,6 +212,38 @@ def test_one_and_three_objectives() -> None:
     three = torch.cat([scores(x), -x.sum(1, keepdim=True)], 1)
     for values in (three[:, :1], three):
         assert propose(x, values, NONE, 1, 0, screen=None).shape == (1, 3)
+
+
+def test_away_from_a_point_that_dominates_nearly_all_there_is_still_something_to_gain() -> None:
+    spread = points(20, 2)
+    values = torch.cat([spread, torch.tensor([[0.6, 2.0], [2.0, 0.6]]).double()])
+    found = search_reference(values)
+    torch.testing.assert_close(found, values.quantile(0.1, 0))
+    assert bool((found < values[non_dominated(values)].amin(0)).all())
+    spoilt = torch.cat([values, torch.full((1, 2), -1e6).double()])
+    assert bool((search_reference(spoilt) > -1).all())
+
+
+def test_the_reference_is_not_above_the_fronts() -> None:
+    values = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double().repeat(5, 1)
+    torch.testing.assert_close(search_reference(values), reference_of(values))
+
+
+def test_being_near_the_base_alone_is_no_reason() -> None:
+    x = torch.cat([points(12), torch.zeros(1, 3)])
+    one, other = x[:, 0], x[:, 1]  # both objectives are best far from the base, which is 0
+    values = torch.stack(
+        [
+            -((one - 1) ** 2) - (other - 0.6) ** 2,
+            -((other - 1) ** 2) - (one - 0.6) ** 2,
+        ],
+        -1,
+    )
+    settings: dict[str, Any] = {"screen": None, "recombine": False}
+    for seed in range(2):
+        found = propose(x, values, NONE, 2, seed, distances=one + other, **settings)
+        assert float((found[:, 0] + found[:, 1]).min()) > 0.8
+        assert not torch.equal(found, propose(x, values, NONE, 2, seed, **settings))
 
 
 def test_gain_is_greater_where_the_front_can_grow() -> None:
@@ -233,13 +264,6 @@ def test_a_search_beats_as_many_random_points() -> None:
         x = torch.cat([x, propose(x, scores(x), NONE, 3, seed, screen=None)])
     random = [hypervolume(scores(points(12, seed=seed)), reference) for seed in range(20)]
     assert hypervolume(scores(x), reference) > max(random)
-
-
-@pytest.mark.parametrize(("count", "pool"), [(0, 4), (5, 4)])
-def test_a_pool_too_small(count: int, pool: int) -> None:
-    x = points(6)
-    with pytest.raises(UsageError, match=f"a pool of {pool} candidates for {count} points"):
-        propose(x, scores(x), NONE, count, 0, pool=pool)
 
 
 def test_fronts_need_no_botorch() -> None:

@@ -51,7 +51,7 @@ def search(
     ] = 10,
     batch: Annotated[
         int, option("--batch", min=1, help="mmmo: how many are chosen at a time.")
-    ] = 5,
+    ] = 1,
     without: Annotated[
         list[str] | None,
         option(

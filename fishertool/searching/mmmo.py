@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from fishertool.errors import UsageError
 from fishertool.searching.acquisition import expected_gain, maximum, worth
 from fishertool.searching.pareto import reference_of, strongest
 from fishertool.searching.recombination import recombine as offspring_of
 from fishertool.searching.screening import fisher_information
 from fishertool.searching.surrogate import fit, standardized
 
-POOL = 10
+POOL = 2
+"""Candidates for each that is kept; the paper's are 10 for 5."""
 STRONG = 5
 OFFSPRING = 32
 DRAWS = 256
+SPOILT = 0.1
+"""Share of the evaluations that may be so bad that they do not count."""
 
 _ONE_AT_A_TIME = Lock()  # BoTorch's settings and Python's warning filters are the process's
 
@@ -36,14 +38,15 @@ def propose(
     count: int,
     seed: int,
     *,
-    pool: int = POOL,
+    distances: Tensor | None = None,
     recombine: bool = True,
     screen: Screen = "surrogate",
 ) -> Tensor:
     """The next `count` points to evaluate, [count, dimension] in the unit cube, all new.
 
-    points   those evaluated, [n, dimension]; values [n, objective], maximised, n at least 2
-    pending  those under evaluation, [p, dimension], p may be 0: they are counted on
+    points     those evaluated, [n, dimension]; values [n, objective], maximised, n at least 2
+    pending    those under evaluation, [p, dimension], p may be 0: they are counted on
+    distances  of those evaluated from the base, [n]: one more objective, minimised
 
     Candidates are found one after another, each where a Gaussian process an objective expects
     most more hypervolume given those before it (qLogNEHVI). Then, as in the paper:
@@ -51,54 +54,66 @@ def propose(
     recombine  a candidate is crossed with the five strongest evaluated points by differential
                evolution. It has 32 offspring, and the one expected to gain most takes its place;
                the paper's has one, whatever that is worth.
-    screen     `pool` candidates are found in place of `count`, and those with the least Fisher
-               information of the surrogate's are kept, the least known; or, by a function
-               [pool, dimension] -> [pool], those that it scores highest. None: all are kept.
+    screen     twice `count` candidates are found, and those with the least Fisher information of
+               the surrogate's are kept, the least known; or, by a function [candidate, dimension]
+               -> [candidate], those that it scores highest. None: `count` are found and kept.
 
-    With both off this is plain Bayesian search. The values are standardized before anything else
-    and the hypervolume's reference point is `reference_of` them; the paper's code has a fixed one
-    in the values' own units.
+    With both off and no distances this is plain Bayesian search. The values are standardized
+    before anything else, and the hypervolume is counted from `search_reference` of them; the
+    paper's code counts it from a fixed point in the values' own units. Distances have no part in
+    that, nor in who is strong: the base is nearest to itself, and no merge to look for.
 
-    The same arguments give the same points, in any thread. Raises UsageError if the pool is
-    smaller than `count`, or `count` than 1.
+    The same arguments give the same points, in any thread.
     """
-    if count < 1 or (screen is not None and pool < count):
-        raise UsageError(f"a pool of {pool} candidates for {count} points; it holds at least those")
     with _ONE_AT_A_TIME:
         return _propose(
             points.double(),
             standardized(values.double()),
+            None if distances is None else standardized(-distances.double()[:, None]),
             pending.double(),
             count,
             torch.Generator().manual_seed(seed),
-            pool=count if screen is None else pool,
             recombine=recombine,
             screen=screen,
         )
 
 
+def search_reference(values: Tensor) -> Tensor:
+    """What a search counts the hypervolume of more points from: [objective].
+
+    In each objective the worse of `reference_of` the values and their lower tenth. A point that
+    dominates nearly all others makes the front a corner; counted from the front's nadir, nothing
+    away from it would gain.
+    """
+    return torch.minimum(reference_of(values), values.quantile(SPOILT, 0))
+
+
 def _propose(
     points: Tensor,
     values: Tensor,
+    nearness: Tensor | None,
     pending: Tensor,
     count: int,
     generator: torch.Generator,
     *,
-    pool: int,
     recombine: bool,
     screen: Screen,
 ) -> Tensor:
+    strong = points[strongest(values, STRONG)]
+    reference = search_reference(values)
+    if nearness is not None:
+        values = torch.cat([values, nearness], 1)
+        reference = torch.cat([reference, nearness.amin(0)])
     varying = (values != 0).any(0)
-    seen = values[:, varying] if bool(varying.any()) else values
-    model = fit(points, seen)
-    strong = points[strongest(seen, STRONG)]
-    reference = reference_of(seen)
+    if bool(varying.any()):
+        values, reference = values[:, varying], reference[varying]
+    model = fit(points, values)
     found = pending
-    for _ in range(pool):
+    for _ in range(count if screen is None else POOL * count):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
         drawn = sobol.draw(DRAWS, dtype=torch.float64)
-        gain = expected_gain(model, points, seen, found, reference, seeds[1])
+        gain = expected_gain(model, points, values, found, reference, seeds[1])
         taken = torch.cat([points, found])
         best = maximum(gain, drawn, taken)
         if recombine:

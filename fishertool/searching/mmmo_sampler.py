@@ -17,8 +17,8 @@ from fishertool.searching.study import point_of
 from fishertool.searching.whole_points import WholePoints, mixed
 
 DISTANCE, PREDICTED = "distance", "predicted_loss"
-POOL_FOR_ONE, DRAWN_FOR_ONE = 2, 4
-"""Candidates for each one that is evaluated: of a batch, and of the start if losses are predicted."""
+DRAWN_FOR_ONE = 4
+"""Candidates for each point of the start, if losses are predicted."""
 
 Predict = Callable[[Mapping[str, Scalar]], Sequence[float]]
 
@@ -75,10 +75,9 @@ class MmmoSampler(WholePoints):
         if len(done) < 2:
             return self._drawn(index + sampling.batch)[index:]
         values = torch.tensor([trial.values for trial in done], dtype=torch.float64) * self._signs
-        distances = [trial.user_attrs.get(DISTANCE) for trial in done]
-        if "sparsity" not in sampling.without and None not in distances:
-            further = -torch.tensor(distances, dtype=torch.float64)
-            values = torch.cat([values, further[:, None]], 1)
+        distances = None if "sparsity" in sampling.without else _distances(done)
+        if distances is not None and bool((values == -distances[:, None]).all(0).any()):
+            distances = None  # an objective already
         screen: Any = None if "screening" in sampling.without else "surrogate"
         if screen and self._predict is not None:
             told = [trial.user_attrs.get(PREDICTED) for trial in done]
@@ -96,7 +95,7 @@ class MmmoSampler(WholePoints):
             self._encoded(others),
             sampling.batch,
             mixed(sampling.seed, index),
-            pool=POOL_FOR_ONE * sampling.batch,
+            distances=distances,
             recombine="recombination" not in sampling.without,
             screen=screen,
         )
@@ -115,3 +114,9 @@ class MmmoSampler(WholePoints):
         assert self._predict is not None
         predicted = [self._predict(decode(self.variables, row)) for row in rows]
         return gauged(torch.tensor(predicted, dtype=torch.float64))
+
+
+def _distances(done: Sequence[FrozenTrial]) -> Tensor | None:
+    """[trial]; None where the merges have no base."""
+    found = [trial.user_attrs.get(DISTANCE) for trial in done]
+    return None if None in found else torch.tensor(found, dtype=torch.float64)

@@ -16,7 +16,7 @@ from fishertool.searching.encoding import decode
 
 SAMPLERS = ("mmmo", "mmmo-weights", "gp", "tpe", "nsga2", "random", "grid")
 PARTS = ("recombination", "screening", "sparsity")
-STARTUP, BATCH = 10, 5
+STARTUP, BATCH = 10, 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Shapes: points [point, dimension] in the unit cube, values [point, objective], both float64.
 """
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ with quiet():
     from botorch.fit import fit_gpytorch_mll
     from botorch.models.gp_regression import SingleTaskGP
     from botorch.models.model_list_gp_regression import ModelListGP
-    from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
     from gpytorch.constraints import GreaterThan
+    from gpytorch.kernels import MaternKernel
     from gpytorch.likelihoods import GaussianLikelihood
     from gpytorch.mlls.exact_marginal_log_likelihood import ExactMarginalLogLikelihood
     from gpytorch.priors import LogNormalPrior
@@ -22,6 +24,9 @@ with quiet():
 NOISE = (-8.0, 2.0)
 """Mean and deviation of the logarithm of the noise variance, of standardized values."""
 LEAST_NOISE, FIRST_NOISE = 1e-6, 1e-3
+LENGTH_DEVIATION = 1.0
+"""Of the logarithm of a length scale."""
+LEAST_LENGTH = 0.025
 
 
 def standardized(values: Tensor) -> Tensor:
@@ -35,8 +40,10 @@ def fit(points: Tensor, values: Tensor) -> ModelListGP:
     """Independent Gaussian processes of standardized values, one an objective.
 
     Matern 5/2 kernel with a length scale a dimension and inferred noise, at the most probable
-    hyperparameters. Length scales have the prior of Hvarfner, Hellsten and Nardi 2024 (arXiv
-    2402.02229), the noise a wide one: an objective may be exact or vary by a tenth of its range,
+    hyperparameters. The logarithm of a length scale has mean sqrt(2) + log(dimensions) / 2, as in
+    Hvarfner, Hellsten and Nardi 2024 (arXiv 2402.02229), and deviation 1; with their sqrt(3) a
+    scale is most likely a twentieth of its median, and every one of ten points would be its own
+    hill. The noise has a wide prior: an objective may be exact or vary by a tenth of its range,
     and taking small effects for noise hides the coordinates that matter less. A constant
     objective, and one whose fit fails, keeps where the fit begins.
     """
@@ -49,7 +56,14 @@ def _fit(points: Tensor, values: Tensor) -> SingleTaskGP:
         noise_prior=LogNormalPrior(*NOISE),
         noise_constraint=GreaterThan(LEAST_NOISE, transform=None, initial_value=FIRST_NOISE),
     )
-    kernel = get_covar_module_with_dim_scaled_prior(points.shape[1], use_rbf_kernel=False)
+    dimensions = points.shape[1]
+    lengths = LogNormalPrior(2**0.5 + log(dimensions) / 2, LENGTH_DEVIATION)
+    kernel = MaternKernel(
+        2.5,
+        ard_num_dims=dimensions,
+        lengthscale_prior=lengths,
+        lengthscale_constraint=GreaterThan(LEAST_LENGTH, None, initial_value=lengths.mode),
+    )
     model = SingleTaskGP(points, values, None, noise, kernel, outcome_transform=None)
     if not bool((values != values[0]).any()):
         return model.eval()

@@ -1,5 +1,6 @@
 """Samplers of Optuna's that give a value to all variables at once."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ class WholePoints(BaseSampler):
     def __init__(self, variables: Sequence[Variable]) -> None:
         self.variables = tuple(variables)
 
+    @abstractmethod
     def point(self, index: int, before: Sequence[FrozenTrial]) -> dict[str, Any]:
         """The point of the trial of this index; `before`: the search's trials of lower index."""
-        raise NotImplementedError
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

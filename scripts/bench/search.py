@@ -6,8 +6,8 @@
 `synthetic` is two problems with known fronts in six dimensions, both objectives minimized: ZDT1
 (Zitzler, Deb and Thiele 2000) with the hypervolume to (1.1, 6), at most 6.266, and DTLZ2 (Deb,
 Thiele, Laumanns and Zitzler 2002) with two objectives to (1.1, 1.1), at most 0.425. All samplers
-but `random` begin with the same 10 scrambled Sobol points of a seed. MM-MO then proposes batches
-of 5, as in its paper; Optuna's samplers see each value before the next point, which favours them.
+but `random` begin with the same 10 scrambled Sobol points of a seed, and see each value before the
+next point; with `--batch 5` MM-MO proposes five at a time, as in its paper.
 Optuna's are at their defaults but for NSGA-II, whose population is 10, not more than 30 allow.
 `merges` is of real merges: see `search_merges.py`.
 """
@@ -141,7 +141,7 @@ def main() -> None:
     part = parts.add_parser("synthetic")
     part.add_argument("--seeds", type=int, default=10)
     part.add_argument("--first-seed", type=int, default=0)
-    part.add_argument("--batch", type=int, default=5)
+    part.add_argument("--batch", type=int, default=1)
     names = [*MMMO, *OPTUNA]
     part.add_argument("--samplers", nargs="+", default=names, choices=names, metavar="NAME")
     part.add_argument("--json", type=Path, metavar="FILE")
