@@ -6,7 +6,7 @@ import pytest
 
 from fishertool.errors import UsageError
 from fishertool.recipe.document import Value
-from fishertool.recipe.space import Space, Variable, fitting, middle, read_space
+from fishertool.recipe.space import Space, Variable, fitting, inside, read_space
 from fishertool.registry import find_method
 
 UNIT = {"low": 0, "high": 1}
@@ -63,7 +63,7 @@ def test_what_only_another_method_knows_is_left_out() -> None:
     space = space_of(UNIT, merge_method=choices, parameters={"density": UNIT, "normalise": 1})
     methods = {name: find_method("fishertool.merging", name) for name in space.methods}
     assert list(methods) == ["linear", "dare-ties"]
-    point = {one.name: middle(one) for one in space.variables}
+    point = {one.name: inside(one) for one in space.variables}
     for name, choice in space.methods.items():
         others = {other: method for other, method in methods.items() if other != name}
         found = fitting(space.recipe(point | choice), methods[name], others)
@@ -75,15 +75,15 @@ def test_what_only_another_method_knows_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("variable", "expected"),
     [
-        (Variable("x", 0, 1), 0.5),
-        (Variable("x", 0.01, 1, log=True), 0.1),
-        (Variable("x", 0, 1, step=0.25), 0.5),
-        (Variable("x", 1, 4, step=1), 2),
+        (Variable("x", 0, 1), 0.6),
+        (Variable("x", 0.01, 1, log=True), 0.01**0.4),
+        (Variable("x", 0, 1, step=0.25), 0.75),
+        (Variable("x", 1, 4, step=1), 3),
         (Variable("x", choices=("a", "b")), "a"),
     ],
 )
-def test_middle(variable: Variable, expected: Any) -> None:
-    assert middle(variable) == pytest.approx(expected)
+def test_inside(variable: Variable, expected: Any) -> None:
+    assert inside(variable) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

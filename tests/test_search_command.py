@@ -1,5 +1,6 @@
 """`fishertool search`: fronts of merges, resumed, shared among workers, and refused."""
 
+import inspect
 import json
 import signal
 import subprocess
@@ -18,6 +19,8 @@ pytest.importorskip("optuna", reason="needs fishertool[search]")
 
 import optuna
 
+from fishertool.cli.search import search as search_flags
+from fishertool.commands.search import search
 from fishertool.recipe.space import Variable
 from fishertool.searching.objectives import Objective
 from fishertool.searching.study import Search
@@ -376,6 +379,36 @@ def test_a_trial_that_was_given_to_another_is_not_told_twice() -> None:
     assert made.take(1) is None
 
 
+def test_a_trial_whose_worker_was_gone_before_its_point_was_whole_is_chosen_anew() -> None:
+    objectives = [Objective("loss", "loss", False, None)]
+    storage = optuna.storages.InMemoryStorage()
+    made = Search(storage, "s", [Variable("x"), Variable("y")], objectives, "")
+    half = made.study.ask()
+    half.suggest_float("x", 0.0, 1.0)
+    made.release(half)
+    taken = made.take(1)
+    assert taken is not None
+    assert taken.params.keys() == {"x", "y"}
+    made.finish(taken, [1.0])
+    assert made.take(1) is None
+
+
+def test_an_interrupt_is_told_and_not_what_came_of_it(
+    cli: Cli, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(self: Search, evaluations: int) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise FileNotFoundError("a lock that is gone")
+
+    monkeypatch.setattr(Search, "take", take)
+    result = cli("search", recipe(), "--out", "o")
+    assert result.code == 130
+    assert "lock" not in result.err
+    assert "--resume goes on" in result.err
+
+
 def test_a_killed_workers_trial_is_taken_up(cli: Cli, recipe: Recipe, tmp_path: Path) -> None:
     flags = ["--sampler", "random", "--evaluations"]
     path, out = recipe(), tmp_path / "o"
@@ -453,6 +486,8 @@ def test_a_wrong_search_is_refused_in_one_line(
         (["--pick", "distance=-1"], "weights are at least 0"),
         (["--pick", "distance=0"], "not all 0"),
         (["--worker"], "there is no search"),
+        (["--worker", "--pick", "knee"], "are for its leader"),
+        (["--resume", "--overwrite"], "choose one"),
         (["--storage", "nothing://here"], "--storage: cannot be opened"),
         (["--max-shard-size", "big"], "--max-shard-size"),
     ],
@@ -465,6 +500,93 @@ def test_wrong_flags_are_refused_in_one_line(
     assert result.code in (2, 5), result.err
     assert message in result.err
     assert not (tmp_path / "o").exists()
+
+
+def test_what_a_search_reads_is_not_in_what_it_replaces(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 2, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags, "--pick", "knee").code == 0
+    own = {"parameters": {"weight": RANGE, "density": 0.5}}
+    path = recipe(models=[{"model": "o/picked", **own}, {"model": "b", **own}])
+    result = cli("search", path, "--out", "o", *flags, "--overwrite")
+    assert result.code == 2
+    assert "overlaps the input" in result.err
+    inside = recipe().rename(tmp_path / "o" / "search.yml")
+    result = cli("search", inside, "--out", "o", *flags, "--overwrite")
+    assert result.code == 2
+    assert "overlaps the input" in result.err
+    assert (tmp_path / "o/picked/model.safetensors").is_file()
+
+
+def test_a_storage_that_cannot_be_opened_costs_nothing(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 2, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    more = ["--overwrite", "--storage", "nothing://here"]
+    assert cli("search", recipe(), "--out", "o", *flags, *more).code != 0
+    assert front_of(tmp_path / "o")["evaluations"] == 2
+
+
+def test_a_search_is_resumed_by_its_name_only(
+    cli: Cli, recipe: Recipe, models: list[Path], tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 3, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    (tmp_path / "o").rename(tmp_path / "p")
+    result = cli("search", recipe(), "--out", "p", *flags, "--resume")
+    assert result.code == 2
+    assert "others are, as o: name it by --study" in result.err
+    assert cli("search", recipe(), "--out", "p", *flags, "--resume", "--study", "o").code == 0
+    assert len(front_of(tmp_path / "p")["trials"]) == front_of(tmp_path / "p")["evaluations"] == 3
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "fishertool_report.json").write_text('{"command": "merge"}')
+    assert cli("search", recipe(), "--out", "c", *flags, "--resume").code != 0
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_a_scratch_folder_may_be_there_with_something_in_it(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "scratch" / ".candidate-of-one-that-was-killed").mkdir(parents=True)
+    flags = ["--sampler", "random", "--evaluations", 2, "--scratch", "scratch", "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    left = [path.name for path in (tmp_path / "scratch").iterdir()]
+    assert left == [".candidate-of-one-that-was-killed"]
+
+
+@pytest.mark.parametrize("startup", [2, 6])
+def test_points_that_cannot_be_merged_end_no_search_by_predicted_losses(
+    cli: Cli,
+    recipe: Recipe,
+    estimated: Estimate,
+    models: list[Path],
+    startup: int,
+    tmp_path: Path,
+) -> None:
+    sidecars = [estimated(model, "diagonal").name for model in models[1:]]
+    weight = {"weight": RANGE | {"step": 1}}
+    given = [
+        {"model": name, "fisher": fisher, "parameters": weight}
+        for name, fisher in zip("ab", sidecars, strict=True)
+    ]
+    objectives = [{"metric": m, "data": "data.jsonl"} for m in ("loss", "accuracy")]
+    path = recipe(merge_method="linear", base_model=None, models=given, objectives=objectives)
+    flags = ["--sampler", "mmmo-weights", "--evaluations", startup + 1, "--startup", startup]
+    result = cli("search", path, "--out", "o", *flags, "-q")
+    assert result.code == 0, result.err
+    tried = {tuple(trial["parameters"].values()) for trial in front_of(tmp_path / "o")["trials"]}
+    assert tried >= {(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)}  # both weights 0 is no merge
+
+
+def test_the_function_and_the_command_have_the_same_defaults() -> None:
+    flags, function = (
+        {name: one.default for name, one in inspect.signature(f).parameters.items()}
+        for f in (search_flags, search)
+    )
+    shared = ("sampler", "evaluations", "startup", "batch", "seed", "batch_size")
+    assert {name: flags[name] for name in shared} == {name: function[name] for name in shared}
 
 
 def test_a_search_with_other_settings_does_not_go_on(cli: Cli, recipe: Recipe) -> None:

@@ -190,6 +190,17 @@ def test_screening_by_a_function_keeps_what_it_scores_highest() -> None:
     assert torch.equal(kept, pool[pool[:, 1].argsort(descending=True)[:2].sort().values])
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_where_not_all_of_the_cube_is_there_a_proposal_is_new_too(settings: dict[str, Any]) -> None:
+    def snap(rows: Tensor) -> Tensor:
+        return rows.round()
+
+    corners = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)]).double()
+    x = corners[[0, 3, 5, 6, 7]]
+    found = propose(x, scores(x), corners[[1]], 2, 0, snap=snap, **settings)
+    assert sorted(found.tolist()) == sorted(corners[[2, 4]].tolist())
+
+
 def test_pending_points_are_counted_on() -> None:
     x = points(6)
     first = propose(x, scores(x), NONE, 1, 0, screen=None)

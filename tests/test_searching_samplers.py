@@ -2,17 +2,19 @@
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 from fishertool.errors import UsageError
-from fishertool.recipe.space import Variable
+from fishertool.recipe.space import Variable, inside
 from fishertool.searching.encoding import decode, encode, snapped, width
 from fishertool.searching.pareto import hypervolume, reference_of
 from fishertool.searching.prediction import gauged, most_gained, predicted_gains
 from fishertool.searching.sampling import grid
+from fishertool.searching.study import distributions
 
 VARIABLES = [
     Variable("a", -1.0, 3.0),
@@ -39,6 +41,28 @@ def test_the_ends_of_the_cube_are_the_ends_of_the_ranges(corner: float) -> None:
         ends = {"a": -1.0, "b": 0.01, "c": 0.0, "d": 2, "e": "x"}
     assert found == pytest.approx(ends)
     assert isinstance(found["d"], int)
+
+
+def test_no_rounding_leads_out_of_a_range() -> None:
+    ends = [n / 20 for n in range(-20, 41)]
+    variables = [
+        Variable(f"{low} {high}", low, high) for low in ends for high in ends if low < high
+    ]
+    variables += [
+        Variable("0 0.3", 0, 0.3, step=0.1),
+        Variable("0.1 0.7", 0.1, 0.7, step=0.2),
+        Variable("0.1 0.8", 0.1, 0.8, step=0.2),
+    ]
+    for part in (0.0, 1.0):
+        point = decode(variables, torch.full((len(variables),), part, dtype=torch.float64))
+        for variable in variables:
+            assert variable.low <= point[variable.name] <= variable.high  # type: ignore[operator]
+            assert inside(variable) <= variable.high  # type: ignore[operator]
+    assert [point[variable.name] for variable in variables[-3:]] == [0.3, 0.7, 0.7]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, allowed in distributions(variables).items():
+            assert allowed._contains(point[name])  # type: ignore[arg-type]
 
 
 def test_snapped_vectors_are_those_of_points() -> None:

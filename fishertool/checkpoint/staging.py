@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,9 +20,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: int) -> None:
     """Refuse, before any work, an output that exists, overlaps an input, or would not fit."""
     place = out.resolve()
-    for path in (folder.resolve() for folder in inputs):
-        if place == path or place.is_relative_to(path) or path.is_relative_to(place):
-            raise UsageError(f"--out {out}: overlaps the input {path}; choose another folder")
+    check_apart(out, inputs)
     if out.is_symlink() or (place.exists() and not place.is_dir()):
         raise OutputExistsError(f"{out}: exists and is not a folder; choose another name")
     if place.is_dir() and any(place.iterdir()):
@@ -45,6 +43,14 @@ def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: i
             f"--out {out}: needs {show_size(needed_bytes)}, {show_size(free)} are free; "
             "free some space or choose another disk"
         )
+
+
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that holds an input, a file or a folder, or lies in one."""
+    place = out.resolve()
+    for path in (one.resolve() for one in inputs):
+        if place == path or place.is_relative_to(path) or path.is_relative_to(place):
+            raise UsageError(f"--out {out}: overlaps the input {path}; choose another folder")
 
 
 def free_bytes(out: Path) -> int:

@@ -137,7 +137,17 @@ def search(
             track=track_on_stderr(quiet),
         )
     except BaseException as error:
-        if not isinstance(error, Exception):  # Ctrl-C and SIGTERM
+        stop = _interrupt_behind(error)
+        if stop is None:
+            raise
+        if not (worker or dry_run):
             print("fishertool: --resume goes on from what is measured", file=sys.stderr)
-        raise
+        raise stop from None
     finish(report, as_json, quiet, report_file)
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """Ctrl-C or SIGTERM, also where an error came of its breaking into a journal's locking."""
+    while isinstance(error, Exception):
+        error = error.__context__
+    return error

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fishertool.checkpoint.layout import parse_size
-from fishertool.checkpoint.staging import REPORT_FILE, check_output
+from fishertool.checkpoint.staging import REPORT_FILE, check_apart, check_output
 from fishertool.errors import OutputExistsError, UsageError
 from fishertool.models.loading import check_device
 from fishertool.models.sources import open_source
 from fishertool.progress import Track, silent
 from fishertool.recipe.document import Value, read_document
-from fishertool.recipe.space import Space, middle, read_space, split_search
+from fishertool.recipe.space import Space, inside, read_space, split_search
 from fishertool.recipe.write import to_yaml
 from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.evaluator import Evaluator, Running
 from fishertool.searching.objectives import Objective, read_objectives
 from fishertool.searching.results import pick_trial, replace_file, write_front, write_picked
-from fishertool.searching.sampling import Sampling, check_sampling, grid
+from fishertool.searching.sampling import BATCH, STARTUP, Sampling, check_sampling, grid
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_layers import layer_count
 from fishertool.surgery.merge_plan import MergePlan
@@ -43,8 +42,8 @@ def search(
     *,
     sampler: str = "mmmo",
     evaluations: int = 30,
-    startup: int = 10,
-    batch: int = 5,
+    startup: int = STARTUP,
+    batch: int = BATCH,
     without: Sequence[str] = (),
     pick: str | None = None,
     storage: str | None = None,
@@ -71,12 +70,18 @@ def search(
     options = {name: value for name, value in locals().items() if name not in ("storage", "worker")}
     report = Report("search", options_of(options), environment=environment(threads, device))
     _check_installed()
+    if worker and (pick or resume or overwrite):
+        raise UsageError(
+            "--worker takes part in a search; --pick, --resume and --overwrite are for its leader"
+        )
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a search, --overwrite begins anew; choose one")
     sampling = check_sampling(sampler, seed, evaluations, startup, batch, without)
     device = check_device(device)
     torch.set_num_threads(threads)
     running = Running(
         batch_size, threads, device, trust_remote_code, allow_nonfinite,
-        parse_size(max_shard_size), scratch or out / f".candidate-{os.getpid()}",
+        parse_size(max_shard_size), scratch or out,
         in_memory=scratch is None,
     )  # fmt: skip
     with ExitStack() as opened:
@@ -90,7 +95,12 @@ def search(
             if worker:
                 _check_begun(out, storage)
             else:
-                _check_out(out, plan, overwrite, resume)
+                read = [recipe, *(Path(one.data.data) for one in objectives if one.data)]
+                needed = plan.layout.nbytes if pick or scratch is None else 0
+                _check_out(
+                    out, plan, read, needed, on_storage=storage is not None,
+                    overwrite=overwrite, resume=resume,
+                )  # fmt: skip
         report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
         if dry_run:
             report.status = "dry-run"
@@ -152,7 +162,7 @@ def _check_space(
     The last plan, and what is measured on.
     """
     space = evaluator.space
-    point = {variable.name: middle(variable) for variable in space.variables}
+    point = {variable.name: inside(variable) for variable in space.variables}
     for choice in space.methods.values():
         plan = evaluator.plan(point | choice)
         if sampling.sampler == "mmmo-weights" and not plan.predicts:
@@ -172,12 +182,22 @@ def _check_begun(out: Path, storage: str | None) -> None:
         raise UsageError(f"--worker: there is no search in {out} yet; start it without --worker")
 
 
-def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> None:
+def _check_out(
+    out: Path,
+    plan: MergePlan,
+    files: Sequence[Path],
+    needed_bytes: int,
+    *,
+    on_storage: bool,
+    overwrite: bool,
+    resume: bool,
+) -> None:
     """Refuse an output that is there, unless it is a search that may go on or be replaced."""
     from fishertool.searching.study import JOURNAL
 
     begun = (out / JOURNAL).is_file()
-    if resume and (begun or (out / REPORT_FILE).is_file()):
+    check_apart(out, [*plan.folders, *files])
+    if resume and (begun or on_storage or _is_search(out)):
         return
     if begun and not overwrite:
         raise OutputExistsError(
@@ -185,7 +205,16 @@ def _check_out(out: Path, plan: MergePlan, overwrite: bool, resume: bool) -> Non
             "begins anew"
         )
     if not begun:
-        check_output(out, plan.folders, overwrite, plan.layout.nbytes)
+        check_output(out, plan.folders, overwrite, needed_bytes)
+
+
+def _is_search(out: Path) -> bool:
+    """Whether a search wrote the report that is there."""
+    try:
+        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("command") == "search"
 
 
 def _open(
@@ -206,12 +235,14 @@ def _open(
     from fishertool.searching.samplers import make_sampler
     from fishertool.searching.study import Search, forget, open_storage
 
-    anew = overwrite and not (join or resume)
-    if anew and out.is_dir():
+    in_out, replaced = storage is None, overwrite and out.is_dir()
+    if replaced and in_out:
         shutil.rmtree(out)
     opened = open_storage(storage, out)
-    if anew:
+    if overwrite and not in_out:  # now that the storage could be opened
         forget(opened, name)
+        if replaced:
+            shutil.rmtree(out)
     told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
     found = Search(opened, name, space.variables, objectives, fingerprint, join=join, resume=resume)
@@ -237,7 +268,7 @@ def _front(
         lambda point: to_yaml(evaluator.recipe(point)),
     )
     told = {"sampler": sampling.sampler, "seed": sampling.seed}
-    return front | told | {"evaluations": sampling.evaluations}
+    return front | told | {"evaluations": len(front["trials"])}
 
 
 def _summary(front: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from fishertool.errors import UsageError
@@ -16,6 +18,7 @@ from fishertool.registry import Method
 RANGE_KEYS = ("low", "high", "log", "step", "points", "groups")
 CHOICE_KEYS = ("choices", "points", "groups")
 MOST_VARIABLES = 200
+PART = 0.6
 WHERE = "parameters, merge_method and dtype"
 
 
@@ -41,6 +44,12 @@ class Variable:
     def steps(self) -> int:
         """How many steps fit between low and high."""
         return int((self.high - self.low) / self.step + 1e-9) if self.step else 0
+
+    def after(self, steps: int) -> float:
+        """The value so many steps above low, as it would be written: 0.3, not 3 * 0.1."""
+        low, step = Decimal(str(self.low)), Decimal(str(self.step or 0))
+        value = low + steps * step
+        return int(value) if self.whole else float(value)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def read_space(value: Value, layers_of: Callable[[str], int], seed: int) -> Spac
     if len(variables) > MOST_VARIABLES:
         raise value.error(f"{len(variables)} numbers to search; {MOST_VARIABLES} are the most")
     space = Space(value.content, tuple(variables), value.file, seed)
-    tried = {variable.name: middle(variable) for variable in variables}
+    tried = {variable.name: inside(variable) for variable in variables}
     recipe = space.recipe(tried)
     if grouped:
         if not recipe.whole:
@@ -122,14 +131,14 @@ def read_space(value: Value, layers_of: Callable[[str], int], seed: int) -> Spac
     return space
 
 
-def middle(variable: Variable) -> Scalar:
-    """A value in the middle of the range, or the first choice."""
+def inside(variable: Variable) -> Scalar:
+    """A value inside the range, above its middle, where weights may cancel; or the first choice."""
     if variable.choices:
         return variable.choices[0]
     if variable.step is not None:
-        return variable.low + variable.steps // 2 * variable.step
+        return variable.after(math.ceil(PART * variable.steps))
     low, high = variable.low, variable.high
-    return (low * high) ** 0.5 if variable.log else (low + high) / 2
+    return low * (high / low) ** PART if variable.log else low + PART * (high - low)
 
 
 def fitting(recipe: Recipe, method: Method, others: Mapping[str, Method]) -> Recipe:

@@ -1,5 +1,7 @@
 """The worth of a candidate: the expected gain in hypervolume, and where it is greatest."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,16 +57,28 @@ def worth(acquisition: AcquisitionFunction, candidates: Tensor, taken: Tensor) -
     """The acquisition's value of each candidate by itself; minus infinity if taken already."""
     with quiet(), torch.no_grad():
         values: Tensor = acquisition(candidates[:, None])
-    new = ((candidates[:, None] - taken).abs() > NEAR).any(-1).all(-1)
-    return torch.where(new, values, -torch.inf)
+    return torch.where(are_new(candidates, taken), values, -torch.inf)
 
 
-def maximum(acquisition: AcquisitionFunction, drawn: Tensor, taken: Tensor) -> Tensor:
-    """The best new point that climbing from the best of those drawn finds: [1, dimension]."""
+def are_new(candidates: Tensor, taken: Tensor) -> Tensor:
+    """Which of the candidates are none of those taken: [candidate]."""
+    return ((candidates[:, None] - taken).abs() > NEAR).any(-1).all(-1)
+
+
+def maximum(
+    acquisition: AcquisitionFunction,
+    drawn: Tensor,
+    taken: Tensor,
+    snap: Callable[[Tensor], Tensor] = lambda points: points,
+) -> Tensor:
+    """The best new point that climbing from the best of those drawn finds: [1, dimension].
+
+    `snap` moves points [point, dimension] to those nearest to them that there are.
+    """
     starts = drawn[worth(acquisition, drawn, taken).argsort(descending=True, stable=True)[:STARTS]]
     with quiet():
         ends, _ = gen_candidates_scipy(
             starts[:, None], acquisition, 0.0, 1.0, options={"maxiter": ITERATIONS}
         )
-    offered = torch.cat([ends[:, 0].detach(), starts])
+    offered = torch.cat([snap(ends[:, 0].detach()), starts])
     return offered[worth(acquisition, offered, taken).argmax()][None]

@@ -51,12 +51,12 @@ def snapped(variables: Sequence[Variable], rows: Tensor) -> Tensor:
 
 def _value(variable: Variable, part: float) -> float | int:
     value = _low(variable) + part * _length(variable)
+    if variable.step is not None:
+        steps = round((value - variable.low) / variable.step)
+        return variable.after(min(steps, variable.steps))
     if variable.log:
-        return min(max(math.exp(value), variable.low), variable.high)
-    if variable.step is None:
-        return value
-    steps = min(round((value - variable.low) / variable.step), variable.steps)
-    return variable.low + steps * variable.step
+        value = math.exp(value)
+    return min(max(value, variable.low), variable.high)  # rounding may lead out of the range
 
 
 def _low(variable: Variable) -> float:

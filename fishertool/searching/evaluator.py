@@ -1,11 +1,11 @@
 """Merge by a recipe and measure what comes out, in memory or from a scratch folder."""
 
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class Running:
     allow_nonfinite: bool
     max_shard_bytes: int
     scratch: Path
-    """Where a merge is written and loaded from, if it cannot be put into a model in memory."""
+    """In which a merge is written and loaded from, if it cannot be put into a model in memory."""
     in_memory: bool = True
 
 
@@ -172,13 +172,10 @@ class Evaluator:
         return merge_pass(plan, put, self._running.threads, lambda _: None, to_base=True)
 
     def _in_a_folder(self, plan: MergePlan) -> tuple[Passed, dict[DataOptions, dict[str, float]]]:
-        subject, folder, threads = self._subject(plan), self._running.scratch, self._running.threads
-        folder.mkdir(parents=True)
-        try:
+        subject, threads = self._subject(plan), self._running.threads
+        with _new_folder(self._running.scratch) as folder:
             written = write_merge(plan, folder, threads, lambda _: None, to_base=True)
             return written.passed, self._measure(subject.load(folder), subject)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _measure(
         self, model: LoadedModel, subject: "Subject"
@@ -190,6 +187,20 @@ class Evaluator:
             )
             for options, data in subject.prepared.items()
         }  # fmt: skip
+
+
+@contextmanager
+def _new_folder(parent: Path) -> Iterator[Path]:
+    """A folder in another, which is made if it is not there; both as before in the end."""
+    made = not parent.exists()
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".candidate-", dir=parent) as folder:
+            yield Path(folder)
+    finally:
+        if made:
+            with suppress(OSError):  # another worker's is in it
+                parent.rmdir()
 
 
 def _finite(figures: Any) -> Any:

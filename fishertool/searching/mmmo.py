@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from fishertool.searching.acquisition import expected_gain, maximum, worth
+from fishertool.searching.acquisition import are_new, expected_gain, maximum, worth
 from fishertool.searching.pareto import reference_of, strongest
 from fishertool.searching.recombination import recombine as offspring_of
 from fishertool.searching.screening import fisher_information
@@ -39,6 +39,7 @@ def propose(
     seed: int,
     *,
     distances: Tensor | None = None,
+    snap: Callable[[Tensor], Tensor] | None = None,
     recombine: bool = True,
     screen: Screen = "surrogate",
 ) -> Tensor:
@@ -47,6 +48,7 @@ def propose(
     points     those evaluated, [n, dimension]; values [n, objective], maximised, n at least 2
     pending    those under evaluation, [p, dimension], p may be 0: they are counted on
     distances  of those evaluated from the base, [n]: one more objective, minimised
+    snap       [n, dimension] -> the nearest points that there are, where not all of the cube's are
 
     Candidates are found one after another, each where a Gaussian process an objective expects
     most more hypervolume given those before it (qLogNEHVI). Then, as in the paper:
@@ -73,6 +75,7 @@ def propose(
             pending.double(),
             count,
             torch.Generator().manual_seed(seed),
+            snap=snap or (lambda points: points),
             recombine=recombine,
             screen=screen,
         )
@@ -96,6 +99,7 @@ def _propose(
     count: int,
     generator: torch.Generator,
     *,
+    snap: Callable[[Tensor], Tensor],
     recombine: bool,
     screen: Screen,
 ) -> Tensor:
@@ -112,12 +116,14 @@ def _propose(
     for _ in range(count if screen is None else POOL * count):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
-        drawn = sobol.draw(DRAWS, dtype=torch.float64)
+        drawn = snap(sobol.draw(DRAWS, dtype=torch.float64))
         gain = expected_gain(model, points, values, found, reference, seeds[1])
         taken = torch.cat([points, found])
-        best = maximum(gain, drawn, taken)
+        best = maximum(gain, drawn, taken, snap)
+        if len(found) >= len(pending) + count and not bool(are_new(best, taken)):
+            break  # there are no more
         if recombine:
-            offspring = offspring_of(best.expand(OFFSPRING, -1), strong, generator)
+            offspring = snap(offspring_of(best.expand(OFFSPRING, -1), strong, generator))
             gains = worth(gain, offspring, taken)
             if float(gains.max()) > -torch.inf:  # else every one is taken
                 best = offspring[gains.argmax()][None]

@@ -1,6 +1,7 @@
 """MM-MO as a sampler of Optuna's: batches, the auxiliary objective, and screening."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from fishertool.errors import FishertoolError
 from fishertool.recipe.settings import Scalar
 from fishertool.recipe.space import Variable
 from fishertool.searching.encoding import decode, encode, snapped, width
@@ -47,7 +49,8 @@ class MmmoSampler(WholePoints):
     def point(self, index: int, before: Sequence[FrozenTrial]) -> dict[str, Any]:
         sampling = self._sampling
         if index < sampling.startup:
-            return decode(self.variables, self._start()[index])
+            start = self._start()  # of few points, where there are no more
+            return decode(self.variables, start[index % len(start)])
         place = (index - sampling.startup) % sampling.batch
         known = before[: index - place]
         done = [trial for trial in known if trial.state == TrialState.COMPLETE]
@@ -63,8 +66,11 @@ class MmmoSampler(WholePoints):
             if self._predict is None:
                 self._first = self._drawn(count)
             else:
-                drawn = snapped(self.variables, self._drawn(DRAWN_FOR_ONE * count))
-                self._first = drawn[most_gained(self._gauged(drawn), count)]
+                drawn = _distinct(snapped(self.variables, self._drawn(DRAWN_FOR_ONE * count)))
+                able, values = self._gauged(drawn)
+                best = [able[i] for i in most_gained(values, count)]
+                rest = [i for i in range(len(drawn)) if i not in best]
+                self._first = drawn[[*best, *rest][:count]]
         return self._first
 
     def _batch(
@@ -84,7 +90,11 @@ class MmmoSampler(WholePoints):
             before = gauged(torch.tensor([one for one in told if one], dtype=torch.float64))
 
             def screen(candidates: Tensor) -> Tensor:
-                return predicted_gains(before, self._gauged(snapped(self.variables, candidates)))
+                able, after = self._gauged(candidates)
+                gains = torch.full((len(candidates),), -torch.inf, dtype=torch.float64)
+                if able:
+                    gains[able] = predicted_gains(before, after)
+                return gains
 
         from fishertool.searching.mmmo import propose  # loads BoTorch, which takes seconds
 
@@ -96,6 +106,7 @@ class MmmoSampler(WholePoints):
             sampling.batch,
             mixed(sampling.seed, index),
             distances=distances,
+            snap=self._snap if any(one.choices or one.step for one in self.variables) else None,
             recombine="recombination" not in sampling.without,
             screen=screen,
         )
@@ -107,13 +118,31 @@ class MmmoSampler(WholePoints):
         return drawn
 
     def _encoded(self, trials: Sequence[FrozenTrial]) -> Tensor:
-        rows = [encode(self.variables, point_of(trial)) for trial in trials if point_of(trial)]
+        """Without those whose points are being chosen."""
+        whole = [point for point in map(point_of, trials) if len(point) == len(self.variables)]
+        rows = [encode(self.variables, point) for point in whole]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width(self.variables))
 
-    def _gauged(self, rows: Tensor) -> Tensor:
+    def _snap(self, rows: Tensor) -> Tensor:
+        return snapped(self.variables, rows)
+
+    def _gauged(self, rows: Tensor) -> tuple[list[int], Tensor]:
+        """Which of the points can be merged, and those [point, model] as values."""
         assert self._predict is not None
-        predicted = [self._predict(decode(self.variables, row)) for row in rows]
-        return gauged(torch.tensor(predicted, dtype=torch.float64))
+        able, predicted = [], []
+        for number, row in enumerate(rows):
+            with suppress(FishertoolError):
+                predicted.append(self._predict(decode(self.variables, row)))
+                able.append(number)
+        if not able:
+            return [], torch.empty(0, 1, dtype=torch.float64)
+        return able, gauged(torch.tensor(predicted, dtype=torch.float64))
+
+
+def _distinct(rows: Tensor) -> Tensor:
+    """Without those that were there before."""
+    found = list(dict.fromkeys(map(tuple, rows.tolist())))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _distances(done: Sequence[FrozenTrial]) -> Tensor | None:

@@ -78,7 +78,13 @@ class Search:
         Raises UsageError where it is another search's, as its fingerprint tells, and where `join`
         finds none; OutputExistsError where one is there that was not asked for.
         """
-        known = name in optuna.get_all_study_names(storage)
+        others = optuna.get_all_study_names(storage)
+        known = name in others
+        if resume and others and not known:
+            raise UsageError(
+                f"--resume: the search {name!r} is not on this storage; others are, as "
+                f"{', '.join(others[:3])}: name it by --study"
+            )
         if join and not known:
             raise UsageError(
                 f"--worker: there is no search {name!r} yet; start it without --worker"
@@ -128,9 +134,11 @@ class Search:
         waits = any(trial.state == TrialState.WAITING for trial in self.trials)
         if not waits and sum(map(counts, self.trials)) >= evaluations:
             return None
-        with _quiet():
-            taken = self.study.ask(self._space)
+        taken = self.study.ask()
         taken.set_user_attr(OWNER, _process(os.getpid()))
+        with signs_of_life(taken), _quiet():  # to choose a point may take minutes
+            for name, distribution in self._space.items():
+                _suggest(taken, name, distribution)
         if index_of(taken.number, self.trials) >= evaluations:
             self._end(taken.number, SURPLUS)  # two workers asked for the last one
             return None
@@ -151,12 +159,18 @@ class Search:
         self._end(trial.number, why)
 
     def release(self, trial: Trial) -> None:
-        """Put the point of a trial that this process will not finish into the queue again."""
-        self._free(self.trials[trial.number])
+        """Put the point of a trial that this process will not finish into the queue again.
+
+        Where that fails, as where a signal broke into the storage's work, others will see that
+        this process is gone.
+        """
+        with suppress(OSError, optuna.exceptions.OptunaError):
+            self._free(self.trials[trial.number])
 
     def _free(self, trial: FrozenTrial) -> None:
         point = point_of(trial)
-        if self._end(trial.number, LOST) and point:  # without one its worker had only begun to ask
+        # Without a whole one its worker had only begun to ask.
+        if self._end(trial.number, LOST) and point.keys() == self._space.keys():
             self.study.enqueue_trial(point, user_attrs={RETRIES: trial.number})
 
     def _end(self, number: int, why: str) -> bool:
@@ -211,7 +225,7 @@ def signs_of_life(trial: Trial) -> Iterator[None]:
 
 def _is_lost(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get(OWNER)
-    if owner is not None and owner["host"] == socket.gethostname():
+    if owner is not None and owner["host"] == _host():
         return bool(owner != _process(owner["pid"]))
     seen = trial.user_attrs.get(SEEN)
     if seen is None and trial.datetime_start is not None:
@@ -223,16 +237,25 @@ def _process(pid: int) -> dict[str, Any] | None:
     """A process of this machine, told from a later one of the same number by when it began."""
     begun = None
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # somebody else's, and alive
+            os.kill(pid, 0)
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         if fields[0] == "Z":
             return None
         begun = int(fields[19])
     except ProcessLookupError:
         return None
-    except (OSError, IndexError):  # somebody else's, or there is no /proc
+    except (OSError, IndexError):  # there is no /proc
         pass
-    return {"host": socket.gethostname(), "pid": pid, "begun": begun}
+    return {"host": _host(), "pid": pid, "begun": begun}
+
+
+def _host() -> list[str]:
+    """The machine, and where a container counts processes by itself, that count."""
+    try:
+        return [socket.gethostname(), str(Path("/proc/self/ns/pid").readlink())]
+    except OSError:
+        return [socket.gethostname()]
 
 
 def _distribution(variable: Variable) -> BaseDistribution:
@@ -240,10 +263,21 @@ def _distribution(variable: Variable) -> BaseDistribution:
         return CategoricalDistribution(variable.choices)
     low, high, step = variable.low, variable.high, variable.step
     if step is not None:  # Optuna warns of a range that the step does not divide
-        high = low + variable.steps * step
+        high = variable.after(variable.steps)
     if variable.whole:
         return IntDistribution(int(low), int(high), step=int(step or 1))
     return FloatDistribution(low, high, log=variable.log, step=step)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Give a variable of the trial its value."""
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
+    elif isinstance(distribution, FloatDistribution):
+        low, high = distribution.low, distribution.high
+        trial.suggest_float(name, low, high, step=distribution.step, log=distribution.log)
 
 
 @contextmanager
