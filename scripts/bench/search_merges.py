@@ -157,17 +157,21 @@ def curve(out: Path) -> list[float]:
 
 
 def table(found: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Means over seeds; evaluations until 95 % of the most that any sampler reached with the seed."""
+    """Shares of the most that any sampler reached with the seed, means over seeds; and evaluations
+    until 95 % of the most, and of what `random` reached."""
     seeds = range(min(map(len, found.values())))
     most = [max(curves[seed][-1] for curves in found.values()) for seed in seeds]
-    lines = ["| sampler | after 10 | after 20 | at the end | until 95 % |", "|---|---|---|---|---|"]
+    levels = [most, [curve[-1] for curve in found["random"]] if "random" in found else []]
+    columns = ["sampler", "after 10", "after 20", "at the end", "until 95 %", "of random's"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, curves in found.items():
         cells = [
             spread([c[min(count, len(c)) - 1] / most[s] for s, c in enumerate(curves)])
             for count in (10, 20, 10**9)
         ]
-        reached = [first_at(c, 0.95 * most[s]) for s, c in enumerate(curves)]
-        cells.append(", ".join("-" if count is None else str(count) for count in reached))
+        for level in levels:
+            reached = [first_at(c, 0.95 * end) for c, end in zip(curves, level, strict=False)]
+            cells.append(", ".join("-" if count is None else str(count) for count in reached))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"\nMost, by seed: {', '.join(f'{value:.4f}' for value in most)}")
     return "\n".join(lines)
