@@ -449,6 +449,7 @@ def test_a_killed_workers_trial_is_taken_up(cli: Cli, recipe: Recipe, tmp_path: 
         ({"seed": RANGE}, "a range can only stand in"),
         ({"merge_method": {"low": 0, "high": 1}}, "choices of names"),
         ({"merge_method": {"choices": ["ties", "tiess"]}}, "did you mean 'ties'?"),
+        ({"dtype": {"choices": ["bfloat16", "flaot32"]}}, "flaot32"),
         ({"models": [{"model": "a"}, {"model": "b"}]}, "nothing to search"),
         ({"parameters": {"lambda": {"low": 1, "high": 0}}}, "must be less than high"),
         ({"parameters": {"lambda": {"low": 0, "high": 1, "log": True}}}, "must be above 0"),

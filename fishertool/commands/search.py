@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,14 +158,16 @@ def _read(recipe: Path, seed: int) -> tuple[Space, list[Objective], Any]:
 def _check_space(
     evaluator: Evaluator, sampling: Sampling
 ) -> tuple[MergePlan, list[dict[str, Any]]]:
-    """Plan one merge of each method, so that what can be refused before the first is refused now.
+    """Plan a merge of each method and dtype, so that what is wrong with them is refused now.
 
     The last plan, and what is measured on.
     """
     space = evaluator.space
     point = {variable.name: inside(variable) for variable in space.variables}
-    for choice in space.methods.values():
-        plan = evaluator.plan(point | choice)
+    dtypes = [one.choices for one in space.variables if one.name == "dtype"]
+    others = [{"dtype": dtype} for choices in dtypes for dtype in choices] or [{}]
+    for method, other in product(space.methods.values(), others):
+        plan = evaluator.plan(point | method | other)
         if sampling.sampler == "mmmo-weights" and not plan.predicts:
             raise UsageError(
                 "--sampler mmmo-weights needs a fisher with a diagonal for each model of the "
