@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import optuna
 from fishertool.cli.search import search as search_flags
 from fishertool.commands.search import search
 from fishertool.recipe.space import Variable
+from fishertool.searching import study
 from fishertool.searching.objectives import Objective
 from fishertool.searching.study import Search
 
@@ -393,6 +395,25 @@ def test_a_trial_whose_worker_was_gone_before_its_point_was_whole_is_chosen_anew
     assert made.take(1) is None
 
 
+@pytest.mark.parametrize("whose", ["another user", "another container"])
+def test_a_live_workers_trial_is_not_taken(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = [Objective("loss", "loss", False, None)]
+    made = Search(optuna.storages.InMemoryStorage(), "s", [Variable("x")], objectives, "")
+    first = made.take(2)
+    assert first is not None
+
+    def kill(pid: int, signal: int) -> None:
+        raise PermissionError if whose == "another user" else ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    if whose == "another container":  # which has its own count of processes
+        monkeypatch.setattr(study, "_host", lambda: ["host", "pid:[1]"])
+    second = made.take(2)
+    assert second is not None
+    assert first.number != second.number
+    assert [trial.state for trial in made.trials] == [optuna.trial.TrialState.RUNNING] * 2
+
+
 def test_an_interrupt_is_told_and_not_what_came_of_it(
     cli: Cli, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,8 +564,21 @@ def test_a_search_is_resumed_by_its_name_only(
     assert len(front_of(tmp_path / "p")["trials"]) == front_of(tmp_path / "p")["evaluations"] == 3
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "fishertool_report.json").write_text('{"command": "merge"}')
-    assert cli("search", recipe(), "--out", "c", *flags, "--resume").code != 0
+    elsewhere = ["--storage", "sqlite:///s.db"]
+    for more in ([], elsewhere):
+        assert cli("search", recipe(), "--out", "c", *flags, "--resume", *more).code != 0
     assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_a_search_on_a_storage_goes_on_over_what_a_killed_one_left(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "--storage", "sqlite:///s.db", "--evaluations"]
+    assert cli("search", recipe(), "--out", "o", *flags, 2, "-q").code == 0
+    (tmp_path / "o" / "fishertool_report.json").unlink()
+    (tmp_path / "o" / ".candidate-x").mkdir()
+    assert cli("search", recipe(), "--out", "o", *flags, 3, "-q", "--resume").code == 0
+    assert front_of(tmp_path / "o")["evaluations"] == 3
 
 
 def test_a_scratch_folder_may_be_there_with_something_in_it(

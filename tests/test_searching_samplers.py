@@ -49,20 +49,20 @@ def test_no_rounding_leads_out_of_a_range() -> None:
         Variable(f"{low} {high}", low, high) for low in ends for high in ends if low < high
     ]
     variables += [
-        Variable("0 0.3", 0, 0.3, step=0.1),
-        Variable("0.1 0.7", 0.1, 0.7, step=0.2),
-        Variable("0.1 0.8", 0.1, 0.8, step=0.2),
+        Variable("tenths", 0, 0.3, step=0.1),
+        Variable("fifths", 0.1, 0.7, step=0.2),
+        Variable("fifths with a rest", 0.1, 0.8, step=0.2),
     ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allowed = distributions(variables)
     for part in (0.0, 1.0):
         point = decode(variables, torch.full((len(variables),), part, dtype=torch.float64))
         for variable in variables:
-            assert variable.low <= point[variable.name] <= variable.high  # type: ignore[operator]
-            assert inside(variable) <= variable.high  # type: ignore[operator]
+            for value in (point[variable.name], inside(variable)):
+                assert variable.low <= value <= variable.high  # type: ignore[operator]
+                assert allowed[variable.name]._contains(value)  # type: ignore[arg-type]
     assert [point[variable.name] for variable in variables[-3:]] == [0.3, 0.7, 0.7]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name, allowed in distributions(variables).items():
-            assert allowed._contains(point[name])  # type: ignore[arg-type]
 
 
 def test_snapped_vectors_are_those_of_points() -> None:

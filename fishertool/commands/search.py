@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,14 @@ from fishertool.recipe.write import to_yaml
 from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.evaluator import Evaluator, Running
 from fishertool.searching.objectives import Objective, read_objectives
-from fishertool.searching.results import pick_trial, replace_file, write_front, write_picked
+from fishertool.searching.results import (
+    of_a_search,
+    parse_pick,
+    pick_trial,
+    replace_file,
+    write_front,
+    write_picked,
+)
 from fishertool.searching.sampling import BATCH, STARTUP, Sampling, check_sampling, grid
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_layers import layer_count
@@ -33,8 +39,6 @@ from fishertool.surgery.merge_plan import MergePlan
 
 if TYPE_CHECKING:  # it needs what is installed for a search alone
     from fishertool.searching.study import Search
-
-KNEE = "knee"
 
 
 def search(
@@ -88,7 +92,7 @@ def search(
     with ExitStack() as opened:
         with report.phase("check"):
             space, objectives, content = _read(recipe, seed)
-            wanted = _wanted(pick, objectives)
+            wanted = parse_pick(pick, objectives)
             if sampler == "grid":  # it may have fewer points than were asked for
                 evaluations = len(grid(space.variables, evaluations))
             evaluator = Evaluator(opened, space, objectives, running)
@@ -98,10 +102,7 @@ def search(
             else:
                 read = [recipe, *(Path(one.data.data) for one in objectives if one.data)]
                 needed = plan.layout.nbytes if pick or scratch is None else 0
-                _check_out(
-                    out, plan, read, needed, on_storage=storage is not None,
-                    overwrite=overwrite, resume=resume,
-                )  # fmt: skip
+                _check_out(out, plan, read, needed, overwrite=overwrite, resume=resume)
         report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
         if dry_run:
             report.status = "dry-run"
@@ -191,7 +192,6 @@ def _check_out(
     files: Sequence[Path],
     needed_bytes: int,
     *,
-    on_storage: bool,
     overwrite: bool,
     resume: bool,
 ) -> None:
@@ -200,7 +200,7 @@ def _check_out(
 
     begun = (out / JOURNAL).is_file()
     check_apart(out, [*plan.folders, *files])
-    if resume and (begun or on_storage or _is_search(out)):
+    if resume and (begun or of_a_search(out)):
         return
     if begun and not overwrite:
         raise OutputExistsError(
@@ -209,15 +209,6 @@ def _check_out(
         )
     if not begun:
         check_output(out, plan.folders, overwrite, needed_bytes)
-
-
-def _is_search(out: Path) -> bool:
-    """Whether a search wrote the report that is there."""
-    try:
-        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("command") == "search"
 
 
 def _open(
@@ -282,24 +273,3 @@ def _summary(front: Mapping[str, Any]) -> dict[str, Any]:
         "front": sum(trial["on_front"] for trial in trials),
         "hypervolume": front["hypervolume"][-1] if front["hypervolume"] else None,
     }
-
-
-def _wanted(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
-    """`knee`, or a weight for each objective."""
-    if pick is None or pick == KNEE:
-        return pick
-    names = [one.name for one in objectives]
-    weights = dict.fromkeys(names, 0.0)
-    for item in pick.split(","):
-        name, equals, text = item.rpartition("=")
-        if not equals or name.strip() not in names:
-            known = f"known: {', '.join(names)}"
-            raise UsageError(f"--pick {item!r}: write {KNEE}, or OBJECTIVE=WEIGHT,...; {known}")
-        try:
-            weights[name.strip()] = float(text)
-        except ValueError:
-            raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
-    found = list(weights.values())
-    if not all(0 <= weight < math.inf for weight in found) or not any(found):
-        raise UsageError(f"--pick {pick!r}: weights are at least 0, and not all 0")
-    return found

@@ -19,6 +19,7 @@ RANGE_KEYS = ("low", "high", "log", "step", "points", "groups")
 CHOICE_KEYS = ("choices", "points", "groups")
 MOST_VARIABLES = 200
 PART = 0.6
+"""How far into a range the value `inside` it lies."""
 WHERE = "parameters, merge_method and dtype"
 
 

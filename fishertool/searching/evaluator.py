@@ -44,6 +44,9 @@ class Evaluation(NamedTuple):
     """Of each model, where every model has a Fisher, if they are finite."""
 
 
+CANDIDATE = ".candidate-"
+
+
 @dataclass(frozen=True)
 class Running:
     """How merges are made and run: nothing of it changes what is measured."""
@@ -195,7 +198,7 @@ def _new_folder(parent: Path) -> Iterator[Path]:
     made = not parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=".candidate-", dir=parent) as folder:
+        with TemporaryDirectory(prefix=CANDIDATE, dir=parent) as folder:
             yield Path(folder)
     finally:
         if made:

@@ -1,6 +1,7 @@
 """What a search leaves behind: the front as JSON, as recipes and as a page, and one merge of it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import torch
 
 from fishertool.checkpoint.staging import REPORT_FILE, staged
+from fishertool.errors import UsageError
 from fishertool.report import Report
+from fishertool.searching.evaluator import CANDIDATE
+from fishertool.searching.objectives import Objective
 from fishertool.searching.page import front_page
 from fishertool.searching.pareto import chosen, knee
 from fishertool.surgery import merge_report
@@ -16,7 +20,43 @@ from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
 from fishertool.surgery.output import checkpoint_output
 
-PICKED, RECIPES = "picked", "front"
+PICKED, RECIPES, KNEE = "picked", "front", "knee"
+FRONT, PAGE = "front.json", "front.html"
+
+
+def of_a_search(out: Path) -> bool:
+    """Whether a search wrote what is in the folder, to its end or, on a storage elsewhere, not."""
+    try:
+        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = (PICKED, RECIPES, FRONT, PAGE)
+        return out.is_dir() and all(
+            one.name in known or one.name.startswith(CANDIDATE) for one in out.iterdir()
+        )
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("command") == "search"
+
+
+def parse_pick(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
+    """`knee`, or a weight for each objective."""
+    if pick is None or pick == KNEE:
+        return pick
+    names = [one.name for one in objectives]
+    weights = dict.fromkeys(names, 0.0)
+    for item in pick.split(","):
+        name, equals, text = item.rpartition("=")
+        if not equals or name.strip() not in names:
+            known = f"known: {', '.join(names)}"
+            raise UsageError(f"--pick {item!r}: write {KNEE}, or OBJECTIVE=WEIGHT,...; {known}")
+        try:
+            weights[name.strip()] = float(text)
+        except ValueError:
+            raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
+    found = list(weights.values())
+    if not all(0 <= weight < math.inf for weight in found) or not any(found):
+        raise UsageError(f"--pick {pick!r}: weights are at least 0, and not all 0")
+    return found
 
 
 def pick_trial(front: Mapping[str, Any], wanted: Sequence[float] | str) -> dict[str, Any]:
@@ -49,8 +89,8 @@ def write_front(out: Path, front: Mapping[str, Any]) -> None:
             if trial["on_front"]:
                 name = Path(trial["recipe"]).name
                 (folder / name).write_text(trial["recipe_text"], encoding="utf-8")
-    replace_file(out / "front.json", json.dumps(front, indent=2, allow_nan=False) + "\n")
-    replace_file(out / "front.html", front_page(front))
+    replace_file(out / FRONT, json.dumps(front, indent=2, allow_nan=False) + "\n")
+    replace_file(out / PAGE, front_page(front))
 
 
 def replace_file(path: Path, text: str) -> None:

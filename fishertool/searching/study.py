@@ -136,6 +136,7 @@ class Search:
             return None
         taken = self.study.ask()
         taken.set_user_attr(OWNER, _process(os.getpid()))
+        taken.set_user_attr(SEEN, time.time())  # a storage's own times may be of another zone
         with signs_of_life(taken), _quiet():  # to choose a point may take minutes
             for name, distribution in self._space.items():
                 _suggest(taken, name, distribution)

@@ -49,8 +49,8 @@ class Judge:
             loaded = replace(loaded, tokenizer=plan.vocabulary.tokenizer)
         self.data = load(self.task, options, loaded)
         self._prepared = prepare(self.task, self.data)
+        self.metric = metric or ("accuracy" if self.task.has_labels else "loss")
         offered = metrics_of(self.task, options)
-        self.metric = metric or ("accuracy" if self.task.has_labels else offered[0])
         if self.metric not in offered:
             raise UsageError(f"--metric {suggest(self.metric, offered)}")
 
@@ -64,7 +64,7 @@ class Judge:
     def key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         """Sorts best first: by the metric, then by the loss."""
         sign = -1 if HIGHER_IS_BETTER[self.metric] else 1
-        return sign * metrics[self.metric], metrics.get("loss", 0.0)
+        return sign * metrics[self.metric], metrics["loss"]
 
 
 def search_weights(
@@ -93,7 +93,7 @@ def search_weights(
 def agreement(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Spearman's correlation over candidates of the predicted loss, all models' together, with the
     loss measured; None without predictions, or for too few candidates to tell."""
-    known = [row for row in rows if {"predicted_loss", "loss"} <= row.keys()]
+    known = [row for row in rows if "predicted_loss" in row]
     if len(known) < 3:
         return None
     return spearman([sum(row["predicted_loss"]) for row in known], [row["loss"] for row in known])
