@@ -58,7 +58,7 @@ def quadratic_forms(
     forms = origin.new_zeros(len(fishers), count, count, dtype=torch.float64)
     for start in range(0, len(origin), CHUNK):
         part = slice(start, start + CHUNK)
-        task_vectors = torch.stack([model[part] for model in flat]).double() - origin[part]
+        task_vectors = torch.stack([model[part].double() for model in flat]) - origin[part].double()
         for form, curvature in zip(forms, curvatures, strict=True):
             form.addmm_(task_vectors * curvature[part], task_vectors.mT)
     return forms
@@ -77,7 +77,7 @@ def loss_increases_of(
         own, curvature = model.flatten(), fisher.flatten()
         for start in range(0, len(flat), CHUNK):
             part = slice(start, start + CHUNK)
-            apart = flat[part].double() - own[part]
+            apart = flat[part].double() - own[part].double()
             increases[task] += torch.dot(apart * curvature[part], apart) / 2
     return increases
 

@@ -26,10 +26,7 @@ def arcee_fusion(models: tuple[Tensor, Tensor], whole: float) -> Tensor:
     meaning as mergekit's `arcee_fusion`.
     """
     first, second = models
-    merged = torch.empty(first.shape, dtype=first.dtype)
-    for one, other, out in blocks(first, second, merged):
-        torch.where(_score(one, other) >= whole, other, one, out=out)
-    return merged
+    return torch.where(_score(first, second) >= whole, second, first)
 
 
 def whole(weights: Sequence[float], elements: int) -> Passes[float]:

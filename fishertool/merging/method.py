@@ -1,6 +1,6 @@
 """What a merge method is.
 
-A pure function in a file of its own name, called once for every piece of every tensor:
+A pure function in a file of its own name, called for one run of rows of a tensor after the other:
 
     def name(models, [weights], [base], [fishers], [activations], [kroneckers], [generators],
              [whole], *, setting=default) -> Tensor

@@ -41,12 +41,8 @@ def sce(
     Shapes: every model, the base and the result alike. Source: Wan et al. 2024, arXiv 2408.07990
     (FuseChat); name, parameters and meaning as mergekit's `sce`.
     """
-    merged = torch.empty(base.shape, dtype=base.dtype)
-    for *parts, origin, out in blocks(*models, base, merged):
-        vectors = _selected(parts, origin, whole.least)
-        mixed = add_elected(vectors, whole.shares, [1.0] * len(parts), normalize=True)
-        torch.add(origin, mixed, out=out)
-    return merged
+    vectors = _selected(models, base, whole.least)
+    return base + add_elected(vectors, whole.shares, [1.0] * len(models), normalize=True)
 
 
 def whole(weights: Sequence[float], elements: int, *, select_topk: float = 1.0) -> Passes[Selected]:

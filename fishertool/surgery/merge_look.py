@@ -7,7 +7,13 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.stream import PIECE_ELEMENTS, Piece, collect, pieces
 from fishertool.merging.method import Pass
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_tensor import Look, passes_of, reader, shown_to_passes
+from fishertool.surgery.merge_tensor import (
+    Look,
+    computed_in,
+    passes_of,
+    reader,
+    shown_to_passes,
+)
 
 GROUP_ELEMENTS = 1 << 25
 """What is read again soon is still in the page cache."""
@@ -59,8 +65,9 @@ def look(plan: MergePlan, group: Sequence[TensorInfo], threads: int) -> dict[str
             wanted.pop(name, None)
 
     def one(piece: Piece) -> Any:
-        read = reader(plan, plan.targets[piece.name], trusted=looked)
-        return wanted[piece.name](*read(piece)[:shown])
+        target = plan.targets[piece.name]
+        part = reader(plan, target, trusted=looked)(piece).to(computed_in(plan, target))
+        return wanted[piece.name](*part[:shown])
 
     def add(piece: Piece, part: Any) -> None:
         total = totals.get(piece.name)

@@ -50,7 +50,7 @@ def merge_pass(
                 return
             if plan.predicts and part.fishers:
                 fishers = [fisher.values for fisher in part.fishers]
-                found = loss_increases_of(values.to(fishers[0].dtype), part.models, fishers)
+                found = loss_increases_of(values, part.models, fishers)
                 increases.add(piece.name, piece.start, found)
             if to_base and part.base is not None:
                 changes.add(piece.name, piece.start, _change(values, part.base))
@@ -65,10 +65,10 @@ def merge_pass(
 
 def _change(values: Tensor, base: Tensor) -> Tensor:
     """Sum of abs(theta - theta_0), how many are equal, how many there are, of one piece."""
-    apart = values.to(base.dtype).reshape(base.shape) - base
+    apart = values.double().reshape(base.shape) - base.double()
     return torch.stack(
         [
-            apart.abs().sum(dtype=torch.float64),
+            apart.abs().sum(),
             (apart == 0).sum().double(),
             torch.tensor(float(apart.numel()), dtype=torch.float64),
         ]

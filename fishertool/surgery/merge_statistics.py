@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fishertool import hub
@@ -65,14 +64,14 @@ class Sidecar:
             raise InputError(f"{self.tensors.folder}: its Fisher is zero everywhere, or not finite")
         self.scale = (total / elements, squares**0.5)
 
-    def fisher(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Fisher:
+    def fisher(self, name: str, start: int, stop: int) -> Fisher:
         """Rows of a weight's diagonal; zero for tokens that the model does not have."""
         read = partial(read_diagonal, self.tensors, name)
         if self.rows is None or name not in self.by_token:
-            values = read(start, stop).to(dtype)
+            values = read(start, stop)
         else:
             own = self.rows[start:stop]
-            known = gather(read, own[own >= 0]).to(dtype)
+            known = gather(read, own[own >= 0])
             values = known.new_zeros(len(own), *known.shape[1:])
             values[own >= 0] = known
         if not bool((values >= 0).all()) or not bool(values.isfinite().all()):

@@ -1,7 +1,7 @@
 """One tensor of a merge: its pieces are read, merged and rounded."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +14,35 @@ from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher, Passes, make_passes
+from fishertool.merging.parts.blocks import blocks
 from fishertool.surgery.merge_plan import MergePlan, Target
 from fishertool.surgery.merge_statistics import MATRICES
 
 
 class Part(NamedTuple):
-    """What is read of a target for one piece of it, ready to be computed with."""
+    """What is read of a target for one piece of it, in the dtypes of the files."""
 
-    models: list[Tensor]
+    models: Sequence[Tensor]
     base: Tensor | None
-    fishers: list[Fisher]
+    fishers: Sequence[Fisher]
     """Empty where not every model has one."""
+
+    def to(self, dtype: torch.dtype) -> "Part":
+        """Ready to be computed with."""
+        models = [model.to(dtype) for model in self.models]
+        fishers = [fisher._replace(values=fisher.values.to(dtype)) for fisher in self.fishers]
+        return Part(models, None if self.base is None else self.base.to(dtype), fishers)
+
+    def blocks(self) -> Iterator["Part"]:
+        """Runs of its rows of which a core's cache holds all that is computed."""
+        count, base = len(self.models), [] if self.base is None else [self.base]
+        for rows in blocks(*self.models, *base, *(fisher.values for fisher in self.fishers)):
+            values = rows[count + len(base) :]
+            yield Part(
+                rows[:count],
+                rows[count] if base else None,
+                [f._replace(values=v) for f, v in zip(self.fishers, values, strict=True)],
+            )
 
 
 class Look(NamedTuple):
@@ -57,21 +75,49 @@ def merge_piece(
         take = _kept if target.action == "keep-first" else _equal
         return take(plan, target, piece), None
     part = reader(plan, target, trusted=look is not None and look.read)(piece)
-    if target.action != "merge":
-        merged = linear(part.models, target.weights)
-    elif plan.factors:
-        merged = _merge_matrices(plan, target, part)
+    dtype, stored = computed_in(plan, target), TORCH[target.info.dtype]
+    if target.action == "merge" and plan.factors:
+        merged = _merge_matrices(plan, target, part.to(dtype)).to(stored)
     else:
-        given = _inputs(plan, target, piece, part)
-        if plan.method.whole is not None:
-            given["whole"] = look.found if look else _look_at(plan, target, part)
-        merged = plan.method.function(part.models, **given, **target.settings)
-    return _rounded(plan, target, merged), part
+        function = _function(plan, target, piece, part, look)
+        merged = torch.cat([function(block.to(dtype)).to(stored) for block in part.blocks()])
+    return _fitting(plan, target, merged), part
+
+
+def _function(
+    plan: MergePlan, target: Target, piece: Piece, part: Part, look: Look | None
+) -> Callable[[Part], Tensor]:
+    """Merges the blocks of a piece, in their order."""
+    if target.action != "merge":
+        return lambda block: linear(block.models, target.weights)
+    given: dict[str, Any] = {}
+    if "generators" in plan.method.inputs:
+        given["generators"] = [
+            _generator(plan.seed, target.info.name, number, piece.start)
+            for number in range(len(target.sources))
+        ]
+    if plan.method.whole is not None:
+        given["whole"] = look.found if look else _look_at(plan, target, part)
+
+    def one(block: Part) -> Tensor:
+        inputs = {"weights": target.weights, "base": block.base, "fishers": block.fishers}
+        own = {name: inputs[name] for name in inputs if name in plan.method.inputs}
+        merged: Tensor = plan.method.function(block.models, **own, **given, **target.settings)
+        return merged
+
+    return one
 
 
 def _look_at(plan: MergePlan, target: Target, part: Part) -> Any:
     """What the passes find out about a tensor of one piece."""
-    return make_passes(passes_of(plan, target), lambda: [part[: shown_to_passes(plan)]])
+    whole = part.to(computed_in(plan, target))[: shown_to_passes(plan)]
+    return make_passes(passes_of(plan, target), lambda: [whole])
+
+
+def computed_in(plan: MergePlan, target: Target) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    stored = {plan.inputs.sources[number].info(name).dtype for number, name in target.sources}
+    return torch.float64 if "F64" in stored | {target.info.dtype} else torch.float32
 
 
 def passes_of(plan: MergePlan, target: Target) -> Passes[Any]:
@@ -92,8 +138,6 @@ def reader(plan: MergePlan, target: Target, *, trusted: bool = False) -> Callabl
     named = [(plan.inputs.sources[number], name) for number, name in target.sources]
     base = None if target.base is None else (plan.inputs.sources[target.base[0]], target.base[1])
     fishers = plan.fishers_of(target)
-    stored = {source.info(name).dtype for source, name in named} | {target.info.dtype}
-    dtype = torch.float64 if "F64" in stored else torch.float32
     shape = target.info.shape
 
     def shaped(rows: Tensor) -> Tensor:
@@ -101,36 +145,18 @@ def reader(plan: MergePlan, target: Target, *, trusted: bool = False) -> Callabl
 
     def one(source: TensorSource, name: str, piece: Piece) -> Tensor:
         read = _read if trusted else _read_finite
-        return shaped(read(plan, source, name, piece).to(dtype))
+        return shaped(read(plan, source, name, piece))
 
     def read(piece: Piece) -> Part:
         models = [one(source, name, piece) for source, name in named]
         found = [
-            sidecar.fisher(name, piece.start, piece.stop, dtype)
+            sidecar.fisher(name, piece.start, piece.stop)
             for sidecar, (_, name) in zip(fishers, named, strict=False)
         ]
         found = [fisher._replace(values=shaped(fisher.values)) for fisher in found]
         return Part(models, None if base is None else one(*base, piece), found)
 
     return read
-
-
-def _inputs(plan: MergePlan, target: Target, piece: Piece, part: Part) -> dict[str, Any]:
-    """The method's inputs besides the models."""
-    wanted = plan.method.inputs
-    given: dict[str, Any] = {}
-    if "weights" in wanted:
-        given["weights"] = target.weights
-    if part.base is not None:
-        given["base"] = part.base
-    if "fishers" in wanted:
-        given["fishers"] = part.fishers
-    if "generators" in wanted:
-        given["generators"] = [
-            _generator(plan.seed, target.info.name, number, piece.start)
-            for number in range(len(target.sources))
-        ]
-    return given
 
 
 def _merge_matrices(plan: MergePlan, target: Target, part: Part) -> Tensor:
@@ -161,7 +187,7 @@ def _kept(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
     source = plan.inputs.sources[number]
     if target.info.dtype in FLOATING:
         values = _read_finite(plan, source, name, piece)
-        return _rounded(plan, target, values)
+        return _fitting(plan, target, values.to(TORCH[target.info.dtype]))
     return source.read(name, piece.start, piece.stop)
 
 
@@ -180,8 +206,7 @@ def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
     return values
 
 
-def _rounded(plan: MergePlan, target: Target, values: Tensor) -> Tensor:
-    rounded = values.to(TORCH[target.info.dtype])
+def _fitting(plan: MergePlan, target: Target, rounded: Tensor) -> Tensor:
     if not plan.allow_nonfinite and not all_finite(rounded):
         raise InputError(
             f"{plan.first.folder}: tensor {target.info.name}: the merged values do not fit "

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fishertool.merging.parts.blocks import blocks
-
 Sparsify = Callable[[int, Tensor], Tensor]
 """A model's number and some rows of its task vector, which may be written to -> what is kept."""
 
@@ -32,22 +30,19 @@ def add_task_vectors(
     """
     total = sum(weights)
     scale = 1 / total if normalize and total and not elect else 1.0
-    merged = torch.empty(base.shape, dtype=base.dtype)
-    for *parts, origin, out in blocks(*models, base, merged):
-        vectors = [sparsify(i, part - origin) for i, part in enumerate(parts)]
-        if elect:
-            signed = [
-                vector.neg_() if weight < 0 else vector
-                for vector, weight in zip(vectors, weights, strict=True)
-            ]
-            sizes = [abs(weight) for weight in weights]
-            mixed = add_elected(signed, sizes, votes=sizes, normalize=normalize)
-        else:
-            mixed = vectors[0].mul_(weights[0] * scale)
-            for vector, weight in zip(vectors[1:], weights[1:], strict=True):
-                mixed.add_(vector, alpha=weight * scale)
-        torch.add(origin, mixed, alpha=lambda_, out=out)
-    return merged
+    vectors = [sparsify(i, model - base) for i, model in enumerate(models)]
+    if elect:
+        signed = [
+            vector.neg_() if weight < 0 else vector
+            for vector, weight in zip(vectors, weights, strict=True)
+        ]
+        sizes = [abs(weight) for weight in weights]
+        mixed = add_elected(signed, sizes, votes=sizes, normalize=normalize)
+    else:
+        mixed = vectors[0].mul_(weights[0] * scale)
+        for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+            mixed.add_(vector, alpha=weight * scale)
+    return torch.add(base, mixed, alpha=lambda_)
 
 
 def add_elected(
