@@ -251,6 +251,11 @@ def test_classes_of_other_names(others: Labels) -> None:
         class_order(ABC, others, "x and y")
 
 
+def test_two_classes_of_one_name_are_not_paired() -> None:
+    with pytest.raises(InputError, match="the models have other classes"):
+        class_order({"a": 1, "b": 2}, {"b": 1, "a": 2})  # of three classes, a twice
+
+
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_a_model_that_is_not_finite(kind: str, fault: float) -> None:

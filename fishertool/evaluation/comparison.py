@@ -21,7 +21,7 @@ def class_order(labels: Labels, others: Labels, names: str = "the models") -> li
     if labels is None or others is None or labels == others:
         return None
     order = ids_by_name(sorted(labels, key=labels.__getitem__), others)
-    if order is not None and len(labels) == len(others):
+    if order is not None and sorted(labels.values()) == list(range(len(others))):
         return order
     if have_names(labels) and have_names(others):
         alone = sorted(labels.keys() ^ others.keys())
