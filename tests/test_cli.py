@@ -44,7 +44,15 @@ def test_help_shows_brackets(cli: Cli) -> None:
         (["merge", "a", "b", "--out", "o", "--weights", "x,1"], "'x' is not a number"),
         (["merge", "a", "b", "--out", "o", "--set", "power"], "write key=value"),
         (["merge", "a", "b", "--out", "o", "--power", "1", "--set", "power=2"], "say it twice"),
+        (
+            ["merge", "a", "b", "--out", "o", "--set", "power=1", "--set", "power=2"],
+            "power: is given twice",
+        ),
         (["evaluate", "a", "--data", "d.jsonl", "--min", "accuracy=high"], "is not a number"),
+        (
+            ["evaluate", "a", "--data", "d", "--min", "loss=1", "--min", "loss = 2"],
+            "--min loss: is given twice",
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(cli: Cli, arguments: list[str], told: str) -> None:

@@ -1,5 +1,7 @@
 """Rank correlation."""
 
+from math import isnan
+
 import pytest
 import torch
 
@@ -24,3 +26,14 @@ def test_equal_numbers_share_a_rank() -> None:
 def test_without_a_spread_there_is_no_correlation() -> None:
     assert spearman([1.0, 1.0], [1.0, 2.0]) is None
     assert spearman([1.0], [2.0]) is None
+
+
+def test_with_a_nan_it_is_nan() -> None:
+    found = spearman([1.0, float("nan"), 3.0], [1.0, 2.0, 3.0])
+    assert found is not None and isnan(found)
+
+
+def test_as_many_as_a_corpus_has() -> None:
+    """Pairs are never compared with pairs: a million numbers take their sorting."""
+    numbers = torch.randint(9, (10**6,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert spearman(numbers, [-number for number in numbers]) == pytest.approx(-1)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker, make_text
+from conftest import VOCABULARY, Cli, ModelMaker, make_text
 from safetensors.torch import load_file, save_file
+
+from fishertool.models.loading import check_device
 
 
 def test_classifier_against_itself(cli: Cli, make_model: ModelMaker, data: Path) -> None:
@@ -87,6 +89,132 @@ def test_drop_is_worsening_whatever_the_metric(
     assert drops["loss"] == pytest.approx(mine["loss"] - theirs["loss"])
 
 
+def permute_classes(folder: Path, order: list[int], named: bool = True) -> None:
+    """The same function with its classes in another order, which id2label tells if `named`."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = tensors[name][order].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if named:
+        rename_classes(folder, [f"class{number}" for number in order])
+
+
+def rename_classes(folder: Path, names: list[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(enumerate(names))
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_classes_go_by_their_names(
+    cli: Cli, make_model: ModelMaker, data: Path, names: bool
+) -> None:
+    a, b = make_model("a", spread=0.3), make_model("b", spread=0.3)
+    permute_classes(b, [2, 0, 1])
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    if names:
+        write_rows(str(data), [row | {"label": f"class{row['label']}"} for row in rows])
+    flags = ("--data", data, "--against", b, "--max-kl", "1e-6", "--json")
+    result = cli("evaluate", a, *flags)
+    assert result.code == 0, result.err
+    assert result.report["summary"]["top1_agreement"] == 1
+    theirs = result.report["evaluation"]["against"]
+    assert theirs == pytest.approx({name: result.report["summary"][name] for name in theirs})
+
+
+def test_classes_without_names_go_by_their_places(
+    cli: Cli, make_model: ModelMaker, data: Path
+) -> None:
+    a, b = make_model("a", spread=0.3), make_model("b", spread=0.3)
+    permute_classes(b, [2, 0, 1], named=False)
+    rename_classes(b, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    result = cli("evaluate", a, "--data", data, "--against", b, "--json")
+    assert result.code == 0 and result.report["summary"]["kl"] > 1e-3, result.err
+
+
+def test_models_of_other_classes_or_tokens(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    a, b = make_model("a"), make_model("b")
+    rename_classes(b, ["class0", "class1", "cat"])
+    result = cli("evaluate", a, "--data", data, "--against", b)
+    assert result.code == 3
+    assert f"{a} and {b} have other classes, only one of them cat, class2;" in result.err
+    c = make_model("c")
+    tokenizer = json.loads((c / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    (c / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = cli("evaluate", a, "--data", data, "--against", c)
+    assert result.code == 3
+    assert f"{a} and {c}: token 9 of the data is 'cat' to the first and 'dog'" in result.err
+
+
+def test_each_model_pads_with_its_own_token(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    """A classifier on a decoder looks for the last token that is no padding."""
+    folders = [make_model(name, "llama") for name in ("a", "b")]
+    for folder, pad in zip(folders, ("[PAD]", "[UNK]"), strict=True):
+        config = transformers.AutoConfig.from_pretrained(folder, num_labels=3)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model.config.pad_token_id = VOCABULARY[pad]
+        model.save_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = pad
+        tokenizer.save_pretrained(folder)
+    a, b = folders
+    result = cli("evaluate", a, "--data", data, "--against", b, "--max-kl", "1e-9", "--json")
+    assert result.code == 0, result.err or result.report["summary"]
+    theirs = result.report["evaluation"]["against"]
+    assert theirs == {name: result.report["summary"][name] for name in theirs}
+
+
+def test_texts_fit_the_positions_of_both(cli: Cli, make_model: ModelMaker) -> None:
+    a, b = make_model("a", "gpt2"), make_model("b", "gpt2")
+    tensors = load_file(b / "model.safetensors")
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:8].contiguous()
+    save_file(tensors, b / "model.safetensors", {"format": "pt"})
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps(config | {"n_positions": 8}))
+    Path("d.txt").write_text(make_text(0, 30) + "\n")
+    for flags in ((a, "--against", b), (b, "--against", a)):
+        result = cli("evaluate", *flags, "--data", "d.txt", "--json")
+        assert result.code == 0, result.err
+        assert result.report["calibration"]["max_length"] == 8
+        assert result.report["summary"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("against", "flags", "told"),
+    [
+        (True, ["--max", "kl=1", "--max-kl", "2"], "--max-kl and --max kl are the same"),
+        (True, ["--max-drop", "kl=1"], "--max-drop kl: is between the two models already; use --max-kl"),
+        (True, ["--max-drop", "top1_agreement=1"], "use --min top1_agreement"),
+        (True, ["--min", "mean_cosine=1"], "mean_cosine is not measured here; measured: loss, accuracy"),
+        (True, ["--max-drop", "mrr=1"], "mrr is not measured here"),
+        (False, ["--max", "perplexity=1"], "perplexity is not measured here"),
+    ],
+)  # fmt: skip
+def test_gates_that_cannot_be_are_told_before_the_work(
+    cli: Cli,
+    make_model: ModelMaker,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    against: bool,
+    flags: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr("fishertool.commands.evaluate.load_model", None)
+    model = make_model("a")
+    more = ("--against", model) if against else ()
+    result = cli("evaluate", model, "--data", data, *more, *flags)
+    assert (result.code, told in result.err) == (2, True), result.err
+
+
+def test_the_report_names_the_device(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    report = cli("evaluate", make_model("a"), "--data", data, "--json").report
+    assert report["environment"]["device"] == check_device("auto")
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -117,6 +245,8 @@ def write_rows(path: str, rows: list[object]) -> None:
         ([{"text": "cat", "label": 0}, {"text": "dog", "label": "wolf"}], "row 1: label 'wolf'"),
         ([{"text": "cat", "label": -1}], "label -1"),
         ([{"text": "cat", "label": 0.5}], "label 0.5"),
+        ([{"text": "cat", "label": "\N{SUPERSCRIPT TWO}"}], "row 0: label '\N{SUPERSCRIPT TWO}'"),
+        ([{"text": "cat", "label": 0}, {"text": "cat", "label": None}], "row 1: has no label"),
         ([{"text": "cat"}], "no column 'label'"),
         ([{"body": "cat", "label": 0}], "no column 'text'; it has body, label"),
         ([{"text": "", "label": 0}, {"text": None, "label": 1}], "no rows with text"),
@@ -150,6 +280,70 @@ def test_bad_data_files(
     assert result.code == 3, result.err
     assert told in result.err
     assert name in result.err
+    assert result.err.count("\n") == 1  # nothing of another library's
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "data.xml", "empty.csv"])
+def test_bad_data_files_are_told_before_a_model_is_opened(cli: Cli, name: str) -> None:
+    if name != "no.jsonl":
+        Path(name).touch()
+    result = cli("evaluate", "no-model", "--data", name)
+    assert (result.code, name in result.err) == (3, True), result.err
+
+
+def test_a_file_name_is_no_pattern(cli: Cli, make_model: ModelMaker, data: Path) -> None:
+    data.rename(data.with_name("data[1]*.jsonl"))
+    result = cli("evaluate", make_model("a"), "--data", "data[1]*.jsonl", "--json")
+    assert result.code == 0, result.err
+    assert result.report["summary"]["examples"] == 12
+
+
+def test_what_a_csv_calls_missing(cli: Cli, make_model: ModelMaker) -> None:
+    """An empty cell is, a word such as NA is not; numbers with a gap are still whole."""
+    model = make_model("a")
+    flags = ("evaluate", model, "--data", "d.csv")
+    Path("d.csv").write_text("text,label\nNA,0\nnull,1\nNone,2\n,\n")
+    result = cli(*flags, "--json")
+    assert result.code == 0, result.err
+    assert result.report["summary"]["examples"] == 3
+    assert result.report["calibration"]["empty"] == 1
+    Path("d.csv").write_text("text,label\ncat,0\ndog,\n")
+    result = cli(*flags)
+    assert (result.code, "d.csv: row 1: has no label" in result.err) == (3, True), result.err
+    Path("d.csv").write_text("text,other,label\ncat,,0\ncat,dog,1\n")
+    pairs = cli(*flags, "--text-pair-column", "other", "--json").report
+    assert pairs["summary"]["tokens"] == 3 + 5
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "warns"),
+    [
+        (["class1", "class2", "class0"], [1, 2, 0], False),
+        (["CLASS2", "CLASS0"], [2, 0], False),
+        (["cat", "class1", "class2"], [0, 1, 2], True),
+        (["class1", "class2", "class0"], [0, 1, 2], False),
+    ],
+)
+def test_classes_of_a_column_go_by_their_names(
+    cli: Cli, make_model: ModelMaker, names: list[str], wanted: list[int], warns: bool
+) -> None:
+    import datasets
+
+    model = make_model("a")
+    if wanted == [0, 1, 2] and not warns:  # a model without names
+        rename_classes(model, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    texts = [make_text(n, 4) for n in range(len(names))]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    columns = {"text": texts, "label": list(range(len(names)))}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet("d.parquet")
+    rows = zip(texts, wanted, strict=True)
+    write_rows("d.jsonl", [{"text": text, "label": label} for text, label in rows])
+    found = cli("evaluate", model, "--data", "d.parquet", "--json").report
+    plain = cli("evaluate", model, "--data", "d.jsonl", "--json").report
+    assert found["calibration"] == plain["calibration"]
+    assert any("are not all of the model's" in told for told in found["warnings"]) == warns
 
 
 def test_every_format_reads_the_same(cli: Cli, make_model: ModelMaker) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import Cli, ModelMaker, make_text, write_rows
+from safetensors.torch import load_file, save_file
 from test_sentence import make_sentence_model
 from torch import Tensor
 
@@ -188,6 +189,38 @@ def test_against_another_model(cli: Cli, make_model: ModelMaker, transformer: st
     itself = cli("evaluate", other, "--against", other, *flags, "--min", "mean_cosine=0.99999")
     assert itself.code == 0
     assert itself.report["summary"]["mean_cosine"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_vectors_that_are_not_finite(cli: Cli, make_model: ModelMaker, scored: bool) -> None:
+    folder = make_sentence_model(make_model)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][4] = math.nan  # that of one word
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_rows("d.jsonl", PAIRS if scored else ROWS)
+    flags = ("--text-column", "a", "--text-pair-column", "b", "--score-column", "score")
+    gate = "sts_spearman=-1" if scored else "mrr=0"
+    result = cli(
+        "evaluate", folder, "--data", "d.jsonl", *(flags if scored else ()), "--min", gate, "--json"
+    )
+    assert result.code == 4, result.err
+    assert {*result.report["summary"].values()} == {
+        None, len(PAIRS if scored else ROWS), result.report["summary"]["tokens"],
+    }  # fmt: skip
+
+
+def test_what_the_loader_warns_of_is_told_once(cli: Cli, make_model: ModelMaker) -> None:
+    folder, plain = make_sentence_model(make_model), make_model("plain", head="Model")
+    prompts = {"prompts": {"query": "find: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    write_rows("d.jsonl", ROWS)
+    flags = ("--data", "d.jsonl", "--json", "--against")
+    for other in (folder, plain):
+        warnings = cli("evaluate", folder, *flags, other).report["warnings"]
+        assert [told for told in warnings if "prompts" in told] == [
+            "the model's prompts (query) are not added; where it wants them, put them into the data"
+        ]
+        assert any("plain: no modules.json" in told for told in warnings) == (other is plain)
 
 
 def test_gates(cli: Cli, make_model: ModelMaker) -> None:

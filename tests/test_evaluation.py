@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fishertool.calibration import CalibrationData, Example
 from fishertool.errors import InputError
 from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
+from fishertool.evaluation.comparison import Labels, class_order
 from fishertool.evaluation.measure import HIGHER_IS_BETTER, measure, prepare
 from fishertool.evaluation.perplexity import blocks, perplexity_metrics
 from fishertool.models.loading import LoadedModel
@@ -113,6 +115,20 @@ def test_same_top_compares_the_most_probable_class() -> None:
     assert same_top(first, second).tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("where", [0, 1], ids=["original", "model"])
+def test_a_nan_is_in_every_metric(where: int) -> None:
+    broken, sound = _log_p([0, 1], 3), _log_p([0, 1], 3)
+    broken[0, 2] = math.nan
+    sound[0, 2] = -math.inf
+    pair = (broken, sound) if where == 0 else (sound, broken)
+    for values in (divergence(*pair), same_top(*pair)):
+        assert values.isnan().tolist() == [True, False]
+    classified = classification_metrics(broken, torch.tensor([0, 1]))
+    assert classified.keys() == classification_metrics(sound, torch.tensor([0, 1])).keys()
+    for value in (*classified.values(), *perplexity_metrics(math.nan, 4, 9).values()):
+        assert math.isnan(value)
+
+
 def _model(kind: str, seed: int = 0, labels: int = 3) -> LoadedModel:
     torch.manual_seed(seed)
     module: nn.Module = make_bert(labels) if kind == "bert" else make_gpt2()
@@ -201,8 +217,62 @@ def test_a_model_against_itself(kind: str) -> None:
 
 
 def test_models_of_other_classes_are_refused() -> None:
+    model, other = _model("bert"), _model("bert", labels=4)
+    with pytest.raises(InputError, match="the models have other classes, only one of them class3"):
+        measure(model, CLASSIFY, _data(), against=other)
+    unnamed = replace(other, labels={f"LABEL_{n}": n for n in range(4)})
     with pytest.raises(InputError, match="predict 3 and 4 classes"):
-        measure(_model("bert"), CLASSIFY, _data(), against=_model("bert", labels=4))
+        measure(model, CLASSIFY, _data(), against=unnamed)
+
+
+ABC = {"a": 0, "b": 1, "c": 2}
+UNNAMED = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+
+
+@pytest.mark.parametrize(
+    ("labels", "others", "order"),
+    [
+        (ABC, ABC, None),
+        (ABC, {"c": 0, "a": 1, "b": 2}, [1, 2, 0]),
+        ({"c": 2, "a": 0, "b": 1}, {"C": 0, "A": 1, "B": 2}, [1, 2, 0]),
+        (ABC, UNNAMED, None),
+        (UNNAMED, ABC, None),
+        (UNNAMED, {"LABEL_1": 0, "LABEL_0": 1, "LABEL_2": 2}, [1, 0, 2]),
+        (None, None, None),
+    ],
+)
+def test_classes_are_paired_by_name(labels: Labels, others: Labels, order: list[int]) -> None:
+    assert class_order(labels, others) == order
+
+
+@pytest.mark.parametrize("others", [{"a": 0, "b": 1, "d": 2}, {**ABC, "d": 3}, {"a": 0, "b": 1}])
+def test_classes_of_other_names(others: Labels) -> None:
+    with pytest.raises(InputError, match=r"x and y have other classes, only one of them (c|d)"):
+        class_order(ABC, others, "x and y")
+
+
+def test_two_classes_of_one_name_are_not_paired() -> None:
+    with pytest.raises(InputError, match="the models have other classes"):
+        class_order({"a": 1, "b": 2}, {"b": 1, "a": 2})  # of three classes, a twice
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_model_that_is_not_finite(kind: str, fault: float) -> None:
+    model, task = _model(kind), CLASSIFY if kind == "bert" else CAUSAL
+    broken, data = _model(kind, seed=1), prepare(task, _data())
+
+    def spoil(_: nn.Module, __: object, output: Any) -> None:
+        output.logits[..., 1] = fault
+
+    broken.module.register_forward_hook(spoil)
+    sound = measure(model, task, data)
+    alone = measure(broken, task, data)
+    assert alone.keys() == sound.keys() and all(map(math.isnan, alone.values()))
+    assert all(map(math.isnan, measure(broken, task, data, against=model).values()))
+    compared = measure(model, task, data, against=broken)
+    assert {name: compared.pop(name) for name in sound} == sound
+    assert compared and all(map(math.isnan, compared.values()))
 
 
 def test_prepare() -> None:

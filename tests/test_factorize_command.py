@@ -1,8 +1,10 @@
 """`fishertool factorize`, through the command line."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from torch import Tensor
 import fishertool
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.kronecker import kronecker
+from fishertool.factorization.rank import Ranks
 from fishertool.factorization.svd import svd
 from fishertool.factorization.whitened import whitened
 from fishertool.models.low_rank import LowRankLinear
 from fishertool.registry import method_names
+from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.surgery.factorize_plan import FactorizePlan
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 METHODS = method_names("fishertool.factorization")
@@ -374,3 +379,12 @@ def test_factors_are_trained_and_nothing_else_is(
     assert {name: files_of(tmp_path / "after")[name] for name in outputs} == outputs
     assert cli(*flags, *more, "--out", "again", "-q").code == 0
     assert files_of(tmp_path / "again") == files_of(tmp_path / "after")
+
+
+def test_ranks_whose_model_is_not_finite_are_the_last_choice() -> None:
+    measured = iter([math.nan, 0.5, math.nan])
+    judge = cast(Judge, SimpleNamespace(measure=lambda rows: {"kl": next(measured)}))
+    plan = cast(FactorizePlan, SimpleNamespace(shapes={}))
+    candidates: dict[str, Ranks] = {"uniform": {}, "energy": {}, "global": {}}
+    best, rows = best_allocation(plan, candidates, cast(Any, None), judge, lambda count: None)
+    assert best == "energy" and len(rows) == 3

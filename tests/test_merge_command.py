@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker
 from safetensors.torch import load_file, save_file
+
+from fishertool.searching.weights import Judge
 
 MakePair = Callable[..., tuple[Path, Path]]
 
@@ -559,3 +562,15 @@ def test_sentence_transformers_folders_keep_their_modules(
     (pair[0] / "1_Pooling" / "config.json").write_text("{}")
     assert cli("merge", *pair, "--out", "o").code == 0
     assert (tmp_path / "o" / "1_Pooling" / "config.json").exists()
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_weights_whose_merge_is_not_finite_are_the_last_choice(metric: str) -> None:
+    judge = Judge.__new__(Judge)
+    judge.metric = metric
+    sound = {"accuracy": 0.1, "loss": 9.0}
+    for metrics in (
+        [dict.fromkeys(sound, math.nan), sound],
+        [sound, dict.fromkeys(sound, math.nan)],
+    ):
+        assert min(metrics, key=judge.key) is sound

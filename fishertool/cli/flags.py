@@ -48,12 +48,14 @@ def data_options(context: typer.Context, source: str) -> Any:
 
 
 def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
-    """key=value flags as a dict."""
+    """key=value flags as a dict. Raises UsageError for a key that is given twice."""
     pairs: dict[str, str] = {}
     for item in given or []:
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise UsageError(f"{flag} {item!r}: write key=value")
+        if key.strip() in pairs:
+            raise UsageError(f"{flag} {key.strip()}: is given twice")
         pairs[key.strip()] = value.strip()
     return pairs
 

@@ -1,29 +1,35 @@
 """`fishertool evaluate`: measure a model, alone or against another, with gates for CI."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from fishertool import hub
-from fishertool.calibration import DataOptions
-from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.calibration import DataOptions, check_data_source
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import UsageError
+from fishertool.evaluation.comparison import check_same_tokens, reader_for_both
 from fishertool.evaluation.measure import (
     HIGHER_IS_BETTER,
     OF_TWO,
     check_measured,
     load,
     measure,
+    metrics_of,
+    metrics_of_two,
     prepare,
 )
-from fishertool.models.loading import check_device, load_model
+from fishertool.models.loading import LoadedModel, check_device, load_model
 from fishertool.models.sentence import transformer_folder
 from fishertool.models.tasks import task_of
 from fishertool.progress import Track, silent
 from fishertool.registry import suggest
 from fishertool.report import Files, Report, data_files, environment, options_of, public_name
+
+Gates = Mapping[str, Mapping[str, float]]
+"""Limits of metrics, by rule."""
 
 
 def evaluate(
@@ -48,29 +54,44 @@ def evaluate(
     `against` it may be (lower accuracy, higher loss); `max_kl` bounds the mean KL to it. The
     report's `evaluation.gates` says which are met, its `status` whether all are.
     """
-    report = Report("evaluate", options_of(locals()), environment=environment(threads, device))
-    maximum = dict(maximum or {}) | ({} if max_kl is None else {"kl": max_kl})
-    gates = {"min": dict(minimum or {}), "max": maximum, "max_drop": dict(max_drop or {})}
+    report = Report("evaluate", options_of(locals()))
+    gates = {
+        "min": dict(minimum or {}),
+        "max": dict(maximum or {}),
+        "max_drop": dict(max_drop or {}),
+    }
+    if max_kl is not None:
+        if "kl" in gates["max"]:
+            raise UsageError("--max-kl and --max kl are the same; give one of them")
+        gates["max"]["kl"] = max_kl
     _check_gates(gates, against is not None)
     device = check_device(device)
+    report.environment = environment(threads, device)
+    check_data_source(data)
     torch.set_num_threads(threads)
-    with (
-        report.phase("open"),
-        open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint,
-    ):
-        chosen = task_of(checkpoint.config(), checkpoint.folder, task)
-        data = check_measured(chosen, data)
-        report.inputs.append(
-            Files(public_name(model), "model", list(map(asdict, checkpoint.digests())))
-        )
+
+    def load_one(checkpoint: Checkpoint, source: str, role: str) -> LoadedModel:
+        files = list(map(asdict, checkpoint.digests()))
+        report.inputs.append(Files(public_name(source), role, files))
         loaded = load_model(checkpoint, chosen, device, trust_remote_code, data.scale)
+        report.warnings += [told for told in loaded.warnings if told not in report.warnings]
+        return loaded
+
+    with report.phase("open"):
+        with open_checkpoint(transformer_folder(hub.resolve(model))) as checkpoint:
+            chosen = task_of(checkpoint.config(), checkpoint.folder, task)
+            data = check_measured(chosen, data)
+            _check_measured_gates(gates, metrics_of(chosen, data) + metrics_of_two(chosen))
+            loaded = load_one(checkpoint, model, "model")
         original = None
-        if against is not None:
+        if against is None:
+            texts = load(chosen, data, loaded)
+        else:
             with open_checkpoint(transformer_folder(hub.resolve(against))) as other:
-                files = list(map(asdict, other.digests()))
-                report.inputs.append(Files(public_name(against), "against", files))
-                original = load_model(other, chosen, device, trust_remote_code, data.scale)
-        texts = load(chosen, data, loaded)
+                original = load_one(other, against, "against")
+            names = f"{checkpoint.folder} and {other.folder}"
+            texts = load(chosen, data, reader_for_both(loaded, original, names))
+            check_same_tokens(texts, loaded, original, names)
         report.inputs += data_files(data.data)
         report.warnings += texts.warnings()
         prepared = prepare(chosen, texts)
@@ -94,6 +115,7 @@ def evaluate(
                     original,
                     chosen,
                     prepared,
+                    labels=loaded.labels,
                     batch_size=batch_size,
                     device=device,
                     advance=advance,
@@ -115,29 +137,37 @@ def evaluate(
     return report
 
 
-def _check_gates(gates: Mapping[str, Mapping[str, float]], has_against: bool) -> None:
+def _check_gates(gates: Gates, has_against: bool) -> None:
+    """What can be told without a model."""
     for rule, limits in gates.items():
         flag = "--" + rule.replace("_", "-")
         for metric in limits:
             if metric not in HIGHER_IS_BETTER:
                 raise UsageError(f"{flag}: no metric {suggest(metric, HIGHER_IS_BETTER)}")
+            if rule == "max_drop" and metric in OF_TWO:
+                instead = "--max-kl" if metric == "kl" else f"--min {metric}"
+                raise UsageError(
+                    f"{flag} {metric}: is between the two models already; use {instead}"
+                )
             if not has_against and (rule == "max_drop" or metric in OF_TWO):
                 raise UsageError(
                     f"{flag} {metric}: is measured against a second model; give --against"
                 )
 
 
+def _check_measured_gates(gates: Gates, measured: Sequence[str]) -> None:
+    for metric in (metric for limits in gates.values() for metric in limits):
+        if metric not in measured:
+            raise UsageError(f"{metric} is not measured here; measured: {', '.join(measured)}")
+
+
 def _gate_rows(
-    gates: Mapping[str, Mapping[str, float]],
-    metrics: Mapping[str, float],
-    others: Mapping[str, float],
+    gates: Gates, metrics: Mapping[str, float], others: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Each gate with the value it looks at; a NaN meets none."""
     rows = []
     for rule, limits in gates.items():
         for metric, limit in limits.items():
-            if metric not in metrics or (rule == "max_drop" and metric not in others):
-                raise UsageError(f"{metric} is not measured here; measured: {', '.join(metrics)}")
             value = metrics[metric]
             if rule == "max_drop":
                 sign = 1 if HIGHER_IS_BETTER[metric] else -1

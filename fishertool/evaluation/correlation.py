@@ -1,6 +1,7 @@
 """Whether two lists of numbers put the same things first."""
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """The correlation of ranks, from -1 to 1; equal numbers share the mean of their ranks.
 
-    None where one of the lists has no two different numbers. Source: Spearman 1904.
+    None where one of the lists has no two different numbers, NaN where one has a NaN.
+    Source: Spearman 1904.
 
     >>> spearman([1, 2, 3], [10, 20, 15])
     0.5
@@ -22,6 +24,6 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 def _ranks(numbers: Sequence[float]) -> Tensor:
     values = torch.tensor(numbers, dtype=torch.float64)
-    below = (values[:, None] > values).sum(1)
-    upto = (values[:, None] >= values).sum(1)
-    return (below + upto + 1).double() / 2
+    _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = counts.cumsum(0) - (counts - 1).double() / 2
+    return ranks[which].masked_fill(values.isnan(), nan)

@@ -47,8 +47,8 @@ def measure_embedding(
     """ndcg_at_10, mrr and loss of queries, or sts_spearman of sentences with a score.
 
     The corpus is every document of the data, positive or negative. With `against`, also
-    mean_cosine, between the two models' vectors of the same text, over all texts. Raises
-    InputError where these have different dimensions.
+    mean_cosine, between the two models' vectors of the same text, over all texts. With a vector
+    that is not finite all are NaN. Raises InputError where the two have different dimensions.
     """
     texts = Texts(data.examples)
     vectors = vectors_of(model, texts.inputs, batch_size)
@@ -57,6 +57,8 @@ def measure_embedding(
     else:
         assert model.scale is not None
         metrics = {**_retrieval(vectors, texts), "loss": _loss(vectors, texts, model.scale)}
+    if not vectors.isfinite().all():
+        metrics = dict.fromkeys(metrics, nan)
     if against is not None:
         others = vectors_of(against, texts.inputs, batch_size)
         if others.shape != vectors.shape:

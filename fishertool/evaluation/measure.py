@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from fishertool.calibration.forms import FORMS
 from fishertool.errors import InputError, UsageError
 from fishertool.evaluation.agreement import divergence, same_top
 from fishertool.evaluation.classification import classification_metrics
+from fishertool.evaluation.comparison import Labels, class_order
 from fishertool.evaluation.embedding import measure_embedding
 from fishertool.evaluation.perplexity import blocks, perplexity_metrics
-from fishertool.fisher.batches import logits_of
+from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.labels import log_probabilities
 from fishertool.models.loading import LoadedModel
 from fishertool.models.tasks import Task, collate
@@ -33,7 +35,7 @@ HIGHER_IS_BETTER = {
     "kl": False,
 }
 OF_TWO = ("kl", "top1_agreement", "mean_cosine")
-"""Measured against a second model."""
+"""Measured between two models."""
 MEASURED = ("sequence-classification", "token-classification", "causal-lm", "embedding")
 
 
@@ -46,6 +48,11 @@ def metrics_of(task: Task, options: DataOptions) -> tuple[str, ...]:
     if task.has_labels:
         return ("loss", "accuracy", "macro_f1")
     return ("loss", "perplexity", "bits_per_byte")
+
+
+def metrics_of_two(task: Task) -> tuple[str, ...]:
+    """The metrics that a second model adds."""
+    return ("mean_cosine",) if task.name == "embedding" else ("kl", "top1_agreement")
 
 
 def form_of(task: Task, options: DataOptions) -> Form:
@@ -101,6 +108,7 @@ def measure(
     data: CalibrationData,
     *,
     against: LoadedModel | None = None,
+    labels: Labels = None,
     batch_size: int = 8,
     device: str = "cpu",
     advance: Callable[[int], None] = lambda examples: None,
@@ -109,7 +117,10 @@ def measure(
 
     With `against`, also kl, the mean KL(against || model) over predictions, and top1_agreement.
     Every mean is over predictions: texts of a classifier, words of one that labels words, tokens
-    of a language model. An embedding model has no predictions: see `measure_embedding`.
+    of a language model. An embedding model has no predictions: see `measure_embedding`. `labels`
+    are those by which the data were read, if not the model's own: classes go by their names. A
+    prediction that is not finite makes every metric of its model NaN. Raises InputError for
+    models of other classes or vocabularies.
     """
     if task.name == "embedding":
         return measure_embedding(
@@ -118,12 +129,12 @@ def measure(
     order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
     log_ps: list[Tensor] = []
     targets: list[Tensor] = []
-    nll, scored, kl, agreed = 0.0, 0, 0.0, 0
+    nll, scored, kl, agreed = 0.0, 0, 0.0, 0.0
+    labels = model.labels if labels is None else labels
     for start in range(0, len(order), batch_size):
-        batch = collate(
-            task, data.examples, order[start : start + batch_size], model.pad_id, device
-        )
-        log_p = log_probabilities(logits_of(model.module, batch))[batch.scored]
+        some = order[start : start + batch_size]
+        batch = collate(task, data.examples, some, model.pad_id, device)
+        log_p = _predictions(model, batch, labels)
         target = batch.targets[batch.scored]
         scored += len(target)
         if task.has_labels:
@@ -131,15 +142,16 @@ def measure(
             targets.append(target)
         nll -= float(log_p.gather(-1, target.unsqueeze(-1)).double().sum())
         if against is not None:
-            original = log_probabilities(logits_of(against.module, batch))[batch.scored]
+            batch = collate(task, data.examples, some, against.pad_id, device)
+            original = _predictions(against, batch, labels)
             if original.shape != log_p.shape:
                 raise InputError(
                     f"the two models predict {log_p.shape[-1]} and {original.shape[-1]} classes "
                     "or tokens; they cannot be compared"
                 )
             kl += float(divergence(original, log_p).double().sum())
-            agreed += int(same_top(original, log_p).sum())
-        advance(len(batch.examples))
+            agreed += float(same_top(original, log_p).sum())
+        advance(len(some))
     if task.has_labels:
         metrics = classification_metrics(torch.cat(log_ps), torch.cat(targets))
     else:
@@ -148,3 +160,12 @@ def measure(
     if against is not None:
         metrics |= {"kl": kl / scored, "top1_agreement": agreed / scored}
     return metrics
+
+
+def _predictions(model: LoadedModel, batch: Batch, labels: Labels) -> Tensor:
+    """Log-probabilities where something is predicted, [prediction, class], of classes in the order
+    of `labels`; NaN where a logit is not finite."""
+    log_p = log_probabilities(logits_of(model.module, batch)[batch.scored])
+    log_p[~log_p.amin(-1).isfinite()] = nan
+    order = class_order(labels, model.labels)
+    return log_p if order is None else log_p[:, order]

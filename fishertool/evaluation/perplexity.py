@@ -14,7 +14,7 @@ from fishertool.calibration import Example
 def perplexity_metrics(nll: float, tokens: int, text_bytes: int) -> dict[str, float]:
     """From the summed negative log-likelihood in nats of the scored tokens and the bytes they spell."""
     loss = nll / tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss > 700 else math.exp(loss)
     return {
         "loss": loss,
         "perplexity": perplexity,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +102,5 @@ def best_allocation(
         metrics = judge.measure(factorized_rows(plan, ranks, cut))
         rows.append({"allocate": name, "parameters": total(plan.shapes, ranks), **metrics})
         advance(1)
-    best = min(rows, key=lambda row: row["kl"])
+    best = min(rows, key=lambda row: inf if isnan(row["kl"]) else row["kl"])
     return best["allocate"], rows

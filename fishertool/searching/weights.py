@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class Judge:
         )
 
     def key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        """Sorts best first: by the metric, then by the loss."""
+        """Sorts best first: by the metric, then by the loss; a NaN last."""
         sign = -1 if HIGHER_IS_BETTER[self.metric] else 1
-        return sign * metrics[self.metric], metrics["loss"]
+        value, loss = sign * metrics[self.metric], metrics["loss"]
+        return (inf if isnan(value) else value), (inf if isnan(loss) else loss)
 
 
 def search_weights(
