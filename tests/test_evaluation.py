@@ -256,7 +256,7 @@ def test_two_classes_of_one_name_are_not_paired() -> None:
         class_order({"a": 1, "b": 2}, {"b": 1, "a": 2})  # of three classes, a twice
 
 
-@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_a_model_that_is_not_finite(kind: str, fault: float) -> None:
     model, task = _model(kind), CLASSIFY if kind == "bert" else CAUSAL

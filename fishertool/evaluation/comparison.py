@@ -48,7 +48,7 @@ def check_same_tokens(
     """Raises InputError, naming the models, where a token of the data is none, or another, to the
     other model."""
     used = {token for one in data.examples for text in one.texts for token in text["input_ids"]}
-    known = other.pretrained.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    known = other.pretrained.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     for token in sorted(used):
         mine = model.tokenizer.convert_ids_to_tokens(token)
         theirs = other.tokenizer.convert_ids_to_tokens(token) if token < known else None

@@ -119,7 +119,7 @@ def measure(
     Every mean is over predictions: texts of a classifier, words of one that labels words, tokens
     of a language model. An embedding model has no predictions: see `measure_embedding`. `labels`
     are those by which the data were read, if not the model's own: classes go by their names. A
-    prediction that is not finite makes every metric of its model NaN. Raises InputError for
+    prediction that is NaN makes every metric of its model NaN. Raises InputError for
     models of other classes or vocabularies.
     """
     if task.name == "embedding":
@@ -164,8 +164,8 @@ def measure(
 
 def _predictions(model: LoadedModel, batch: Batch, labels: Labels) -> Tensor:
     """Log-probabilities where something is predicted, [prediction, class], of classes in the order
-    of `labels`; NaN where a logit is not finite."""
+    of `labels`; all NaN where one is. A logit of -inf is a class that the model rules out."""
     log_p = log_probabilities(logits_of(model.module, batch)[batch.scored])
-    log_p[~log_p.amin(-1).isfinite()] = nan
+    log_p[log_p.isnan().any(-1)] = nan
     order = class_order(labels, model.labels)
     return log_p if order is None else log_p[:, order]
