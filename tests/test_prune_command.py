@@ -453,6 +453,48 @@ def test_a_killed_run_goes_on_where_it_was(
     assert result.report["summary"]["updates"] == {"joint": 12}
 
 
+def interrupted(*arguments: Any, **keywords: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["_write", "rows_of"])
+def test_an_interrupted_run_says_how_it_goes_on_and_does(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    flags = ("--sparsity", 0.5, "--save-mask", "-q")
+    assert cli("prune", model, *flags, "--out", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fishertool.commands.prune.{where}", interrupted)
+        stopped = cli("prune", model, *flags, "--resume", "--out", "o")
+        assert stopped.code == 130 and "the same command goes on from what is done" in stopped.err
+        for_good = cli("prune", model, *flags, "--out", "p")
+        assert for_good.code == 130 and "goes on" not in for_good.err
+    assert (tmp_path / ".o.resumable").is_dir()
+    result = cli("prune", model, *flags, "--resume", "--out", "o")
+    assert result.code == 0, result.err
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", ["f0", "f1"])
+def test_a_run_is_not_resumed_with_another_sidecar(
+    cli: Cli, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    write_rows("other.jsonl", [{"text": make_text(n, 9), "label": n % 3} for n in range(6)])
+    estimate = ("estimate-fisher", model, "--with-mean-gradient", "-q", "--overwrite")
+    for out in ("f0", "f1"):
+        assert cli(*estimate, "--data", data, "--out", out).code == 0
+    flags = ("--method", "gaprune", "--fisher", "f0", "--general-fisher", "f1", "--sparsity", 0.5)
+    command = ("prune", model, *flags, "--resume", "--out", "o", "-q")
+    with monkeypatch.context() as patch:
+        patch.setattr("fishertool.commands.prune._write", interrupted)
+        assert cli(*command).code == 130
+    assert cli(*estimate, "--data", "other.jsonl", "--out", changed).code == 0
+    refused = cli(*command)
+    assert (refused.code, "with other options or sidecars" in refused.err) == (2, True), refused.err
+    assert cli(*estimate, "--data", data, "--out", changed).code == 0
+    assert cli(*command).code == 0
+
+
 def _killing(after: int) -> Any:
     calls = iter(range(after))
 

@@ -153,6 +153,7 @@ def prune(
                 job = {
                     "options": report.options,
                     "fingerprint": plan.checkpoint.fingerprint(),
+                    "sidecars": plan.statistics and plan.statistics.fingerprints(),
                     "calibration": trial and trial.calibration.texts.describe(),
                 }
                 outcome = run_prune(plan, trial, work, job, seed, track)

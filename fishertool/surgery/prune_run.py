@@ -94,8 +94,8 @@ def _check_job(place: Path, job: dict[str, Any]) -> None:
     path = place / JOB
     if path.is_file() and load_json(path) != job:
         raise UsageError(
-            f"{place}: a killed run with other options left its work there; repeat it with "
-            "those, or remove the folder"
+            f"{place}: a killed run with other options or sidecars left its work there; "
+            "repeat it with those, or remove the folder"
         )
     write_json(path, job)
 

@@ -49,6 +49,13 @@ class Statistics:
     def folders(self) -> list[Path]:
         return [tensors.folder for tensors, _ in (*self.kinds.values(), *self.general.values())]
 
+    def fingerprints(self) -> list[dict[str, str]]:
+        """Of every kind that is open, and of those of general data."""
+        return [
+            {kind: tensors.fingerprint() for kind, (tensors, _) in kinds.items()}
+            for kinds in (self.kinds, self.general)
+        ]
+
     def check(self, recipe: Recipe, matrices: Sequence[Matrix]) -> None:
         """Refuse, from headers, matrices that a kind tells nothing about, or nothing but zero."""
         for kinds in (self.kinds, self.general):

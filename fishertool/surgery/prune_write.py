@@ -63,6 +63,7 @@ def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDi
         matrix.name: list(plan.checkpoint.info(matrix.name).shape) for matrix in plan.matrices
     }
     packed = Computed(list(shapes), lambda name: pack(pruned[mask_name(name)]))
+    (folder / f"{MASK_STEM}.safetensors").unlink(missing_ok=True)  # of a run that was killed
     metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
     _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)
     return digests
