@@ -45,12 +45,14 @@ from fishertool.cli.flags import (
     methods_flag,
     option,
     pairs,
+    refuse_without_data,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 
 PRUNING_METHODS = "fishertool.pruning"
+USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")
 
 
 @app.command()
@@ -211,6 +213,8 @@ def prune(
         if "dai_form" in chosen:
             raise UsageError("--dai-form and --set dai_form say it twice")
         chosen["dai_form"] = dai_form
+    if data is None:
+        refuse_without_data(context, *USES_OF_DATA)
     options = None if data is None else data_options(context, data)
     try:
         report = command(

@@ -15,6 +15,7 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.errors import UsageError
 from fishertool.estimation.settings import Settings
 from fishertool.models.loading import check_device
 from fishertool.models.units import PATTERNS
@@ -34,7 +35,7 @@ from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, war
 from fishertool.surgery.prune_run import Outcome, run_prune
 from fishertool.surgery.prune_stage import STEM
 from fishertool.surgery.prune_step import magnitude_masks
-from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.prune_trial import Trial, open_trial, plan_trial
 from fishertool.surgery.prune_write import write_mask, write_pruned
 from fishertool.surgery.shrink_job import Examples, shrink
 from fishertool.surgery.shrink_plan import check_structured, structured_recipe
@@ -92,6 +93,8 @@ def prune(
     """
     given = dict(locals())
     report = Report("prune", options_of(given), environment=environment(threads, device))
+    if not 0 < recover_learning_rate < float("inf"):
+        raise UsageError(f"--recover-learning-rate {recover_learning_rate:g}: a number above 0")
     if pattern in PATTERNS:
         check_structured(given)
         device = check_device(device)
@@ -131,18 +134,20 @@ def prune(
             folders = plan.statistics.folders() if plan.statistics else []
             needed = _needed_bytes(plan, data)
             check_output(out, [plan.top, *folders], overwrite, sum(needed.values()))
+            trial_plan = None
+            if data is not None:
+                asked = Settings(",".join(recipe.kinds or ["diagonal"]), labels, group=group)
+                trial_plan = plan_trial(
+                    opened, model, task, data, asked, held_out, trust_remote_code
+                )
         if dry_run:
             return _forecast(report, plan, needed, out)
         trial = None
         before: float | None = None
-        if data is not None:
+        if trial_plan is not None:
             with report.phase("open"):
-                kinds = ",".join(recipe.kinds or ["diagonal"])
-                trial = open_trial(
-                    opened, model, task, data, [matrix.name for matrix in plan.matrices],
-                    Settings(kinds, labels, group=group), held_out, device, trust_remote_code,
-                    not allow_nonfinite,
-                )  # fmt: skip
+                names = [matrix.name for matrix in plan.matrices]
+                trial = open_trial(opened, trial_plan, names, device, not allow_nonfinite)
                 if plan.statistics is None and "rank-one" in recipe.kinds:
                     check_bank(recipe, -(-len(trial.calibration.texts.examples) // group))
                 before = trial.loss()
@@ -157,6 +162,7 @@ def prune(
                     "calibration": trial and trial.calibration.texts.describe(),
                 }
                 outcome = run_prune(plan, trial, work, job, seed, track)
+                plan = outcome.plan
                 plain = magnitude_masks(plan, outcome.recipe, work)
             trained: Mapping[str, Tensor] = {}
             if recover_steps and trial is not None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_plan import UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
 
@@ -81,6 +82,11 @@ def updates_of(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> list[str]:
     found = []
+    if unreached := [name for name, why in plan.kept.items() if why == UNREACHED]:
+        found.append(
+            f"no token of the data reached {some(unreached)}, which stay as they are; more examples "
+            "reach more"
+        )
     method = outcome.recipe.method.name
     same = summary["overlap_with_magnitude"]
     if method != "magnitude" and same > MAGNITUDES and summary["sparsity"] > 0:

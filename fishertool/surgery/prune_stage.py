@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.dtypes import compute_dtype
@@ -57,6 +58,18 @@ class Step:
         if self.before is None:
             return None
         return ~matrix.upright(self.before[mask_name(matrix.name)])
+
+
+NO_ANSWER = (ValueError, LinAlgError)
+
+
+def refusal(matrix: Matrix, error: Exception) -> InputError:
+    """Of a matrix that a method or an update has no answer for, with what it raised."""
+    if isinstance(error, LinAlgError):
+        return InputError(
+            f"{matrix.name}: its statistic is singular with so little damping; take more --damping"
+        )
+    return InputError(f"{matrix.name}: {error}; leave it out with --exclude")
 
 
 def stored(

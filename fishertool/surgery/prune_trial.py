@@ -13,7 +13,13 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.estimation.measuring import loss_of, split, write_statistics
 from fishertool.estimation.settings import Settings, check_settings
-from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
+from fishertool.estimation.subject import (
+    LoadedSubject,
+    Source,
+    Subject,
+    find_subject,
+    load_subject,
+)
 from fishertool.estimation.workers import joined
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.recovery import Recovery, recover
@@ -78,40 +84,56 @@ class Trial:
         write_statistics(self.calibration, settings, folder, advance)
 
 
-def open_trial(
+@dataclass(frozen=True)
+class TrialPlan:
+    """What a trial will be, known from headers and flags."""
+
+    subject: Subject
+    settings: Settings
+    held_out: float
+    """Share of the examples that is only measured on."""
+
+
+def plan_trial(
     opened: ExitStack,
     model: str,
     task: str,
     data: DataOptions,
-    wanted: Sequence[str],
     settings: Settings,
     held_out: float,
-    device: str,
     trust_remote_code: bool,
-    check_finite: bool,
+) -> TrialPlan:
+    """Raises UsageError for words that are not known, and a share out of range."""
+    check_settings(settings)
+    if not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
+    source = Source(model, task, trust_remote_code=trust_remote_code)
+    subject = find_subject(opened, source, data)
+    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
+        # One gradient an example, as with drawn labels, at a fraction of their noise.
+        settings = replace(settings, labels="expected-signed")
+    return TrialPlan(subject, settings, held_out)
+
+
+def open_trial(
+    opened: ExitStack, plan: TrialPlan, wanted: Sequence[str], device: str, check_finite: bool
 ) -> Trial:
     """Load the model and the data; `wanted` tensors are those that will change.
 
     Raises UsageError if either part of the examples were empty.
     """
-    check_settings(settings)
-    if not 0 < held_out < 1:
-        raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
-    source = Source(model, task, trust_remote_code=trust_remote_code)
-    subject = replace(find_subject(opened, source, data), wanted=list(wanted))
-    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
-        # One gradient an example, as with drawn labels, at a fraction of their noise.
-        settings = replace(settings, labels="expected-signed")
+    subject, settings = replace(plan.subject, wanted=list(wanted)), plan.settings
     workers = opened.enter_context(joined(None, device))
     loaded = load_subject(subject, settings, workers, None, check_finite)
     if not loaded.texts.labelled:
+        data = subject.data
         raise InputError(
             f"{data.data}: has no column {data.label_column!r}, without which no loss is measured"
         )
-    calibration, held = split(loaded, held_out)
+    calibration, held = split(loaded, plan.held_out)
     if not calibration.texts.examples or not held.texts.examples:
         raise UsageError(
-            f"--held-out {held_out:g}: leaves {len(calibration.texts.examples)} examples of "
+            f"--held-out {plan.held_out:g}: leaves {len(calibration.texts.examples)} examples of "
             f"{len(loaded.texts.examples)} to calibrate on and {len(held.texts.examples)} to "
             "measure; give more data"
         )

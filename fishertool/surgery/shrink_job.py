@@ -21,7 +21,7 @@ from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Report, data_files, public_name
 from fishertool.surgery.output import checkpoint_output
-from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.prune_trial import Trial, open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
 from fishertool.surgery.shrink_write import write_shrunk
@@ -68,6 +68,12 @@ def shrink(
                 opened, model, recipe, max_shard_bytes, examples is not None, trust_remote_code
             )
             check_output(out, [plan.top], overwrite, plan.layout.nbytes)
+            trial_plan = None
+            if examples is not None:
+                trial_plan = plan_trial(
+                    opened, model, examples.task, examples.options,
+                    Settings(labels=examples.labels), examples.held_out, trust_remote_code,
+                )  # fmt: skip
         report.summary = _summary(plan, trust_remote_code)
         if dry_run:
             report.status = "dry-run"
@@ -75,14 +81,10 @@ def shrink(
             report.summary |= {"bytes_to_write": plan.layout.nbytes, "free_bytes": free_bytes(out)}
             return report
         trial = None
-        if examples is not None:
+        if trial_plan is not None:
             with report.phase("open"):
                 joins = [block.join.name for block in plan.units.blocks]
-                trial = open_trial(
-                    opened, model, examples.task, examples.options, joins,
-                    Settings(labels=examples.labels), examples.held_out, device, trust_remote_code,
-                    not allow_nonfinite,
-                )  # fmt: skip
+                trial = open_trial(opened, trial_plan, joins, device, not allow_nonfinite)
         with report.phase("prune"):
             outcome = _run(plan, trial, seed, track)
         trained: Mapping[str, Tensor] = {}
