@@ -692,6 +692,25 @@ def test_a_damping_too_small_is_told_and_loses(
     assert none.code == 3 and "take more --damping" in none.err
 
 
+def test_zeros_that_were_there_before_are_counted(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    assert cli("prune", model, "--sparsity", 0.5, "--out", "half", "-q").code == 0
+    flags = ("--method", "random", "--sparsity", 0.5, "--threads", 2, "--json")
+    for out, more in (("o", ()), ("trained", ("--data", data, "--recover-steps", 2))):
+        result = cli("prune", "half", *flags, *more, "--out", out)
+        assert result.code == 0, result.err
+        after = weights_of(tmp_path / out)
+        rows = [row for row in result.report["tensors"] if row["action"] == "prune"]
+        found = {row["name"]: row["zeros"] * after[row["name"]].numel() for row in rows}
+        assert found == {name: float((after[name] == 0).sum()) for name in found}
+        assert {row["sparsity"] for row in rows} == {0.5}
+        total = sum(after[name].numel() for name in found)
+        summary = result.report["summary"]
+        assert (summary["sparsity"], summary["zeros"]) == (0.5, sum(found.values()) / total)
+        assert more or summary["zeros"] > 0.7
+
+
 def test_weights_that_are_not_finite_are_named(
     cli: Cli, make_model: ModelMaker, tmp_path: Path
 ) -> None:

@@ -172,9 +172,9 @@ def prune(
                     )
                 trained = trial.parameters
             with report.phase("write"):
-                digests = _write(plan, outcome, trained, folder, save_mask, threads, track)
-            report.tensors = rows_of(plan, outcome, plain)
-            report.summary = summary_of(plan, outcome, report.tensors)
+                digests, zeros = _write(plan, outcome, trained, folder, save_mask, threads, track)
+            report.tensors = rows_of(plan, outcome, plain, zeros)
+            report.summary = summary_of(plan, outcome, report.tensors, zeros)
             report.summary["updates"] = updates_of(report.tensors)
             report.warnings += warnings_of(plan, outcome, report.summary)
             _measured(report, outcome, trial, before)
@@ -207,14 +207,14 @@ def _write(
     save_mask: bool,
     threads: int,
     track: Track,
-) -> list[FileDigest]:
+) -> tuple[list[FileDigest], dict[str, int]]:
     total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
     with (
         track("Writing", total, "weights") as advance,
         open_checkpoint(outcome.pruned, STEM) as pruned,
     ):
-        digests = write_pruned(plan, pruned, trained, folder, threads, advance)
-        return digests + (write_mask(plan, pruned, folder) if save_mask else [])
+        digests, zeros = write_pruned(plan, pruned, trained, folder, threads, advance)
+        return digests + (write_mask(plan, pruned, folder) if save_mask else []), zeros
 
 
 def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:

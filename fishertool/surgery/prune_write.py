@@ -10,7 +10,7 @@ from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.reader import Checkpoint
-from fishertool.checkpoint.stream import Piece, pieces, stream
+from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.sums import Computed
@@ -30,31 +30,40 @@ def write_pruned(
     folder: Path,
     threads: int,
     advance: Advance,
-) -> list[FileDigest]:
-    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are."""
+) -> tuple[list[FileDigest], dict[str, int]]:
+    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are.
+
+    Also returns how many zeros each pruned one has, with those it had before.
+    """
     place = folder / plan.checkpoint.folder.relative_to(plan.top)
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
-    names = {matrix.name for matrix in plan.matrices}
+    zeros = {matrix.name: 0 for matrix in plan.matrices}
     with CheckpointWriter(place, plan.layout) as writer:
 
-        def one(piece: Piece) -> None:
+        def one(piece: Piece) -> int:
             if piece.name in trained:
                 rows = trained[piece.name].detach()[piece.start : piece.stop]
                 values = rows.to("cpu", TORCH[plan.checkpoint.info(piece.name).dtype])
             else:
-                source = pruned if piece.name in names else plan.checkpoint
+                source = pruned if piece.name in zeros else plan.checkpoint
                 values = source.read(piece.name, piece.start, piece.stop)
             _check_finite(plan, piece, values)
             writer.write(piece.name, values, piece.start)
+            return int((values == 0).sum()) if piece.name in zeros else 0
+
+        def count(piece: Piece, found: int) -> None:
+            if piece.name in zeros:
+                zeros[piece.name] += found
+            advance(piece.elements)
 
         outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
-        stream(pieces(outputs), one, threads, advance)
+        collect(pieces(outputs), one, threads, count)
         digests = writer.finish()
     write_config(plan.checkpoint.folder, place, plan.layout.dtype)
     copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
-    return digests
+    return digests, zeros
 
 
 def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDigest]:
