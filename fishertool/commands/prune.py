@@ -29,13 +29,13 @@ from fishertool.report import (
     public_name,
 )
 from fishertool.surgery.output import checkpoint_output
-from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
+from fishertool.surgery.prune_plan import PrunePlan, check_bank, mask_name, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
 from fishertool.surgery.prune_run import Outcome, run_prune
 from fishertool.surgery.prune_stage import STEM
 from fishertool.surgery.prune_step import magnitude_masks
-from fishertool.surgery.prune_trial import Trial, open_trial, plan_trial
+from fishertool.surgery.prune_trial import UNMEASURED, open_trial, plan_trial
 from fishertool.surgery.prune_write import write_mask, write_pruned
 from fishertool.surgery.shrink_job import Examples, shrink
 from fishertool.surgery.shrink_plan import check_structured, structured_recipe
@@ -44,7 +44,6 @@ WORK = "work"
 BASE_RSS_BYTES = 400_000_000
 DOUBLES = 8
 """Matrices of the largest layer's size that a step holds at once."""
-UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 def prune(
@@ -166,9 +165,10 @@ def prune(
                 plain = magnitude_masks(plan, outcome.recipe, work)
             trained: Mapping[str, Tensor] = {}
             if recover_steps and trial is not None:
-                with report.phase("recover"):
-                    outcome.recovery = _recover(
-                        plan, outcome, trial, recover_steps, recover_learning_rate, track
+                with report.phase("recover"), open_checkpoint(outcome.pruned, STEM) as pruned:
+                    masks = {one.name: pruned[mask_name(one.name)] for one in plan.matrices}
+                    outcome.recovery = trial.recover(
+                        masks, recover_steps, recover_learning_rate, track
                     )
                 trained = trial.parameters
             with report.phase("write"):
@@ -177,7 +177,12 @@ def prune(
             report.summary = summary_of(plan, outcome, report.tensors, zeros)
             report.summary["updates"] = updates_of(report.tensors)
             report.warnings += warnings_of(plan, outcome, report.summary)
-            _measured(report, outcome, trial, before)
+            if trial is None or before is None:
+                report.warnings.append(UNMEASURED)
+            else:
+                after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
+                told = {name: getattr(outcome, name) for name in ("steps", "dampings", "recovery")}
+                trial.tell(report, before, after, told)
             with report.phase("digest"):
                 report.inputs = _input_files(plan, model, fisher, general_fisher)
             if data is not None:
@@ -186,17 +191,6 @@ def prune(
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             shutil.rmtree(work)
     return report
-
-
-def _recover(
-    plan: PrunePlan, outcome: Outcome, trial: Trial, steps: int, learning_rate: float, track: Track
-) -> dict[str, Any]:
-    with (
-        open_checkpoint(outcome.pruned, STEM) as pruned,
-        track("Recovering", steps, "steps") as advance,
-    ):
-        done = trial.recover(pruned, plan.matrices, steps, learning_rate, advance)
-    return {**asdict(done), "held_out_loss": trial.loss()}
 
 
 def _write(
@@ -215,25 +209,6 @@ def _write(
     ):
         digests, zeros = write_pruned(plan, pruned, trained, folder, threads, advance)
         return digests + (write_mask(plan, pruned, folder) if save_mask else []), zeros
-
-
-def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:
-    if trial is None or before is None:
-        report.warnings.append(UNMEASURED)
-        return
-    after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
-    report.summary |= {"loss_before": before, "loss_after": after, "loss_change": after - before}
-    report.calibration = trial.calibration.texts.describe()
-    report.calibration |= {
-        "labels": trial.calibration.labels, "seed": trial.calibration.subject.data.seed,
-    }  # fmt: skip
-    report.evaluation = {
-        "held_out_examples": len(trial.held_out.texts.examples),
-        "steps": outcome.steps,
-        "dampings": outcome.dampings,
-        "recovery": outcome.recovery,
-    }
-    report.warnings += trial.calibration.warnings
 
 
 def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:

@@ -14,6 +14,7 @@ from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import lay_out
 from fishertool.checkpoint.reader import Checkpoint, load_json
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.surgery.matrix import Matrix
@@ -46,11 +47,8 @@ class Step:
         """[out, in], float32 or, stored so, float64."""
         source = self.before or self.plan.checkpoint
         values = matrix.upright(source[matrix.name]).to(compute_dtype(matrix.dtype))
-        if not self.plan.allow_nonfinite and not bool(values.isfinite().all()):
-            raise InputError(
-                f"{source.where(matrix.name)}: has NaN or Inf; repair it, or go on with "
-                "--allow-nonfinite"
-            )
+        if not self.plan.allow_nonfinite:
+            check_finite(source, matrix.name, values)
         return values
 
     def pruned_before(self, matrix: Matrix) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from fishertool.estimation.subject import (
 )
 from fishertool.estimation.workers import joined
 from fishertool.models.names import parameters_by_disk_name
-from fishertool.models.recovery import Recovery, recover
-from fishertool.progress import Advance
+from fishertool.models.recovery import recover
+from fishertool.progress import Advance, Track
+from fishertool.report import Report
 from fishertool.sidecar import open_diagonal, open_sidecar
 from fishertool.surgery.matrix import Matrix
-from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_statistics import Opened, Statistics
+
+UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,37 @@ class Trial:
         return loss_of(self.held_out)
 
     def recover(
-        self,
-        pruned: Checkpoint,
-        matrices: Sequence[Matrix],
-        steps: int,
-        learning_rate: float,
-        advance: Advance,
-    ) -> Recovery:
-        """Train the model on the calibration examples; what is pruned stays zero."""
+        self, masks: Mapping[str, Tensor], steps: int, learning_rate: float, track: Track
+    ) -> dict[str, Any]:
+        """Train the model on the calibration examples, weights being zero where their mask, by
+        name on disk, is False. What it did, and the held-out loss."""
         subject = self.calibration.subject
-        return recover(
-            self.calibration.model,
-            subject.task,
-            self.calibration.texts,
-            steps=steps,
-            learning_rate=learning_rate,
-            masks=[
-                (self.calibration.parameters[matrix.name], pruned[mask_name(matrix.name)])
-                for matrix in matrices
-            ],
-            seed=subject.data.seed,
-            advance=advance,
-        )
+        with track("Recovering", steps, "steps") as advance:
+            done = recover(
+                self.calibration.model,
+                subject.task,
+                self.calibration.texts,
+                steps=steps,
+                learning_rate=learning_rate,
+                masks=[(self.calibration.parameters[name], mask) for name, mask in masks.items()],
+                seed=subject.data.seed,
+                advance=advance,
+            )
+        return {**asdict(done), "held_out_loss": self.loss()}
+
+    def tell(
+        self, report: Report, before: float, after: float, evaluation: Mapping[str, Any]
+    ) -> None:
+        """Fill in what was measured, and on what."""
+        subject, texts = self.calibration.subject, self.calibration.texts
+        report.summary |= {
+            "loss_before": before, "loss_after": after, "loss_change": after - before,
+        }  # fmt: skip
+        about = {"labels": self.calibration.labels, "seed": subject.data.seed}
+        report.calibration = texts.describe() | about
+        held = {"held_out_examples": len(self.held_out.texts.examples)}
+        report.evaluation = {**held, **evaluation}
+        report.warnings += self.calibration.warnings
 
     def estimate(self, folder: Path, kinds: Sequence[str], advance: Advance) -> None:
         """Write the Fisher of the model as it is now, by the calibration examples."""

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.checkpoint.writer import CheckpointWriter
-from fishertool.errors import InputError
 from fishertool.fisher.sums import Computed
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
@@ -49,7 +49,8 @@ def write_pruned(
             else:
                 source = pruned if piece.name in zeros else plan.checkpoint
                 values = source.read(piece.name, piece.start, piece.stop)
-            _check_finite(plan, piece, values)
+            if not plan.allow_nonfinite:
+                check_finite(plan.checkpoint, piece.name, values)
             writer.write(piece.name, values, piece.start)
             return int((values == 0).sum()) if piece.name in zeros else 0
 
@@ -76,12 +77,3 @@ def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDi
     metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
     _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)
     return digests
-
-
-def _check_finite(plan: PrunePlan, piece: Piece, values: Tensor) -> None:
-    floating = plan.checkpoint.info(piece.name).dtype in FLOATING
-    if floating and not plan.allow_nonfinite and not bool(values.float().isfinite().all()):
-        raise InputError(
-            f"{plan.checkpoint.where(piece.name)}: has NaN or Inf; repair it, or go on with "
-            "--allow-nonfinite"
-        )

@@ -16,17 +16,14 @@ from fishertool.estimation.measuring import loss_of
 from fishertool.estimation.settings import Settings
 from fishertool.models.layers import layers_of
 from fishertool.models.loading import load_model
-from fishertool.models.recovery import recover
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Report, data_files, public_name
 from fishertool.surgery.output import checkpoint_output
-from fishertool.surgery.prune_trial import Trial, open_trial, plan_trial
+from fishertool.surgery.prune_trial import UNMEASURED, Trial, open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
 from fishertool.surgery.shrink_write import write_shrunk
-
-UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,9 @@ def shrink(
             if trial is not None:
                 with report.phase("measure"):
                     after = _loss_of_output(plan, trial, folder, device, trust_remote_code)
-                _measured(report, outcome, trial, after, recovery)
+                report.summary["compensate"] = outcome.compensate
+                told = {"losses": outcome.losses, "recovery": recovery}
+                trial.tell(report, outcome.losses["dense"], after, told)
             else:
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
@@ -124,27 +123,14 @@ def _recover(
     plan: ShrinkPlan, outcome: Outcome, trial: Trial, examples: Examples, track: Track
 ) -> dict[str, Any]:
     """Train what stays, with what is left out silent behind the joining layers."""
-    loaded = trial.calibration
-    put(plan, loaded, outcome.kept, outcome.joining)
-    masks = []
+    put(plan, trial.calibration, outcome.kept, outcome.joining)
+    masks = {}
     for block in plan.units.blocks:
-        parameter = loaded.parameters[block.join.name]
+        parameter = trial.calibration.parameters[block.join.name]
         mask = torch.zeros_like(parameter, dtype=torch.bool)
         kept = features_of(outcome.kept[block.join.name], block.join.features).to(mask.device)
-        masks.append((parameter, mask.index_fill_(block.join.dimension, kept, True)))
-    steps = examples.recover_steps
-    with track("Recovering", steps, "steps") as advance:
-        done = recover(
-            loaded.model,
-            loaded.subject.task,
-            loaded.texts,
-            steps=steps,
-            learning_rate=examples.learning_rate,
-            masks=masks,
-            seed=loaded.subject.data.seed,
-            advance=advance,
-        )
-    return {**asdict(done), "held_out_loss": trial.loss()}
+        masks[block.join.name] = mask.index_fill_(block.join.dimension, kept, True)
+    return trial.recover(masks, examples.recover_steps, examples.learning_rate, track)
 
 
 def _loss_of_output(
@@ -154,27 +140,6 @@ def _loss_of_output(
     with open_checkpoint(folder / plan.checkpoint.folder.relative_to(plan.top)) as written:
         small = load_model(written, subject.task, device, trust_remote_code, subject.data.scale)
     return loss_of(replace(held, model=small))
-
-
-def _measured(
-    report: Report, outcome: Outcome, trial: Trial, after: float, recovery: dict[str, Any] | None
-) -> None:
-    before = outcome.losses["dense"]
-    report.summary |= {
-        "compensate": outcome.compensate,
-        "loss_before": before,
-        "loss_after": after,
-        "loss_change": after - before,
-    }
-    texts, subject = trial.calibration.texts, trial.calibration.subject
-    about = {"labels": trial.calibration.labels, "seed": subject.data.seed}
-    report.calibration = texts.describe() | about
-    report.evaluation = {
-        "held_out_examples": len(trial.held_out.texts.examples),
-        "losses": outcome.losses,
-        "recovery": recovery,
-    }
-    report.warnings += trial.calibration.warnings
 
 
 def _summary(plan: ShrinkPlan, trust_remote_code: bool) -> dict[str, Any]:
