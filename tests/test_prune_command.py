@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker, make_text, write_rows
+from conftest import Cli, ModelMaker, make_text, make_tokenizer, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_sentence import make_sentence_model
+from tiny import _decoder
 from torch import Tensor
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.fisher.columns import HeldGradients
 from fishertool.fisher.rank_one import RankOneFisher
+from fishertool.pruning.parts import columnwise
 from fishertool.pruning.parts.compensation import joint
 from fishertool.sidecar import open_sidecar, write_sidecar
 from fishertool.surgery import prune_run, prune_step
@@ -453,6 +455,48 @@ def test_a_killed_run_goes_on_where_it_was(
     assert result.report["summary"]["updates"] == {"joint": 12}
 
 
+def interrupted(*arguments: Any, **keywords: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["_write", "rows_of"])
+def test_an_interrupted_run_says_how_it_goes_on_and_does(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    flags = ("--sparsity", 0.5, "--save-mask", "-q")
+    assert cli("prune", model, *flags, "--out", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fishertool.commands.prune.{where}", interrupted)
+        stopped = cli("prune", model, *flags, "--resume", "--out", "o")
+        assert stopped.code == 130 and "the same command goes on from what is done" in stopped.err
+        for_good = cli("prune", model, *flags, "--out", "p")
+        assert for_good.code == 130 and "goes on" not in for_good.err
+    assert (tmp_path / ".o.resumable").is_dir()
+    result = cli("prune", model, *flags, "--resume", "--out", "o")
+    assert result.code == 0, result.err
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", ["f0", "f1"])
+def test_a_run_is_not_resumed_with_another_sidecar(
+    cli: Cli, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    write_rows("other.jsonl", [{"text": make_text(n, 9), "label": n % 3} for n in range(6)])
+    estimate = ("estimate-fisher", model, "--with-mean-gradient", "-q", "--overwrite")
+    for out in ("f0", "f1"):
+        assert cli(*estimate, "--data", data, "--out", out).code == 0
+    flags = ("--method", "gaprune", "--fisher", "f0", "--general-fisher", "f1", "--sparsity", 0.5)
+    command = ("prune", model, *flags, "--resume", "--out", "o", "-q")
+    with monkeypatch.context() as patch:
+        patch.setattr("fishertool.commands.prune._write", interrupted)
+        assert cli(*command).code == 130
+    assert cli(*estimate, "--data", "other.jsonl", "--out", changed).code == 0
+    refused = cli(*command)
+    assert (refused.code, "with other options or sidecars" in refused.err) == (2, True), refused.err
+    assert cli(*estimate, "--data", data, "--out", changed).code == 0
+    assert cli(*command).code == 0
+
+
 def _killing(after: int) -> Any:
     calls = iter(range(after))
 
@@ -525,8 +569,32 @@ def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_pa
         ("--sparsity 0.5 --method sparsegpt --budget global --fisher fisher", 2, "matrix by matrix"),
         ("--sparsity 0.5 --method sparsegpt --fisher fisher --damping 1 --set damping=2", 2,
          "say it twice"),
+        ("--sparsity 0.5 --method sparsegpt --data data.jsonl --set damping=0", 2, "a number above 0"),
+        ("--sparsity 0.5 --method sparsegpt --data data.jsonl --set damping=-1", 2, "above 0"),
+        ("--sparsity 0.5 --method sparsegpt --data data.jsonl --set damping=nan", 2, "above 0"),
+        ("--sparsity 0.5 --method sparsegpt --data data.jsonl --set damping=inf", 2, "above 0"),
+        ("--sparsity 0.5 --method wanda --data data.jsonl --include *", 3,
+         "no activations are estimated of bert.embeddings.position_embeddings.weight, "),
+        ("--sparsity 0.5 --data data.jsonl --compensate columnwise --include *embed* --dry-run", 3,
+         "which look tokens up and multiply no input; leave these out with --exclude"),
+        ("--sparsity 0.5 --data data.jsonl --recover-learning-rate -5 --recover-steps 1", 2,
+         "--recover-learning-rate -5: a number above 0"),
+        ("--sparsity 0.5 --data data.jsonl --recover-learning-rate nan --recover-steps 1", 2,
+         "--recover-learning-rate nan"),
+        ("--sparsity 0.5 --pattern neurons --data data.jsonl --recover-learning-rate inf", 2,
+         "--recover-learning-rate inf"),
+        ("--sparsity 0.5 --labels bogus --held-out 7 --num-examples 3", 2,
+         "--held-out, --labels, --num-examples: without --data"),
+        ("--sparsity 0.5 --pattern neurons --task zzz --text-column q", 2,
+         "--task, --text-column: without --data"),
+        ("--sparsity 0.5 --group 4 --recover-learning-rate 1", 2,
+         "--recover-learning-rate, --group: without --data"),
         ("--sparsity 0.5 --data data.jsonl --held-out 0", 2, "above 0 and below 1"),
         ("--sparsity 0.5 --data data.jsonl --held-out 0.01", 2, "0 to measure"),
+        ("--sparsity 0.5 --data data.jsonl --held-out 7 --dry-run", 2, "above 0 and below 1"),
+        ("--sparsity 0.5 --data data.jsonl --labels bogus --dry-run", 2, "--labels 'bogus'"),
+        ("--sparsity 0.5 --data data.jsonl --task zz --dry-run", 2, "'zz'"),
+        ("--sparsity 0.5 --pattern neurons --data data.jsonl --task zz --dry-run", 2, "'zz'"),
         ("--sparsity 0.5 --data data.jsonl --label-column no", 3, "no column 'no'"),
         ("--sparsity 0.5 --include *LayerNorm*", 2, "matches none"),
         ("--sparsity 0.5 --exclude *", 2, "leave no tensor"),
@@ -557,6 +625,90 @@ def test_what_is_refused(
     assert (result.code, result.out) == (code, ""), result.err
     assert told in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_side_too_wide_for_activations_is_refused_before_any_work(
+    cli: Cli, model: Path, data: Path, sidecar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fishertool.surgery.prune_plan.MAX_SIDE", 16)
+    flags = ("--method", "wanda", "--sparsity", 0.5, "--out", "o")
+    result = cli("prune", model, *flags, "--data", data, "--dry-run")
+    assert result.code == 3, result.err
+    assert "bert.encoder.layer.0.intermediate.dense.weight" in result.err
+    assert "which have a side of more than 16; leave these out with --exclude" in result.err
+    assert cli("prune", model, *flags, "--fisher", sidecar, "-q").code == 0  # they are there
+
+
+def test_experts_that_no_token_reached_stay_as_they_are(
+    cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    experts = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
+    made: Any = _decoder("Qwen3Moe", head_dim=8, **experts)()
+    made.save_pretrained(tmp_path / "m")
+    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    before = weights_of(tmp_path / "m")
+    command = ("prune", "m", "--method", "wanda", "--sparsity", 0.5, "--data", data)
+    with monkeypatch.context() as patch:
+        patch.setattr("fishertool.commands.prune._write", interrupted)
+        assert cli(*command, "--resume", "--out", "o").code == 130
+    result = cli(*command, "--resume", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    after = weights_of(tmp_path / "o")
+    rows = {row["name"]: row for row in result.report["tensors"]}
+    stay = [name for name, row in rows.items() if row.get("why", "").startswith("an expert that")]
+    assert stay and all(".experts." in name for name in stay)
+    assert all(torch.equal(after[name], before[name]) for name in stay)
+    pruned = [name for name, row in rows.items() if row["action"] == "prune"]
+    assert any(".experts." in name for name in pruned)
+    assert all(int((after[name] == 0).sum()) == after[name].numel() // 2 for name in pruned)
+    warning = next(one for one in result.report["warnings"] if "no token" in one)
+    assert f"no token of the data reached {stay[0]}" in warning
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_a_damping_too_small_is_told_and_loses(
+    cli: Cli, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    factor = columnwise.inverse_factor
+
+    def singular(activations: Tensor, damping: float) -> Tensor:
+        if damping < 1e-2:
+            torch.linalg.cholesky(-torch.eye(2))
+        return factor(activations, damping)
+
+    for place in ("pruning.parts.columnwise", "pruning.sparsegpt"):
+        monkeypatch.setattr(f"fishertool.{place}.inverse_factor", singular)
+    flags = ("--method", method, "--compensate", "columnwise", "--sparsity", 0.5, "--data", data)
+    refused = cli("prune", model, *flags, "--damping", 1e-4, "--out", "o")
+    assert refused.code == 3, refused.err
+    assert "weight: its statistic is singular with so little damping; take more" in refused.err
+    result = cli("prune", model, *flags, "--damping", "auto", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    tried = [row["held_out_loss"] for row in result.report["evaluation"]["dampings"]]
+    assert tried[:3] == [None, None, None] and None not in tried[3:]
+    monkeypatch.setattr(prune_run, "DAMPINGS", (1e-4, 1e-3))
+    none = cli("prune", model, *flags, "--damping", "auto", "--out", "p")
+    assert none.code == 3 and "take more --damping" in none.err
+
+
+def test_zeros_that_were_there_before_are_counted(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    assert cli("prune", model, "--sparsity", 0.5, "--out", "half", "-q").code == 0
+    flags = ("--method", "random", "--sparsity", 0.5, "--threads", 2, "--json")
+    for out, more in (("o", ()), ("trained", ("--data", data, "--recover-steps", 2))):
+        result = cli("prune", "half", *flags, *more, "--out", out)
+        assert result.code == 0, result.err
+        after = weights_of(tmp_path / out)
+        rows = [row for row in result.report["tensors"] if row["action"] == "prune"]
+        found = {row["name"]: row["zeros"] * after[row["name"]].numel() for row in rows}
+        assert found == {name: float((after[name] == 0).sum()) for name in found}
+        assert {row["sparsity"] for row in rows} == {0.5}
+        total = sum(after[name].numel() for name in found)
+        summary = result.report["summary"]
+        assert (summary["sparsity"], summary["zeros"]) == (0.5, sum(found.values()) / total)
+        assert more or summary["zeros"] > 0.7
 
 
 def test_weights_that_are_not_finite_are_named(

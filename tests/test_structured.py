@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -543,6 +544,29 @@ def test_what_cannot_shrink(
 ) -> None:
     with ExitStack() as opened, pytest.raises(error, match=told):
         plan_shrink(opened, str(make(kind)), ShrinkRecipe(pattern, sparsity), 1 << 40, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "pattern", "told"),
+    [
+        ("Olmo2", {}, "heads", r"layers.0.self_attn.k_norm.weight stays \[8\], and its model has \[4\]"),
+        ("Cohere", {"use_qk_norm": True}, "heads", r"k_norm.weight stays \[2, 4\]"),
+        ("GptOss", {"num_local_experts": 2, "head_dim": 4}, "heads", r"sinks stays \[4\]"),
+        ("BitNet", {}, "neurons", r"ffn_sub_norm.weight stays \[24\], and its model has \[12\]"),
+        ("BitNet", {}, "heads", "it does not run: .*of 2 groups it takes no fewer$"),
+    ],
+)  # fmt: skip
+def test_what_would_not_load_or_not_run(
+    cli: Cli, tmp_path: Path, family: str, more: dict[str, Any], pattern: str, told: str
+) -> None:
+    _decoder(family, **more)().save_pretrained(tmp_path / "m")
+    flags = ("--pattern", pattern, "--sparsity", 0.5, "--out", "o")
+    for dry in ((), ("--dry-run",)):
+        result = cli("prune", "m", *flags, *dry)
+        assert result.code == 3, result.err
+        assert f"transformers makes no {family}ForCausalLM of " in result.err
+        assert re.search(told, result.err), result.err
+    assert not (tmp_path / "o").exists()
 
 
 def test_what_is_not_known_by_name(make_model: ModelMaker) -> None:

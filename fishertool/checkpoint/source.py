@@ -7,7 +7,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import all_finite
 from fishertool.checkpoint.header import TensorInfo
+from fishertool.errors import InputError
 
 
 class TensorSource(Protocol):
@@ -36,3 +38,11 @@ class TensorSource(Protocol):
     def digests(self) -> list[FileDigest]: ...
 
     def fingerprint(self) -> str: ...
+
+
+def check_finite(source: TensorSource, name: str, values: Tensor) -> None:
+    """Raises InputError if these, of the tensor `name`, have NaN or Inf."""
+    if not all_finite(values):
+        raise InputError(
+            f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
+        )

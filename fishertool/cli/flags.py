@@ -47,6 +47,24 @@ def data_options(context: typer.Context, source: str) -> Any:
     return DataOptions(**given | {"data": source})
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """On the command line, or in a file of flags."""
+    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
+
+
+def refuse_without_data(context: typer.Context, *others: str) -> None:
+    """Where there are no data: refuse flags that say which they are, and `others` on their use."""
+    from fishertool.calibration import DataOptions
+
+    names = {*others, *(field.name for field in fields(DataOptions))} - {"seed"}
+    if unused := [
+        f"--{flag_name(parameter)}"
+        for parameter in context.command.params
+        if parameter.name in names and is_given(context, parameter.name)
+    ]:
+        raise UsageError(f"{', '.join(unused)}: without --data there is nothing to use it on")
+
+
 def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
     """key=value flags as a dict. Raises UsageError for a key that is given twice."""
     pairs: dict[str, str] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from fishertool.cli.flags import flag_name, load_config, number, pairs
+from fishertool.cli.flags import flag_name, is_given, load_config, number, pairs
 from fishertool.errors import UsageError
 
 SAID_BY_A_RECIPE = (
@@ -48,7 +48,7 @@ def recipe_of(
     if is_recipe(content):
         _refuse_flags_of_a_recipe(context, config)
         recipe = parse_recipe(content, str(config))
-        if _is_given(context, "seed"):
+        if is_given(context, "seed"):
             recipe = replace(recipe, seed=flags["seed"])
     else:
         recipe = from_flags(
@@ -81,13 +81,9 @@ def _settings(flags: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
-
-
 def _refuse_flags_of_a_recipe(context: typer.Context, config: Path | None) -> None:
     for parameter in context.command.params:
-        if parameter.name in SAID_BY_A_RECIPE and _is_given(context, parameter.name):
+        if parameter.name in SAID_BY_A_RECIPE and is_given(context, parameter.name):
             raise UsageError(
                 f"{flag_name(parameter)}: the recipe {config} says what is merged; change it there"
             )

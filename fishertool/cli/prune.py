@@ -1,5 +1,6 @@
 """`fishertool prune`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,12 +45,14 @@ from fishertool.cli.flags import (
     methods_flag,
     option,
     pairs,
+    refuse_without_data,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 
 PRUNING_METHODS = "fishertool.pruning"
+USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")
 
 
 @app.command()
@@ -210,41 +213,48 @@ def prune(
         if "dai_form" in chosen:
             raise UsageError("--dai-form and --set dai_form say it twice")
         chosen["dai_form"] = dai_form
+    if data is None:
+        refuse_without_data(context, *USES_OF_DATA)
     options = None if data is None else data_options(context, data)
-    report = command(
-        model,
-        out,
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        fisher=fisher,
-        general_fisher=general_fisher,
-        settings=chosen,
-        budget=budget,
-        normalize=normalize,
-        compensate=compensate,
-        block=block,
-        damping=damping,
-        steps=steps,
-        recover_steps=recover_steps,
-        recover_learning_rate=recover_learning_rate,
-        data=options,
-        held_out=held_out,
-        labels=labels,
-        group=group,
-        task=task,
-        save_mask=save_mask,
-        resume=resume,
-        seed=seed,
-        include=include or [],
-        exclude=exclude or [],
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        allow_nonfinite=allow_nonfinite,
-        trust_remote_code=trust_remote_code,
-        threads=thread_count(threads),
-        device=device,
-        track=track_on_stderr(quiet),
-    )
+    try:
+        report = command(
+            model,
+            out,
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            fisher=fisher,
+            general_fisher=general_fisher,
+            settings=chosen,
+            budget=budget,
+            normalize=normalize,
+            compensate=compensate,
+            block=block,
+            damping=damping,
+            steps=steps,
+            recover_steps=recover_steps,
+            recover_learning_rate=recover_learning_rate,
+            data=options,
+            held_out=held_out,
+            labels=labels,
+            group=group,
+            task=task,
+            save_mask=save_mask,
+            resume=resume,
+            seed=seed,
+            include=include or [],
+            exclude=exclude or [],
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_nonfinite=allow_nonfinite,
+            trust_remote_code=trust_remote_code,
+            threads=thread_count(threads),
+            device=device,
+            track=track_on_stderr(quiet),
+        )
+    except BaseException as error:
+        if resume and not isinstance(error, Exception):  # Ctrl-C or SIGTERM
+            print("fishertool: the same command goes on from what is done", file=sys.stderr)
+        raise
     finish(report, as_json, quiet, report_file)

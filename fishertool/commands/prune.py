@@ -15,6 +15,7 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.errors import UsageError
 from fishertool.estimation.settings import Settings
 from fishertool.models.loading import check_device
 from fishertool.models.units import PATTERNS
@@ -28,13 +29,13 @@ from fishertool.report import (
     public_name,
 )
 from fishertool.surgery.output import checkpoint_output
-from fishertool.surgery.prune_plan import PrunePlan, check_bank, plan_prune
+from fishertool.surgery.prune_plan import PrunePlan, check_bank, mask_name, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
 from fishertool.surgery.prune_run import Outcome, run_prune
 from fishertool.surgery.prune_stage import STEM
 from fishertool.surgery.prune_step import magnitude_masks
-from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.prune_trial import UNMEASURED, open_trial, plan_trial
 from fishertool.surgery.prune_write import write_mask, write_pruned
 from fishertool.surgery.shrink_job import Examples, shrink
 from fishertool.surgery.shrink_plan import check_structured, structured_recipe
@@ -43,7 +44,6 @@ WORK = "work"
 BASE_RSS_BYTES = 400_000_000
 DOUBLES = 8
 """Matrices of the largest layer's size that a step holds at once."""
-UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 def prune(
@@ -92,6 +92,8 @@ def prune(
     """
     given = dict(locals())
     report = Report("prune", options_of(given), environment=environment(threads, device))
+    if not 0 < recover_learning_rate < float("inf"):
+        raise UsageError(f"--recover-learning-rate {recover_learning_rate:g}: a number above 0")
     if pattern in PATTERNS:
         check_structured(given)
         device = check_device(device)
@@ -131,18 +133,20 @@ def prune(
             folders = plan.statistics.folders() if plan.statistics else []
             needed = _needed_bytes(plan, data)
             check_output(out, [plan.top, *folders], overwrite, sum(needed.values()))
+            trial_plan = None
+            if data is not None:
+                asked = Settings(",".join(recipe.kinds or ["diagonal"]), labels, group=group)
+                trial_plan = plan_trial(
+                    opened, model, task, data, asked, held_out, trust_remote_code
+                )
         if dry_run:
             return _forecast(report, plan, needed, out)
         trial = None
         before: float | None = None
-        if data is not None:
+        if trial_plan is not None:
             with report.phase("open"):
-                kinds = ",".join(recipe.kinds or ["diagonal"])
-                trial = open_trial(
-                    opened, model, task, data, [matrix.name for matrix in plan.matrices],
-                    Settings(kinds, labels, group=group), held_out, device, trust_remote_code,
-                    not allow_nonfinite,
-                )  # fmt: skip
+                names = [matrix.name for matrix in plan.matrices]
+                trial = open_trial(opened, trial_plan, names, device, not allow_nonfinite)
                 if plan.statistics is None and "rank-one" in recipe.kinds:
                     check_bank(recipe, -(-len(trial.calibration.texts.examples) // group))
                 before = trial.loss()
@@ -153,24 +157,32 @@ def prune(
                 job = {
                     "options": report.options,
                     "fingerprint": plan.checkpoint.fingerprint(),
+                    "sidecars": plan.statistics and plan.statistics.fingerprints(),
                     "calibration": trial and trial.calibration.texts.describe(),
                 }
                 outcome = run_prune(plan, trial, work, job, seed, track)
+                plan = outcome.plan
                 plain = magnitude_masks(plan, outcome.recipe, work)
             trained: Mapping[str, Tensor] = {}
             if recover_steps and trial is not None:
-                with report.phase("recover"):
-                    outcome.recovery = _recover(
-                        plan, outcome, trial, recover_steps, recover_learning_rate, track
+                with report.phase("recover"), open_checkpoint(outcome.pruned, STEM) as pruned:
+                    masks = {one.name: pruned[mask_name(one.name)] for one in plan.matrices}
+                    outcome.recovery = trial.recover(
+                        masks, recover_steps, recover_learning_rate, track
                     )
                 trained = trial.parameters
             with report.phase("write"):
-                digests = _write(plan, outcome, trained, folder, save_mask, threads, track)
-            report.tensors = rows_of(plan, outcome, plain)
-            report.summary = summary_of(plan, outcome, report.tensors)
+                digests, zeros = _write(plan, outcome, trained, folder, save_mask, threads, track)
+            report.tensors = rows_of(plan, outcome, plain, zeros)
+            report.summary = summary_of(plan, outcome, report.tensors, zeros)
             report.summary["updates"] = updates_of(report.tensors)
             report.warnings += warnings_of(plan, outcome, report.summary)
-            _measured(report, outcome, trial, before)
+            if trial is None or before is None:
+                report.warnings.append(UNMEASURED)
+            else:
+                after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
+                told = {name: getattr(outcome, name) for name in ("steps", "dampings", "recovery")}
+                trial.tell(report, before, after, told)
             with report.phase("digest"):
                 report.inputs = _input_files(plan, model, fisher, general_fisher)
             if data is not None:
@@ -181,17 +193,6 @@ def prune(
     return report
 
 
-def _recover(
-    plan: PrunePlan, outcome: Outcome, trial: Trial, steps: int, learning_rate: float, track: Track
-) -> dict[str, Any]:
-    with (
-        open_checkpoint(outcome.pruned, STEM) as pruned,
-        track("Recovering", steps, "steps") as advance,
-    ):
-        done = trial.recover(pruned, plan.matrices, steps, learning_rate, advance)
-    return {**asdict(done), "held_out_loss": trial.loss()}
-
-
 def _write(
     plan: PrunePlan,
     outcome: Outcome,
@@ -200,33 +201,14 @@ def _write(
     save_mask: bool,
     threads: int,
     track: Track,
-) -> list[FileDigest]:
+) -> tuple[list[FileDigest], dict[str, int]]:
     total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
     with (
         track("Writing", total, "weights") as advance,
         open_checkpoint(outcome.pruned, STEM) as pruned,
     ):
-        digests = write_pruned(plan, pruned, trained, folder, threads, advance)
-        return digests + (write_mask(plan, pruned, folder) if save_mask else [])
-
-
-def _measured(report: Report, outcome: Outcome, trial: Trial | None, before: float | None) -> None:
-    if trial is None or before is None:
-        report.warnings.append(UNMEASURED)
-        return
-    after = (outcome.recovery or outcome.steps[-1])["held_out_loss"]
-    report.summary |= {"loss_before": before, "loss_after": after, "loss_change": after - before}
-    report.calibration = trial.calibration.texts.describe()
-    report.calibration |= {
-        "labels": trial.calibration.labels, "seed": trial.calibration.subject.data.seed,
-    }  # fmt: skip
-    report.evaluation = {
-        "held_out_examples": len(trial.held_out.texts.examples),
-        "steps": outcome.steps,
-        "dampings": outcome.dampings,
-        "recovery": outcome.recovery,
-    }
-    report.warnings += trial.calibration.warnings
+        digests, zeros = write_pruned(plan, pruned, trained, folder, threads, advance)
+        return digests + (write_mask(plan, pruned, folder) if save_mask else []), zeros
 
 
 def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:

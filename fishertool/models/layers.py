@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
 from fishertool.models.low_rank import is_linear, is_turned
-from fishertool.models.names import origins_by_disk_name
+from fishertool.models.names import empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin
 
 IN_A_BLOCK = re.compile(r"\.\d+\.")
@@ -38,7 +37,13 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
 
     Raises InputError for an architecture that transformers does not have.
     """
-    module = _skeleton(checkpoint, trust_remote_code)
+    module = empty_model(checkpoint, trust_remote_code)
+    if module is None:
+        raise InputError(
+            f"{checkpoint.folder / 'config.json'}: architecture "
+            f"{', '.join(checkpoint.config().get('architectures') or ['not given'])} is not in "
+            "transformers, so its linear layers cannot be told"
+        )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = defaultdict(list)
     for name, parameter in parameters.items():
@@ -77,26 +82,3 @@ def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | No
     if is_linear(owner):
         return "linear" if origin.shape == tuple(parameter.shape) else "part"
     return None
-
-
-def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
-    """The model on the meta device."""
-    import transformers
-
-    folder, names = checkpoint.folder, checkpoint.config().get("architectures") or []
-    made: Any = getattr(transformers, names[0], None) if names else None
-    if made is None:
-        raise InputError(
-            f"{folder / 'config.json'}: architecture {', '.join(names) or 'not given'} is not in "
-            "transformers, so its linear layers cannot be told"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        with torch.device("meta"):
-            module: nn.Module = made(config)
-    except (ValueError, KeyError, OSError, RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder}: transformers cannot make its model: {reason}") from error
-    return module

@@ -91,7 +91,7 @@ def origins_by_disk_name(
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{folder}: transformers cannot tell how it saves a "
-            f"{type(module).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{type(module).__name__}: {reason_of(error)}"
         ) from error
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     bare = {name.removeprefix(prefix): origin for name, origin in saved.items()}
@@ -140,8 +140,16 @@ def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> lis
     return [name for name in names if not name.startswith(prefix)]
 
 
-def empty_model(checkpoint: TensorSource) -> nn.Module | None:
-    """The checkpoint's architecture without values; None for one that transformers does not have."""
+def empty_model(
+    checkpoint: TensorSource,
+    trust_remote_code: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> nn.Module | None:
+    """The checkpoint's architecture on the meta device, without values; None for one that
+    transformers does not have. `changes` are to fields of its config.json.
+
+    Raises InputError with transformers' reason, and the error it is of as its cause.
+    """
     import transformers
 
     architecture = (checkpoint.config().get("architectures") or [""])[0]
@@ -149,16 +157,24 @@ def empty_model(checkpoint: TensorSource) -> nn.Module | None:
     if model_class is None:
         return None
     try:
-        parsed = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        parsed = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        if changes:  # made anew, which is when a configuration checks itself
+            parsed = type(parsed).from_dict(checkpoint.config() | dict(changes))
         with torch.device("meta"):
             module: nn.Module = model_class(parsed)
-    except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # a configuration may raise anything
         raise InputError(
             f"{checkpoint.folder}: transformers cannot make a {architecture} of its config.json: "
-            f"{reason}"
+            f"{reason_of(error)}"
         ) from error
     return module
+
+
+def reason_of(error: BaseException) -> str:
+    """What was raised inside transformers, in one line that is not too long."""
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def names_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, str]:

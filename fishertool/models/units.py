@@ -1,18 +1,16 @@
 """Heads and neurons of a checkpoint: which rows and columns of which tensors make one up."""
 
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.names import empty_model, reason_of
 
 PATTERNS = ("heads", "neurons")
 T = TypeVar("T")
@@ -148,7 +146,7 @@ def units_of(checkpoint: Checkpoint, pattern: str) -> Units:
 def check_loads(
     checkpoint: Checkpoint, units: Units, kept: int, trust_remote_code: bool = False
 ) -> None:
-    """Refuse a number of units that transformers does not make a model of, before any work.
+    """Refuse a number of units that transformers makes no model of, or none that runs.
 
     Raises InputError with its reason, and with the numbers of heads it does take.
     """
@@ -264,34 +262,38 @@ def _one(checkpoint: Checkpoint, what: str, found: Mapping[str, T]) -> T:
 def _refusal(
     checkpoint: Checkpoint, units: Units, kept: int, trust_remote_code: bool
 ) -> str | None:
-    """Why transformers makes no model with the planned shapes; None if it does."""
-    import transformers
-
-    architectures = checkpoint.config().get("architectures") or [""]
-    made: Any = getattr(transformers, architectures[0], None)
-    if made is None:
+    """Why transformers makes no model of the planned shapes that runs; None if it does."""
+    try:
+        module = empty_model(checkpoint, trust_remote_code, units.changes(kept))
+    except InputError as error:
+        return reason_of(error)
+    if module is None:
         return f"it has no {_architecture(checkpoint)}"
-    with tempfile.TemporaryDirectory(prefix="fishertool-") as folder:
-        write_json(Path(folder) / "config.json", checkpoint.config() | units.changes(kept))
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-            with torch.device("meta"):
-                state: dict[str, Tensor] = made(config).state_dict()
-        except Exception as error:  # a configuration may raise anything
-            return " ".join(str(error.__cause__ or error).split())[:300]
-    for name, shape in units.shapes(checkpoint, kept).items():
-        theirs = next((state[one] for one in state if _same(one, name)), None)
-        if theirs is None or tuple(theirs.shape) != shape:
-            has = "no such tensor" if theirs is None else list(theirs.shape)
-            return f"{name} would be {list(shape)}, and its model has {has}"
+    state, prefix = module.state_dict(), f"{getattr(module, 'base_model_prefix', '')}."
+    shapes = units.shapes(checkpoint, kept)
+    for name in checkpoint:
+        same = (name, prefix + name, name.removeprefix(prefix))
+        theirs = next((list(state[one].shape) for one in same if one in state), None)
+        if theirs is None and name not in shapes:
+            continue  # not read on load, or put together with others
+        ours = list(shapes.get(name, checkpoint.info(name).shape))
+        if theirs != ours:
+            becomes = "would be" if name in shapes else "stays"
+            return f"{name} {becomes} {ours}, and its model has {theirs or 'no such tensor'}"
+    failure = _failure(module)
+    whole = None if failure is None else empty_model(checkpoint, trust_remote_code)
+    runs_whole = whole is not None and _failure(whole) is None  # else nothing is told by it
+    return f"it does not run: {failure}" if runs_whole else None
+
+
+def _failure(module: nn.Module) -> str | None:
+    """Why a model on the meta device does not run there; None if it does."""
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            module(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # an architecture may raise anything
+        return reason_of(error)
     return None
-
-
-def _same(name: str, other: str) -> bool:
-    """With or without the base model's prefix."""
-    return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

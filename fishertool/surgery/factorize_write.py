@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_companions, write_config, write_json
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import Layout
 from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
@@ -112,12 +113,8 @@ def _work(plan: FactorizePlan) -> Iterator[Piece]:
 
 def _copied(plan: FactorizePlan, name: str, piece: Piece) -> Tensor:
     values = plan.checkpoint.read(name, piece.start, piece.stop)
-    floating = plan.checkpoint.info(name).dtype in FLOATING
-    if floating and not plan.allow_nonfinite and not bool(values.float().isfinite().all()):
-        raise InputError(
-            f"{plan.checkpoint.where(name)}: has NaN or Inf; repair it, or go on with "
-            "--allow-nonfinite"
-        )
+    if not plan.allow_nonfinite:
+        check_finite(plan.checkpoint, name, values)
     return values
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.source import TensorSource, check_finite
 from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
 from fishertool.merging.linear import linear
@@ -221,8 +221,6 @@ def _read(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Ten
 
 def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
     values = _read(plan, source, name, piece)
-    if not plan.allow_nonfinite and not all_finite(values):
-        raise InputError(
-            f"{source.where(name)}: has NaN or Inf; repair it, or go on with --allow-nonfinite"
-        )
+    if not plan.allow_nonfinite:
+        check_finite(source, name, values)
     return values

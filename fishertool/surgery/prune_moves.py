@@ -14,7 +14,7 @@ from fishertool.pruning.parts.compensation import joint, summed
 from fishertool.pruning.parts.masks import choose_columns
 from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_plan import mask_name
-from fishertool.surgery.prune_stage import Step
+from fishertool.surgery.prune_stage import NO_ANSWER, Step, refusal
 from fishertool.surgery.prune_trial import Trial
 
 STEP = 128
@@ -83,7 +83,10 @@ def _updated(
 
         columns = recipe.pattern.m if recipe.chooses_in_columns and recipe.pattern.m else STEP
         moment = statistics.activations(matrix)
-        return columnwise(weight, moment, chosen, columns, damping=recipe.damping)
+        try:
+            return columnwise(weight, moment, chosen, columns, damping=recipe.damping)
+        except NO_ANSWER as error:
+            raise refusal(matrix, error) from error
     fisher, gradients = statistics.curvature(recipe, matrix)
     flat, kept = weight.flatten(), mask.flatten()
     moved = {

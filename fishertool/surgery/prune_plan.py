@@ -1,9 +1,10 @@
 """What a pruning will do, decided from headers alone: all that can be refused is refused here."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions
@@ -12,6 +13,7 @@ from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError, some
+from fishertool.fisher.kronecker import MAX_SIDE
 from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
@@ -19,6 +21,8 @@ from fishertool.selection import select
 from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
 from fishertool.surgery.prune_statistics import Statistics, open_statistics
+
+UNREACHED = "an expert that no token reached"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class PrunePlan:
     @property
     def elements(self) -> int:
         return sum(matrix.elements for matrix in self.matrices)
+
+    def without(self, names: Collection[str]) -> Self:
+        """The same with these experts, of which the data tell nothing, as they are."""
+        return replace(
+            self,
+            matrices=[matrix for matrix in self.matrices if matrix.name not in names],
+            kept=self.kept | dict.fromkeys(names, UNREACHED),
+        )
 
 
 def plan_prune(
@@ -79,6 +91,8 @@ def plan_prune(
         statistics.check(recipe, matrices)
         if "rank-one" in recipe.kinds:
             check_bank(recipe, statistics.members)
+    elif "activation" in recipe.kinds:
+        _check_inputs_are_seen(checkpoint, matrices)
     folders = dict.fromkeys([top, checkpoint.folder])
     layout = lay_out([checkpoint.info(name) for name in checkpoint if name not in copies],
                      max_shard_bytes)  # fmt: skip
@@ -170,6 +184,21 @@ def _matrix(checkpoint: Checkpoint, layer: Layer) -> Matrix:
     rows, width = info.shape
     shape = (width, rows) if layer.turned else (rows, width)
     return Matrix(layer, 0, rows, shape, info.dtype)
+
+
+def _check_inputs_are_seen(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> None:
+    """Refuse matrices of which an estimate keeps no second moment of the input."""
+    embeddings = [matrix.name for matrix in matrices if matrix.layer.kind == "embedding"]
+    wide = [matrix.name for matrix in matrices if max(matrix.shape) > MAX_SIDE]
+    for names, why in (
+        (embeddings, "which look tokens up and multiply no input"),
+        (wide, f"which have a side of more than {MAX_SIDE}"),
+    ):
+        if names:
+            raise InputError(
+                f"{checkpoint.folder}: no activations are estimated of {some(names)}, {why}; leave "
+                "these out with --exclude, or take a method that needs none"
+            )
 
 
 def _check_pattern(checkpoint: Checkpoint, recipe: Recipe, matrices: Sequence[Matrix]) -> None:

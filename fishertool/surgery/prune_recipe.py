@@ -148,9 +148,9 @@ def resolve_recipe(
     if damping == "auto" or not recipe.has_damping:
         return recipe
     if damping is None and "damping" in recipe.settings:
-        return recipe.with_damping(recipe.settings["damping"])
+        return recipe.with_damping(_damping("--set damping", recipe.settings["damping"]))
     default = DAMPING if "rank-one" in recipe.kinds else COLUMNWISE_DAMPING
-    return recipe.with_damping(default if damping is None else _damping(damping))
+    return recipe.with_damping(default if damping is None else _damping("--damping", damping))
 
 
 def _sparsity(pattern: Pattern, given: float | None) -> float:
@@ -184,13 +184,13 @@ def _block(given: str | None, default: int | None) -> int | None:
     return int(given)
 
 
-def _damping(given: str) -> float:
+def _damping(flag: str, given: str | float) -> float:
     try:
         damping = float(given)
     except ValueError:
         damping = -1.0
     if not 0 < damping < float("inf"):
-        raise UsageError(f"--damping {given!r}: auto, or a number above 0")
+        raise UsageError(f"{flag} {given!r}: a number above 0, or --damping auto")
     return damping
 
 

@@ -2,12 +2,14 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import PrunePlan, mask_name
+from fishertool.surgery.prune_plan import UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
 
@@ -19,8 +21,11 @@ MAGNITUDES = 0.99
 """Overlap with magnitude's mask from which on a method's cost was for nothing."""
 
 
-def rows_of(plan: PrunePlan, outcome: Outcome, magnitude: Path) -> list[dict[str, Any]]:
-    """A row for every tensor, in file order."""
+def rows_of(
+    plan: PrunePlan, outcome: Outcome, magnitude: Path, zeros: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """A row for every tensor, in file order. `sparsity` is the mask's; with what was zero before,
+    `zeros` of the weights are."""
     by_name = {matrix.name: matrix for matrix in plan.matrices}
     rows = []
     with open_checkpoint(outcome.pruned, STEM) as pruned, open_checkpoint(magnitude, STEM) as plain:
@@ -35,6 +40,7 @@ def rows_of(plan: PrunePlan, outcome: Outcome, magnitude: Path) -> list[dict[str
                     "action": "prune",
                     "kept": kept,
                     "sparsity": 1 - kept / matrix.elements,
+                    "zeros": zeros[name] / matrix.elements,
                     "overlap_with_magnitude": common / kept if kept else 1.0,
                     **outcome.figures.get(name, {}),
                 }
@@ -46,7 +52,9 @@ def rows_of(plan: PrunePlan, outcome: Outcome, magnitude: Path) -> list[dict[str
     return rows
 
 
-def summary_of(plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary_of(
+    plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]], zeros: Mapping[str, int]
+) -> dict[str, Any]:
     pruned = [row for row in rows if row["action"] == "prune"]
     kept = sum(row["kept"] for row in pruned)
     common = sum(row["kept"] * row["overlap_with_magnitude"] for row in pruned)
@@ -56,6 +64,7 @@ def summary_of(plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]]) ->
         "method": recipe.method.name,
         "pattern": str(recipe.pattern),
         "sparsity": 1 - kept / plan.elements,
+        "zeros": sum(zeros.values()) / plan.elements,
         "sparsity_of_model": (plan.elements - kept) / plan.layout.parameters,
         "sparsity_by_kind": _by_kind(plan, pruned),
         "weights_pruned": plan.elements - kept,
@@ -81,6 +90,11 @@ def updates_of(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> list[str]:
     found = []
+    if unreached := [name for name, why in plan.kept.items() if why == UNREACHED]:
+        found.append(
+            f"no token of the data reached {some(unreached)}, which stay as they are; more examples "
+            "reach more"
+        )
     method = outcome.recipe.method.name
     same = summary["overlap_with_magnitude"]
     if method != "magnitude" and same > MAGNITUDES and summary["sparsity"] > 0:

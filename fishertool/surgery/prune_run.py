@@ -3,12 +3,13 @@
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
-from fishertool.errors import UsageError
+from fishertool.errors import InputError, UsageError
 from fishertool.progress import Track
 from fishertool.surgery.prune_plan import PrunePlan
 from fishertool.surgery.prune_recipe import Recipe
@@ -26,6 +27,8 @@ JOB = "job.json"
 class Outcome:
     """What all steps came to."""
 
+    plan: PrunePlan
+    """With what was pruned indeed."""
     pruned: Path
     """New weights and masks, by name on disk; see `prune_step`."""
     recipe: Recipe
@@ -45,7 +48,7 @@ def run_prune(
     """Prune step by step in `place`, going on with what an earlier run of the same job left there."""
     _check_job(place, job)
     recipe = plan.recipe
-    outcome = Outcome(place, recipe)
+    outcome = Outcome(plan, place, recipe)
     for number in range(1, recipe.steps + 1):
         here = place / f"step-{number}"
         here.mkdir(exist_ok=True)
@@ -59,6 +62,9 @@ def run_prune(
             if statistics is None and recipe.kinds and not (here / "pruned").exists():
                 assert trial is not None
                 statistics = _estimated(opened, trial, recipe, here, track)
+                if number == 1:
+                    plan = plan.without(statistics.unreached(plan.matrices))
+                statistics.check(recipe, plan.matrices, trial.calibration.texts.name)
             now = outcome.recipe.at_step(number)
             step = Step(plan, now, statistics, before, seed, trial)
             if recipe.has_damping and recipe.damping is None and number == 1:
@@ -72,6 +78,8 @@ def run_prune(
                 f"Pruning, step {number} of {recipe.steps}", 2 * plan.elements, "weights"
             ) as advance:
                 outcome.pruned = run_step(step, here, advance)
+        with open_checkpoint(outcome.pruned, STEM) as pruned:  # if an earlier run left it
+            plan = plan.without([one.name for one in plan.matrices if one.name not in pruned])
         shutil.rmtree(here / "fisher", ignore_errors=True)
         outcome.figures = step.figures
         predicted = [row["predicted_loss_change"] for row in step.figures.values()]
@@ -87,6 +95,7 @@ def run_prune(
             with open_checkpoint(outcome.pruned, STEM) as pruned:
                 trial.put_all(pruned, plan.matrices)
             outcome.steps[-1]["held_out_loss"] = trial.loss()
+    outcome.plan = plan
     return outcome
 
 
@@ -94,8 +103,8 @@ def _check_job(place: Path, job: dict[str, Any]) -> None:
     path = place / JOB
     if path.is_file() and load_json(path) != job:
         raise UsageError(
-            f"{place}: a killed run with other options left its work there; repeat it with "
-            "those, or remove the folder"
+            f"{place}: a killed run with other options or sidecars left its work there; "
+            "repeat it with those, or remove the folder"
         )
     write_json(path, job)
 
@@ -119,7 +128,7 @@ def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[di
     recipe, kept = step.recipe, here / "dampings.json"
     if kept.is_file():
         return list(load_json(kept)["dampings"])
-    rows = []
+    rows: list[dict[str, float]] = []
     with track("Trying dampings", len(DAMPINGS), "models") as advance:
         for damping in DAMPINGS:
             tried = recipe.with_damping(damping)
@@ -128,9 +137,15 @@ def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[di
             place = here / f"damping-{damping:g}"
             place.mkdir(exist_ok=True)
             one = Step(step.plan, tried, step.statistics, step.before, step.seed)
-            with open_checkpoint(run_step(one, place, lambda count: None), STEM) as pruned:
-                trial.put_all(pruned, step.plan.matrices)
-            rows.append({"damping": damping, "held_out_loss": trial.loss()})
+            try:
+                with open_checkpoint(run_step(one, place, lambda count: None), STEM) as pruned:
+                    trial.put_all(pruned, step.plan.matrices)
+                loss = trial.loss()
+            except InputError:
+                if damping == DAMPINGS[-1] and all(isinf(row["held_out_loss"]) for row in rows):
+                    raise
+                loss = inf  # too little for a matrix or its dtype; another may do
+            rows.append({"damping": damping, "held_out_loss": loss})
             shutil.rmtree(place)
             advance(1)
     write_json(kept, {"dampings": rows})

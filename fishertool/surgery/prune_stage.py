@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import lay_out
 from fishertool.checkpoint.reader import Checkpoint, load_json
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.surgery.matrix import Matrix
@@ -45,11 +47,8 @@ class Step:
         """[out, in], float32 or, stored so, float64."""
         source = self.before or self.plan.checkpoint
         values = matrix.upright(source[matrix.name]).to(compute_dtype(matrix.dtype))
-        if not self.plan.allow_nonfinite and not bool(values.isfinite().all()):
-            raise InputError(
-                f"{source.where(matrix.name)}: has NaN or Inf; repair it, or go on with "
-                "--allow-nonfinite"
-            )
+        if not self.plan.allow_nonfinite:
+            check_finite(source, matrix.name, values)
         return values
 
     def pruned_before(self, matrix: Matrix) -> Tensor | None:
@@ -57,6 +56,18 @@ class Step:
         if self.before is None:
             return None
         return ~matrix.upright(self.before[mask_name(matrix.name)])
+
+
+NO_ANSWER = (ValueError, LinAlgError)
+
+
+def refusal(matrix: Matrix, error: Exception) -> InputError:
+    """Of a matrix that a method or an update has no answer for, with what it raised."""
+    if isinstance(error, LinAlgError):
+        return InputError(
+            f"{matrix.name}: its statistic is singular with so little damping; take more --damping"
+        )
+    return InputError(f"{matrix.name}: {error}; leave it out with --exclude")
 
 
 def stored(

@@ -49,20 +49,40 @@ class Statistics:
     def folders(self) -> list[Path]:
         return [tensors.folder for tensors, _ in (*self.kinds.values(), *self.general.values())]
 
-    def check(self, recipe: Recipe, matrices: Sequence[Matrix]) -> None:
-        """Refuse, from headers, matrices that a kind tells nothing about, or nothing but zero."""
+    def fingerprints(self) -> list[dict[str, str]]:
+        """Of every kind that is open, and of those of general data."""
+        return [
+            {kind: tensors.fingerprint() for kind, (tensors, _) in kinds.items()}
+            for kinds in (self.kinds, self.general)
+        ]
+
+    def unreached(self, matrices: Sequence[Matrix]) -> list[str]:
+        """Experts that are told nothing about: no token went through them."""
+        return [
+            matrix.name
+            for matrix in matrices
+            if matrix.layer.kind == "expert"
+            and any(matrix.name not in header.statistics for _, header in self.kinds.values())
+        ]
+
+    def check(
+        self, recipe: Recipe, matrices: Sequence[Matrix], estimated_on: str | None = None
+    ) -> None:
+        """Refuse, from headers, matrices that a kind tells nothing about, or nothing but zero; by
+        the name of the data, where they were `estimated_on` some."""
         for kinds in (self.kinds, self.general):
             for kind, (tensors, header) in kinds.items():
+                where = estimated_on or tensors.folder
                 names = [matrix.name for matrix in matrices]
                 if lost := [name for name in names if name not in header.statistics]:
                     raise InputError(
-                        f"{tensors.folder}: has no {kind} statistic of {some(lost)}; leave these "
-                        "out with --exclude, or estimate it of them"
+                        f"{where}: has no {kind} statistic of {some(lost)}; leave these out with "
+                        "--exclude, or estimate it of them"
                     )
                 if kind == "diagonal" and not sum(header.statistics[n].total for n in names) > 0:
                     raise InputError(
-                        f"{tensors.folder}: the Fisher of what is pruned is zero everywhere; "
-                        "estimate it on other data"
+                        f"{where}: the Fisher of what is pruned is zero everywhere; estimate it on "
+                        "other data"
                     )
 
     def inputs(self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix) -> dict[str, Any]:

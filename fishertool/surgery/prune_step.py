@@ -24,7 +24,7 @@ from fishertool.registry import Method
 from fishertool.surgery.prune_moves import new_weights
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_recipe import Recipe
-from fishertool.surgery.prune_stage import NOTES, STEM, Step, stored
+from fishertool.surgery.prune_stage import NO_ANSWER, NOTES, STEM, Step, refusal, stored
 
 
 def run_step(step: Step, place: Path, advance: Advance) -> Path:
@@ -100,8 +100,8 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
             inputs |= step.statistics.inputs(recipe, plan.matrices, matrix)
         try:
             saliency = recipe.method.function(weight, **inputs, **recipe.settings)
-        except ValueError as error:
-            raise InputError(f"{matrix.name}: {error}; leave it out with --exclude") from error
+        except NO_ANSWER as error:
+            raise refusal(matrix, error) from error
         if not bool(saliency.isfinite().all()):
             raise InputError(
                 f"{matrix.name}: its {recipe.method.name} saliency is not finite; estimate the "

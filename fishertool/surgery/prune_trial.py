@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,23 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.estimation.measuring import loss_of, split, write_statistics
 from fishertool.estimation.settings import Settings, check_settings
-from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
+from fishertool.estimation.subject import (
+    LoadedSubject,
+    Source,
+    Subject,
+    find_subject,
+    load_subject,
+)
 from fishertool.estimation.workers import joined
 from fishertool.models.names import parameters_by_disk_name
-from fishertool.models.recovery import Recovery, recover
-from fishertool.progress import Advance
+from fishertool.models.recovery import recover
+from fishertool.progress import Advance, Track
+from fishertool.report import Report
 from fishertool.sidecar import open_diagonal, open_sidecar
 from fishertool.surgery.matrix import Matrix
-from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_statistics import Opened, Statistics
+
+UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 @dataclass(frozen=True)
@@ -49,28 +58,37 @@ class Trial:
         return loss_of(self.held_out)
 
     def recover(
-        self,
-        pruned: Checkpoint,
-        matrices: Sequence[Matrix],
-        steps: int,
-        learning_rate: float,
-        advance: Advance,
-    ) -> Recovery:
-        """Train the model on the calibration examples; what is pruned stays zero."""
+        self, masks: Mapping[str, Tensor], steps: int, learning_rate: float, track: Track
+    ) -> dict[str, Any]:
+        """Train the model on the calibration examples, weights being zero where their mask, by
+        name on disk, is False. What it did, and the held-out loss."""
         subject = self.calibration.subject
-        return recover(
-            self.calibration.model,
-            subject.task,
-            self.calibration.texts,
-            steps=steps,
-            learning_rate=learning_rate,
-            masks=[
-                (self.calibration.parameters[matrix.name], pruned[mask_name(matrix.name)])
-                for matrix in matrices
-            ],
-            seed=subject.data.seed,
-            advance=advance,
-        )
+        with track("Recovering", steps, "steps") as advance:
+            done = recover(
+                self.calibration.model,
+                subject.task,
+                self.calibration.texts,
+                steps=steps,
+                learning_rate=learning_rate,
+                masks=[(self.calibration.parameters[name], mask) for name, mask in masks.items()],
+                seed=subject.data.seed,
+                advance=advance,
+            )
+        return {**asdict(done), "held_out_loss": self.loss()}
+
+    def tell(
+        self, report: Report, before: float, after: float, evaluation: Mapping[str, Any]
+    ) -> None:
+        """Fill in what was measured, and on what."""
+        subject, texts = self.calibration.subject, self.calibration.texts
+        report.summary |= {
+            "loss_before": before, "loss_after": after, "loss_change": after - before,
+        }  # fmt: skip
+        about = {"labels": self.calibration.labels, "seed": subject.data.seed}
+        report.calibration = texts.describe() | about
+        held = {"held_out_examples": len(self.held_out.texts.examples)}
+        report.evaluation = {**held, **evaluation}
+        report.warnings += self.calibration.warnings
 
     def estimate(self, folder: Path, kinds: Sequence[str], advance: Advance) -> None:
         """Write the Fisher of the model as it is now, by the calibration examples."""
@@ -78,40 +96,56 @@ class Trial:
         write_statistics(self.calibration, settings, folder, advance)
 
 
-def open_trial(
+@dataclass(frozen=True)
+class TrialPlan:
+    """What a trial will be, known from headers and flags."""
+
+    subject: Subject
+    settings: Settings
+    held_out: float
+    """Share of the examples that is only measured on."""
+
+
+def plan_trial(
     opened: ExitStack,
     model: str,
     task: str,
     data: DataOptions,
-    wanted: Sequence[str],
     settings: Settings,
     held_out: float,
-    device: str,
     trust_remote_code: bool,
-    check_finite: bool,
+) -> TrialPlan:
+    """Raises UsageError for words that are not known, and a share out of range."""
+    check_settings(settings)
+    if not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
+    source = Source(model, task, trust_remote_code=trust_remote_code)
+    subject = find_subject(opened, source, data)
+    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
+        # One gradient an example, as with drawn labels, at a fraction of their noise.
+        settings = replace(settings, labels="expected-signed")
+    return TrialPlan(subject, settings, held_out)
+
+
+def open_trial(
+    opened: ExitStack, plan: TrialPlan, wanted: Sequence[str], device: str, check_finite: bool
 ) -> Trial:
     """Load the model and the data; `wanted` tensors are those that will change.
 
     Raises UsageError if either part of the examples were empty.
     """
-    check_settings(settings)
-    if not 0 < held_out < 1:
-        raise UsageError(f"--held-out {held_out:g}: a share of the examples, above 0 and below 1")
-    source = Source(model, task, trust_remote_code=trust_remote_code)
-    subject = replace(find_subject(opened, source, data), wanted=list(wanted))
-    if settings.labels == "auto" and "rank-one" in settings.kinds and subject.task.has_labels:
-        # One gradient an example, as with drawn labels, at a fraction of their noise.
-        settings = replace(settings, labels="expected-signed")
+    subject, settings = replace(plan.subject, wanted=list(wanted)), plan.settings
     workers = opened.enter_context(joined(None, device))
     loaded = load_subject(subject, settings, workers, None, check_finite)
     if not loaded.texts.labelled:
+        data = subject.data
         raise InputError(
             f"{data.data}: has no column {data.label_column!r}, without which no loss is measured"
         )
-    calibration, held = split(loaded, held_out)
+    calibration, held = split(loaded, plan.held_out)
     if not calibration.texts.examples or not held.texts.examples:
         raise UsageError(
-            f"--held-out {held_out:g}: leaves {len(calibration.texts.examples)} examples of "
+            f"--held-out {plan.held_out:g}: leaves {len(calibration.texts.examples)} examples of "
             f"{len(loaded.texts.examples)} to calibrate on and {len(held.texts.examples)} to "
             "measure; give more data"
         )

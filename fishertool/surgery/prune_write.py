@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.reader import Checkpoint
-from fishertool.checkpoint.stream import Piece, pieces, stream
+from fishertool.checkpoint.source import check_finite
+from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.checkpoint.writer import CheckpointWriter
-from fishertool.errors import InputError
 from fishertool.fisher.sums import Computed
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
@@ -30,31 +30,41 @@ def write_pruned(
     folder: Path,
     threads: int,
     advance: Advance,
-) -> list[FileDigest]:
-    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are."""
+) -> tuple[list[FileDigest], dict[str, int]]:
+    """Stream every tensor into `folder`, with config and companions; `trained` ones as they are.
+
+    Also returns how many zeros each pruned one has, with those it had before.
+    """
     place = folder / plan.checkpoint.folder.relative_to(plan.top)
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
-    names = {matrix.name for matrix in plan.matrices}
+    zeros = {matrix.name: 0 for matrix in plan.matrices}
     with CheckpointWriter(place, plan.layout) as writer:
 
-        def one(piece: Piece) -> None:
+        def one(piece: Piece) -> int:
             if piece.name in trained:
                 rows = trained[piece.name].detach()[piece.start : piece.stop]
                 values = rows.to("cpu", TORCH[plan.checkpoint.info(piece.name).dtype])
             else:
-                source = pruned if piece.name in names else plan.checkpoint
+                source = pruned if piece.name in zeros else plan.checkpoint
                 values = source.read(piece.name, piece.start, piece.stop)
-            _check_finite(plan, piece, values)
+            if not plan.allow_nonfinite:
+                check_finite(plan.checkpoint, piece.name, values)
             writer.write(piece.name, values, piece.start)
+            return int((values == 0).sum()) if piece.name in zeros else 0
+
+        def count(piece: Piece, found: int) -> None:
+            if piece.name in zeros:
+                zeros[piece.name] += found
+            advance(piece.elements)
 
         outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
-        stream(pieces(outputs), one, threads, advance)
+        collect(pieces(outputs), one, threads, count)
         digests = writer.finish()
     write_config(plan.checkpoint.folder, place, plan.layout.dtype)
     copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
-    return digests
+    return digests, zeros
 
 
 def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDigest]:
@@ -63,15 +73,7 @@ def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDi
         matrix.name: list(plan.checkpoint.info(matrix.name).shape) for matrix in plan.matrices
     }
     packed = Computed(list(shapes), lambda name: pack(pruned[mask_name(name)]))
+    (folder / f"{MASK_STEM}.safetensors").unlink(missing_ok=True)  # of a run that was killed
     metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
     _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)
     return digests
-
-
-def _check_finite(plan: PrunePlan, piece: Piece, values: Tensor) -> None:
-    floating = plan.checkpoint.info(piece.name).dtype in FLOATING
-    if floating and not plan.allow_nonfinite and not bool(values.float().isfinite().all()):
-        raise InputError(
-            f"{plan.checkpoint.where(piece.name)}: has NaN or Inf; repair it, or go on with "
-            "--allow-nonfinite"
-        )

@@ -16,17 +16,14 @@ from fishertool.estimation.measuring import loss_of
 from fishertool.estimation.settings import Settings
 from fishertool.models.layers import layers_of
 from fishertool.models.loading import load_model
-from fishertool.models.recovery import recover
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Report, data_files, public_name
 from fishertool.surgery.output import checkpoint_output
-from fishertool.surgery.prune_trial import Trial, open_trial
+from fishertool.surgery.prune_trial import UNMEASURED, Trial, open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
 from fishertool.surgery.shrink_write import write_shrunk
-
-UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,12 @@ def shrink(
                 opened, model, recipe, max_shard_bytes, examples is not None, trust_remote_code
             )
             check_output(out, [plan.top], overwrite, plan.layout.nbytes)
+            trial_plan = None
+            if examples is not None:
+                trial_plan = plan_trial(
+                    opened, model, examples.task, examples.options,
+                    Settings(labels=examples.labels), examples.held_out, trust_remote_code,
+                )  # fmt: skip
         report.summary = _summary(plan, trust_remote_code)
         if dry_run:
             report.status = "dry-run"
@@ -75,14 +78,10 @@ def shrink(
             report.summary |= {"bytes_to_write": plan.layout.nbytes, "free_bytes": free_bytes(out)}
             return report
         trial = None
-        if examples is not None:
+        if trial_plan is not None:
             with report.phase("open"):
                 joins = [block.join.name for block in plan.units.blocks]
-                trial = open_trial(
-                    opened, model, examples.task, examples.options, joins,
-                    Settings(labels=examples.labels), examples.held_out, device, trust_remote_code,
-                    not allow_nonfinite,
-                )  # fmt: skip
+                trial = open_trial(opened, trial_plan, joins, device, not allow_nonfinite)
         with report.phase("prune"):
             outcome = _run(plan, trial, seed, track)
         trained: Mapping[str, Tensor] = {}
@@ -101,7 +100,9 @@ def shrink(
             if trial is not None:
                 with report.phase("measure"):
                     after = _loss_of_output(plan, trial, folder, device, trust_remote_code)
-                _measured(report, outcome, trial, after, recovery)
+                report.summary["compensate"] = outcome.compensate
+                told = {"losses": outcome.losses, "recovery": recovery}
+                trial.tell(report, outcome.losses["dense"], after, told)
             else:
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
@@ -122,27 +123,14 @@ def _recover(
     plan: ShrinkPlan, outcome: Outcome, trial: Trial, examples: Examples, track: Track
 ) -> dict[str, Any]:
     """Train what stays, with what is left out silent behind the joining layers."""
-    loaded = trial.calibration
-    put(plan, loaded, outcome.kept, outcome.joining)
-    masks = []
+    put(plan, trial.calibration, outcome.kept, outcome.joining)
+    masks = {}
     for block in plan.units.blocks:
-        parameter = loaded.parameters[block.join.name]
+        parameter = trial.calibration.parameters[block.join.name]
         mask = torch.zeros_like(parameter, dtype=torch.bool)
         kept = features_of(outcome.kept[block.join.name], block.join.features).to(mask.device)
-        masks.append((parameter, mask.index_fill_(block.join.dimension, kept, True)))
-    steps = examples.recover_steps
-    with track("Recovering", steps, "steps") as advance:
-        done = recover(
-            loaded.model,
-            loaded.subject.task,
-            loaded.texts,
-            steps=steps,
-            learning_rate=examples.learning_rate,
-            masks=masks,
-            seed=loaded.subject.data.seed,
-            advance=advance,
-        )
-    return {**asdict(done), "held_out_loss": trial.loss()}
+        masks[block.join.name] = mask.index_fill_(block.join.dimension, kept, True)
+    return trial.recover(masks, examples.recover_steps, examples.learning_rate, track)
 
 
 def _loss_of_output(
@@ -152,27 +140,6 @@ def _loss_of_output(
     with open_checkpoint(folder / plan.checkpoint.folder.relative_to(plan.top)) as written:
         small = load_model(written, subject.task, device, trust_remote_code, subject.data.scale)
     return loss_of(replace(held, model=small))
-
-
-def _measured(
-    report: Report, outcome: Outcome, trial: Trial, after: float, recovery: dict[str, Any] | None
-) -> None:
-    before = outcome.losses["dense"]
-    report.summary |= {
-        "compensate": outcome.compensate,
-        "loss_before": before,
-        "loss_after": after,
-        "loss_change": after - before,
-    }
-    texts, subject = trial.calibration.texts, trial.calibration.subject
-    about = {"labels": trial.calibration.labels, "seed": subject.data.seed}
-    report.calibration = texts.describe() | about
-    report.evaluation = {
-        "held_out_examples": len(trial.held_out.texts.examples),
-        "losses": outcome.losses,
-        "recovery": recovery,
-    }
-    report.warnings += trial.calibration.warnings
 
 
 def _summary(plan: ShrinkPlan, trust_remote_code: bool) -> dict[str, Any]:

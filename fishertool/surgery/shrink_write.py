@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, torch_name
+from fishertool.checkpoint.dtypes import TORCH, torch_name
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
-from fishertool.errors import InputError
 from fishertool.models.units import Cut
 from fishertool.progress import Advance
 from fishertool.pruning.parts.units import features_of
@@ -52,12 +52,8 @@ def write_shrunk(
                     if info.name in cuts:
                         values = _cut(values, *cuts[info.name])
                 values = values.to(TORCH[info.dtype])
-                floating = info.dtype in FLOATING
-                if floating and not allow_nonfinite and not bool(values.float().isfinite().all()):
-                    raise InputError(
-                        f"{checkpoint.where(info.name)}: has NaN or Inf; repair it, or go on with "
-                        "--allow-nonfinite"
-                    )
+                if not allow_nonfinite:
+                    check_finite(checkpoint, info.name, values)
                 writer.write(info.name, values.contiguous())
                 advance(info.elements)
         digests = writer.finish()

@@ -33,7 +33,7 @@ from fishertool.estimation.settings import Settings
 from fishertool.evaluation.measure import check_measured, load, measure, prepare
 from fishertool.memory import keep_freed_memory
 from fishertool.models.loading import load_model
-from fishertool.surgery.prune_trial import open_trial
+from fishertool.surgery.prune_trial import open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
 from fishertool.surgery.shrink_write import write_shrunk
@@ -58,9 +58,8 @@ def results(case: str, seed: int, sparsity: float, options: Any) -> list[dict[st
             plan = plan_shrink(opened, str(model), recipe, 1 << 40, True)
             joins = [block.join.name for block in plan.units.blocks]
             # The few texts held out of these are not looked at: test texts are in their place.
-            trial = open_trial(
-                opened, str(model), "auto", data, joins, Settings(), 0.04, "cpu", False, True
-            )
+            asked = plan_trial(opened, str(model), "auto", data, Settings(), 0.04, False)
+            trial = open_trial(opened, asked, joins, "cpu", True)
             loaded = trial.calibration.model
             task = trial.calibration.subject.task
             dense = load_model(plan.checkpoint, task)
