@@ -84,7 +84,10 @@ def _updated(
         columns = recipe.pattern.m if recipe.chooses_in_columns and recipe.pattern.m else STEP
         moment = statistics.activations(matrix)
         return columnwise(weight, moment, chosen, columns, damping=recipe.damping)
-    fisher, gradients = statistics.curvature(recipe, matrix)
+    found = statistics.curvature(recipe, matrix, step.pruned_before(matrix))
+    if found is None:
+        return weight, mask
+    fisher, gradients = found
     flat, kept = weight.flatten(), mask.flatten()
     moved = {
         "summed": lambda: summed(flat, kept, fisher),
@@ -101,7 +104,10 @@ def _predicted(step: Step, matrix: Matrix, weight: Tensor, new: Tensor) -> float
         return None
     change = (new.double() - weight.double()).flatten()
     if "rank-one" in statistics.kinds:
-        fisher, _ = statistics.curvature(step.recipe, matrix)
+        found = statistics.curvature(step.recipe, matrix, step.pruned_before(matrix))
+        if found is None:
+            return 0.0
+        fisher, _ = found
         return (float(fisher.quadratic_form(change)) - fisher.damping * float(change @ change)) / 2
     if "diagonal" in statistics.kinds:
         values = statistics.diagonal(matrix).double().flatten()

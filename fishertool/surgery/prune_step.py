@@ -97,7 +97,7 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
                 step.seed * len(plan.matrices) + number
             )
         if step.statistics is not None:
-            inputs |= step.statistics.inputs(recipe, plan.matrices, matrix)
+            inputs |= step.statistics.inputs(recipe, plan.matrices, matrix, step.pruned_before)
         try:
             saliency = recipe.method.function(weight, **inputs, **recipe.settings)
         except ValueError as error:
