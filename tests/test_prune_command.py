@@ -306,9 +306,19 @@ def test_recovery_trains_what_stays_and_nothing_else(
 
 
 def test_groups_of_four_lose_one_after_another(cli: Cli, model: Path, data: Path) -> None:
-    flags = ("--pattern", "1:4", "--steps", 2, "--data", data, "--out", "o", "--json")
-    result = cli("prune", model, *flags)
-    assert [row["pattern"] for row in result.report["evaluation"]["steps"]] == ["2:4", "1:4"]
+    for method, pattern, steps, made in (
+        ("magnitude", "1:4", 2, ["2:4", "1:4"]),
+        ("obs", "2:4", 16, ["3:4", "2:4"]),
+        ("obs", "7:8", 2, ["7:8"]),
+    ):
+        flags = ("--method", method, "--pattern", pattern, "--steps", steps, "--data", data)
+        result = cli("prune", model, *flags, "--out", pattern, "--json")
+        assert result.code == 0, result.err
+        assert [row["pattern"] for row in result.report["evaluation"]["steps"]] == made
+        told = f"--steps {steps}: --pattern {pattern} is reached in {len(made)}: {', '.join(made)}"
+        assert (told in result.report["warnings"]) == (len(made) < steps)
+        dry = cli("prune", model, *flags, "--out", "dry", "--dry-run", "--json")
+        assert (told in dry.report["warnings"]) == (len(made) < steps)
 
 
 def test_the_saved_mask_is_that_of_the_weights(

@@ -125,3 +125,50 @@ def test_saliencies_of_a_very_confident_model_do_not_vanish(
     rises = weights[name].double().flatten().square() / inverse.diagonal(dim1=1, dim2=2).flatten()
     pruned = (~seen.left[0][f"{name}#mask"]).flatten().nonzero().flatten()
     assert set(pruned.tolist()) == set(rises.argsort()[:256].tolist())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method obs --compensate joint --sparsity 0.5",
+        "--method obs --pattern 1:4 --steps 2",
+        "--method mfac --block 16 --sparsity 0.5 --budget global --normalize mean",
+        "--method fisher --sparsity 0.5",
+        "--method magnitude --compensate auto --sparsity 0.5",
+    ],
+)
+def test_a_matrix_of_which_the_fisher_tells_nothing_goes_by_magnitude(
+    cli: Cli, model: Path, data: Path, tmp_path: Path, flags: str
+) -> None:
+    """Nothing that the first layer of the last feed-forward block puts out is used."""
+    weights = load_file(model / "model.safetensors")
+    weights["bert.encoder.layer.1.output.dense.weight"].zero_()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    result = cli("prune", model, *flags.split(), "--data", data, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    [told] = [one for one in result.report["warnings"] if "zero on these examples" in one]
+    assert name in told and "--exclude" in told
+    assert ("not moved" if "magnitude" in flags else "pruned by magnitude") in told
+    rows = {row["name"]: row for row in result.report["tensors"]}
+    assert rows[name]["update"] == "none" and rows[name]["predicted_loss_change"] == 0
+    before, after = weights[name], load_file(tmp_path / "o" / "model.safetensors")[name]
+    assert torch.equal(after[after != 0], before[after != 0]) and int((after == 0).sum()) > 0
+    if "--pattern" in flags:
+        groups, kept = before.abs().reshape(-1, 4), (after != 0).reshape(-1, 4)
+        assert torch.equal(kept, groups == groups.amax(1, keepdim=True))
+    else:
+        for one, old in zip(after, before, strict=True) if "fisher" in flags else [(after, before)]:
+            assert old[one == 0].abs().max() < old[one != 0].abs().min()
+
+
+@pytest.mark.parametrize("method", ["obs", "mfac"])
+def test_a_bank_of_zeros_is_refused(cli: Cli, model: Path, data: Path, method: str) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["classifier.weight"].zero_()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    result = cli(
+        "prune", model, "--method", method, "--sparsity", 0.5, "--data", data, "--out", "o"
+    )
+    assert result.code == 3 and result.err.count("\n") == 1, result.err
+    assert "every gradient of what is pruned is zero; estimate" in result.err

@@ -122,6 +122,7 @@ def prune(
     device = check_device(device)
     torch.set_num_threads(threads)
     report.options["set"] = recipe.settings
+    report.warnings += recipe.warnings
     with ExitStack() as opened:
         with report.phase("check"):
             plan = plan_prune(

@@ -87,14 +87,28 @@ class Recipe:
         one_by_one = self.pattern.rows * self.pattern.columns == 1
         return self.method.name == "sparsegpt" and "columnwise" in self.updates and one_by_one
 
-    def at_step(self, step: int) -> Self:
-        """The same for the step `step` of `steps`, on the way from 1 to the density geometrically."""
-        share = step / self.steps
-        if self.pattern.m:
-            n, m = self.pattern.n, self.pattern.m
-            now = replace(self.pattern, n=round(m * (n / m) ** share))
-            return replace(self, pattern=now, sparsity=1 - now.n / m)
-        return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
+    @property
+    def schedule(self) -> list[Self]:
+        """The same for each step, on the way from 1 to the density geometrically; of n:m a step for
+        every n on the way, which may be fewer than `steps`."""
+        shares = [step / self.steps for step in range(1, self.steps)]
+        n, m = self.pattern.n, self.pattern.m
+        if not m:
+            sparsities = (1 - (1 - self.sparsity) ** share for share in shares)
+            return [*(replace(self, sparsity=sparsity) for sparsity in sparsities), self]
+        counts = dict.fromkeys(round(m * (n / m) ** share) for share in shares)
+        patterns = [replace(self.pattern, n=now) for now in counts if n < now < m]
+        return [*(replace(self, pattern=one, sparsity=1 - one.n / m) for one in patterns), self]
+
+    @property
+    def warnings(self) -> list[str]:
+        made = self.schedule
+        if len(made) == self.steps:
+            return []
+        patterns = ", ".join(str(one.pattern) for one in made)
+        return [
+            f"--steps {self.steps}: --pattern {self.pattern} is reached in {len(made)}: {patterns}"
+        ]
 
     def with_damping(self, damping: float) -> Self:
         settings = self.settings | ({"damping": damping} if "damping" in self.settings else {})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
@@ -15,6 +16,8 @@ NOTHING_GAINED = (
     "nothing: zeros are stored and multiplied like any number; the file has the same bytes, and a "
     "dense runtime takes the same memory and time"
 )
+ZERO = (("unmoved", "what stays was not moved"), ("by_magnitude", "pruned by magnitude alone"))
+"""Note taken of a matrix whose statistic is zero, and what it says; the last one of a matrix is told."""
 MAGNITUDES = 0.99
 """Overlap with magnitude's mask from which on a method's cost was for nothing."""
 
@@ -92,6 +95,15 @@ def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> l
                 if method == "mfac"
                 else ""
             )
+        )
+    untold = {
+        name: what for key, what in ZERO for row in outcome.steps for name in row.get(key, [])
+    }
+    for what in dict.fromkeys(untold.values()):
+        names = [name for name in untold if untold[name] == what]
+        found.append(
+            f"the statistic of {some(names)} is zero on these examples: {what}; take other "
+            "examples, or leave out with --exclude what they do not reach"
         )
     for row in outcome.steps:
         if row.get("fallbacks"):

@@ -130,11 +130,10 @@ class Statistics:
         return total / sum(one.elements for one in matrices)
 
     def _scale(self, matrices: Sequence[Matrix]) -> float:
-        """Without which saliencies of a confident model vanish in float32."""
+        """The mean over all, without which saliencies of a confident model vanish in float32."""
         if not (mean := self._mean(matrices)):
             raise InputError(
-                f"{self.kinds['rank-one'][0].folder}: every gradient of what is pruned is zero; "
-                "estimate it on other data"
+                "every gradient of what is pruned is zero; estimate the Fisher on other data"
             )
         return mean
 
@@ -162,7 +161,7 @@ class Statistics:
                      for one in matrices if (held := gone(one)) is not None}  # fmt: skip
             if masks:
                 gradients = MaskedGradients(gradients, masks)
-            fisher = RankOneFisher(gradients, recipe.damping * self._mean(matrices), None)
+            fisher = RankOneFisher(gradients, recipe.damping * self._scale(matrices), None)
             values = fisher.inverse_diagonal()
             self._count(fisher)
             self._whole = (
