@@ -71,7 +71,7 @@ def _updated(
     statistics, recipe = step.statistics, step.recipe
     assert statistics is not None
     if name == "columnwise":
-        assert recipe.damping is not None
+        assert recipe.moment_damping is not None
         gone = step.pruned_before(matrix)
         alive = torch.ones_like(mask) if gone is None else ~gone
         chooser = ColumnChooser(alive, recipe.pattern, recipe.sparsity, recipe.budget)
@@ -83,7 +83,7 @@ def _updated(
 
         columns = recipe.pattern.m if recipe.chooses_in_columns and recipe.pattern.m else STEP
         moment = statistics.activations(matrix)
-        return columnwise(weight, moment, chosen, columns, damping=recipe.damping)
+        return columnwise(weight, moment, chosen, columns, damping=recipe.moment_damping)
     found = statistics.curvature(recipe, matrix, step.pruned_before(matrix))
     if found is None:
         step.counts.setdefault("unmoved", []).append(matrix.name)

@@ -25,7 +25,7 @@ DEFAULT_BUDGET: dict[str, Budget] = {"wanda": "row", "fisher": "row"}
 DEFAULT_BLOCK: dict[str, int | None] = {"mfac": None}
 BLOCK = 128
 DAMPING = 1e-3
-COLUMNWISE_DAMPING = 0.01
+MOMENT_DAMPING = 0.01
 LARGEST_GROUP = 8
 """Of weights whose sets OBS weighs against one another: 4 of 8 are 70 sets."""
 TOO_SMALL = 1e-6
@@ -46,7 +46,9 @@ class Recipe:
     block: int | None
     """Weights in a block of the rank-one Fisher; None takes it whole."""
     damping: float | None
-    """Relative to the mean Fisher, or to the mean input moment. None is chosen on held-out data."""
+    """Of the rank-one Fisher, relative to its mean. None is chosen on held-out data."""
+    moment_damping: float | None
+    """Of the inputs' second moment, relative to its mean; chosen together with the other."""
     steps: int
     recover_steps: int
 
@@ -63,9 +65,11 @@ class Recipe:
 
     @property
     def has_damping(self) -> bool:
-        return (
-            "rank-one" in self.kinds or "columnwise" in self.updates or "damping" in self.settings
-        )
+        return "rank-one" in self.kinds or self.inverts_moment
+
+    @property
+    def inverts_moment(self) -> bool:
+        return "columnwise" in self.updates or "damping" in self.settings
 
     @property
     def group(self) -> int:
@@ -112,7 +116,7 @@ class Recipe:
 
     def with_damping(self, damping: float) -> Self:
         settings = self.settings | ({"damping": damping} if "damping" in self.settings else {})
-        return replace(self, damping=damping, settings=settings)
+        return replace(self, damping=damping, moment_damping=damping, settings=settings)
 
 
 def resolve_recipe(
@@ -155,16 +159,17 @@ def resolve_recipe(
         compensate == "auto",
         _block(block, DEFAULT_BLOCK.get(method, BLOCK)),
         None,
+        None,
         steps,
         recover_steps,
     )
     _check(recipe, budget, block, damping)
     if damping == "auto" or not recipe.has_damping:
         return recipe
-    if damping is None and "damping" in recipe.settings:
-        return recipe.with_damping(recipe.settings["damping"])
-    default = DAMPING if "rank-one" in recipe.kinds else COLUMNWISE_DAMPING
-    return recipe.with_damping(default if damping is None else _damping(damping))
+    if damping is not None:
+        return recipe.with_damping(_damping(damping))
+    moment = recipe.settings.get("damping", MOMENT_DAMPING)
+    return replace(recipe, damping=DAMPING, moment_damping=moment)
 
 
 def _sparsity(pattern: Pattern, given: float | None) -> float:

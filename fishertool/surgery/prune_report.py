@@ -63,7 +63,8 @@ def summary_of(plan: PrunePlan, outcome: Outcome, rows: list[dict[str, Any]]) ->
         "sparsity_by_kind": _by_kind(plan, pruned),
         "weights_pruned": plan.elements - kept,
         "overlap_with_magnitude": common / kept if kept else 1.0,
-        "damping": recipe.damping,
+        "damping": recipe.damping if "rank-one" in recipe.kinds else None,
+        "moment_damping": recipe.moment_damping if recipe.inverts_moment else None,
         "predicted_loss_change": None if None in predicted else sum(predicted),
         "bytes": plan.layout.nbytes,
         "bytes_in_memory": sum(
