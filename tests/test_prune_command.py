@@ -114,6 +114,72 @@ def test_zero_sparsity_changes_nothing(
     assert files_of(tmp_path / "o") == files_of(model)
 
 
+@pytest.mark.parametrize(
+    ("flags", "fisher", "moment"),
+    [
+        ("--method obs", 0.001, None),
+        ("--method sparsegpt", None, 0.01),
+        ("--method sparsegpt --compensate joint", 0.001, 0.01),
+        ("--method obs --compensate columnwise", 0.001, 0.01),
+        ("--method sparsegpt --compensate joint --set damping=0.02", 0.001, 0.02),
+        ("--method sparsegpt --compensate joint --damping 0.5", 0.5, 0.5),
+        ("--method magnitude", None, None),
+    ],
+)
+def test_each_statistic_has_a_damping_of_its_own(
+    cli: Cli,
+    model: Path,
+    sidecar: Path,
+    tmp_path: Path,
+    flags: str,
+    fisher: float | None,
+    moment: float | None,
+) -> None:
+    given = () if "magnitude" in flags else ("--fisher", sidecar)
+    result = cli("prune", model, *flags.split(), *given, "--sparsity", 0.5, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    summary = result.report["summary"]
+    assert (summary["damping"], summary["moment_damping"]) == (fisher, moment)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weight, after = weights_of(model)[name], weights_of(tmp_path / "o")[name]
+    mask = after != 0
+    if "joint" in flags:
+        assert fisher is not None
+        gradients = load_file(sidecar / "rank-one.safetensors")[name]
+        held = HeldGradients({"w": gradients})
+        curvature = RankOneFisher(held, fisher, 32, relative=True)
+        expected = joint(weight.flatten(), mask.flatten(), curvature, held).reshape(weight.shape)
+        torch.testing.assert_close(after.double(), expected, rtol=0, atol=1e-6)
+    if "columnwise" in flags:
+        assert moment is not None
+        inputs = load_file(sidecar / "activation.safetensors")[f"{name}#input"]
+        expected, _ = columnwise.columnwise(weight, inputs, lambda s, start: mask, damping=moment)
+        torch.testing.assert_close(after.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "budget"),
+    [
+        ("--method fisher --sparsity 0.3", "row"),
+        ("--method magnitude --sparsity 0.3", "tensor"),
+        ("--method sparsegpt --sparsity 0.3 --budget row", "row"),
+        ("--method fisher --sparsity 0.7 --budget global", "global"),
+        ("--method magnitude --sparsity 0.3 --pattern 1x8", "tensor"),
+        ("--method wanda --sparsity 0.3 --pattern 4x8", "row"),
+        ("--method magnitude --pattern 3:8 --steps 2", None),
+    ],
+)
+def test_a_dry_run_counts_what_will_be_pruned(
+    cli: Cli, model: Path, sidecar: Path, flags: str, budget: str | None
+) -> None:
+    given = [*flags.split(), "--out", "o", "--json"]
+    given += [] if "magnitude" in flags else ["--fisher", str(sidecar)]
+    told = cli("prune", model, *given, "--dry-run").report
+    done = cli("prune", model, *given).report
+    assert told["summary"]["weights_to_prune"] == done["summary"]["weights_pruned"]
+    assert told["options"]["budget"] == done["options"]["budget"] == budget
+
+
 @pytest.mark.parametrize("budget", [None, "row", "tensor"])
 def test_the_mask_is_that_of_the_sidecars_fisher(
     cli: Cli, model: Path, sidecar: Path, tmp_path: Path, budget: str | None
@@ -308,9 +374,19 @@ def test_recovery_trains_what_stays_and_nothing_else(
 
 
 def test_groups_of_four_lose_one_after_another(cli: Cli, model: Path, data: Path) -> None:
-    flags = ("--pattern", "1:4", "--steps", 2, "--data", data, "--out", "o", "--json")
-    result = cli("prune", model, *flags)
-    assert [row["pattern"] for row in result.report["evaluation"]["steps"]] == ["2:4", "1:4"]
+    for method, pattern, steps, made in (
+        ("magnitude", "1:4", 2, ["2:4", "1:4"]),
+        ("obs", "2:4", 16, ["3:4", "2:4"]),
+        ("obs", "7:8", 2, ["7:8"]),
+    ):
+        flags = ("--method", method, "--pattern", pattern, "--steps", steps, "--data", data)
+        result = cli("prune", model, *flags, "--out", pattern, "--json")
+        assert result.code == 0, result.err
+        assert [row["pattern"] for row in result.report["evaluation"]["steps"]] == made
+        told = f"--steps {steps}: --pattern {pattern} is reached in {len(made)}: {', '.join(made)}"
+        assert (told in result.report["warnings"]) == (len(made) < steps)
+        dry = cli("prune", model, *flags, "--out", "dry", "--dry-run", "--json")
+        assert (told in dry.report["warnings"]) == (len(made) < steps)
 
 
 def test_the_saved_mask_is_that_of_the_weights(

@@ -47,6 +47,7 @@ def everything(shape: tuple[int, int]) -> dict[str, Any]:
         "inverse_diagonal": normal(*shape, seed=7).square().double() + 0.1,
         "inverse_blocks": normal(*shape, 1, 1, seed=9).square().double() + 0.1,
         "pruned": 1,
+        "gone": normal(*shape, seed=10) > 1,
         "activations": moment(shape[1]),
         "generator": torch.Generator().manual_seed(8),
         "magnitude": 0.7,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fishertool.pruning.parts.masks import (
     Budget,
+    ColumnChooser,
     choose,
     choose_globally,
     kept_of,
@@ -92,6 +93,38 @@ def test_every_group_of_m_keeps_its_n_largest(text: str, rows: int, budget: Budg
             here = saliency[row, start : start + pattern.m]
             expected = by_sorting(here, pattern.n)
             assert torch.equal(mask[row, start : start + pattern.m], expected)
+
+
+@pytest.mark.parametrize("budget", ["tensor", "row"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_columns_after_one_another_keep_counts_and_bring_nothing_back(
+    budget: Budget, mixed: bool
+) -> None:
+    """`mixed`: every other mask is chosen of all columns at once, as where an update is gated."""
+    alive = torch.ones(5, 21, dtype=torch.bool)
+    for step in range(1, 41):
+        sparsity = 0.9 * step / 40
+        saliency = draw(5, 21, seed=step).masked_fill(~alive, float("-inf"))
+        if mixed and step % 2:
+            mask = choose(saliency, UNSTRUCTURED, sparsity, budget)
+        else:
+            chooser = ColumnChooser(alive, UNSTRUCTURED, sparsity, budget)
+            mask = torch.cat([chooser(saliency[:, s : s + 8], s) for s in range(0, 21, 8)], 1)
+        assert not (mask & ~alive).any()
+        if budget == "row":
+            assert set(mask.sum(1).tolist()) == {kept_of(21, sparsity)}
+        assert budget == "row" or int(mask.sum()) == kept_of(105, sparsity)
+        alive = mask
+
+
+def test_columns_choose_the_largest_of_each_chunk() -> None:
+    alive, saliency = torch.ones(4, 16, dtype=torch.bool), draw(4, 16)
+    for budget, rows in (("tensor", 1), ("row", 4)):
+        chooser = ColumnChooser(alive, UNSTRUCTURED, 0.5, budget)  # type: ignore[arg-type]
+        for start in (0, 8):
+            here = saliency[:, start : start + 8]
+            kept = [by_sorting(one, one.numel() // 2) for one in here.chunk(rows)]
+            assert torch.equal(chooser(here, start), torch.cat(kept))
 
 
 @pytest.mark.parametrize("text", ["1x4", "4x1", "2x8", "8x8"])

@@ -127,8 +127,9 @@ def prune(
         str | None,
         option(
             "--damping",
-            help="Relative to the mean Fisher, or auto, the best on held-out examples. "
-            "[default: 0.001; 0.01 for columnwise]",
+            help="Relative to the mean of what is inverted, the Fisher or the inputs' moment; or "
+            "auto, the best on held-out examples. [default: 0.001; 0.01 for columnwise and "
+            "sparsegpt]",
         ),
     ] = None,
     steps: Annotated[

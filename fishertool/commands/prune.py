@@ -20,6 +20,7 @@ from fishertool.estimation.settings import Settings
 from fishertool.models.loading import check_device
 from fishertool.models.units import PATTERNS
 from fishertool.progress import Track, silent
+from fishertool.pruning.parts.masks import kept_of_all
 from fishertool.report import (
     Files,
     Report,
@@ -124,6 +125,8 @@ def prune(
     device = check_device(device)
     torch.set_num_threads(threads)
     report.options["set"] = recipe.settings
+    report.options["budget"] = None if recipe.pattern.m else recipe.budget
+    report.warnings += recipe.warnings
     with ExitStack() as opened:
         with report.phase("check"):
             plan = plan_prune(
@@ -232,10 +235,12 @@ def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: P
         for matrix in plan.matrices
     ]
     largest = max(matrix.elements for matrix in plan.matrices)
+    recipe, shapes = plan.recipe, [matrix.shape for matrix in plan.matrices]
+    kept = kept_of_all(shapes, recipe.pattern, recipe.sparsity, recipe.budget)
     report.summary = {
         "selected": len(plan.matrices),
         "weights": plan.elements,
-        "weights_to_prune": round(plan.elements * plan.recipe.sparsity),
+        "weights_to_prune": plan.elements - kept,
         "bytes_to_write": sum(needed.values()),
         "free_bytes": free_bytes(out),
         "estimated_peak_bytes": BASE_RSS_BYTES + DOUBLES * 8 * largest,

@@ -44,6 +44,20 @@ class HeldGradients:
         return self._rows[name][:, start:stop]
 
 
+class MaskedGradients:
+    """Gradients with some columns zero: F is then that of the others, these being held.
+
+    masks  name -> True where a column stays, flat
+    """
+
+    def __init__(self, gradients: Gradients, masks: Mapping[str, Tensor]):
+        self.members, self.sizes = gradients.members, gradients.sizes
+        self._gradients, self._masks = gradients, masks
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._gradients.read(name, start, stop) * self._masks[name][start:stop]
+
+
 class Piece:
     """Consecutive weights of one tensor, in blocks of one width.
 

@@ -73,10 +73,10 @@ class RankOneFisher:
         self._slack = math.sqrt(torch.finfo(dtype).eps)
         self._pieces = Pieces(gradients, block, dtype)
         if relative:
-            total = sum(float(piece.squares.sum()) for piece in self._pieces)
-            if total == 0:
+            mean = mean_fisher(gradients, dtype)
+            if mean == 0:
                 raise InputError("every gradient is zero; give a damping that is not relative")
-            damping *= total / self.members / self.size
+            damping *= mean
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be finite and above zero, not {damping}")
         self.damping = damping
@@ -208,6 +208,12 @@ class RankOneFisher:
                 if damping != self.damping:
                     self.fallbacks[start] = damping
             yield run
+
+
+def mean_fisher(gradients: Gradients, dtype: torch.dtype = torch.float64) -> float:
+    """The mean of diag(G^T G / m), to which damping is relative; a pass over G."""
+    total = sum(float(piece.squares.sum()) for piece in Pieces(gradients, None, dtype))
+    return total / gradients.members / sum(gradients.sizes.values())
 
 
 class _Run:

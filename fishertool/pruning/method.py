@@ -3,7 +3,7 @@
 A pure function in a file of its own name, called once for every matrix:
 
     def name(weight, [fisher], [general], [gradient], [general_gradient], [inverse_diagonal],
-             [inverse_blocks], [pruned], [activations], [generator], [magnitude], *,
+             [inverse_blocks], [pruned], [gone], [activations], [generator], [magnitude], *,
              setting=default) -> Tensor
 
 weight            W of a linear layer, [out, in], float32
@@ -11,9 +11,11 @@ fisher            its diagonal Fisher, with the mean over all pruned weights
 general           the same on general data, where `fisher` is on the domain's
 gradient          its mean gradient, [out, in]
 general_gradient  the same on general data
-inverse_diagonal  diag(F^-1) of the rank-one Fisher, [out, in]
+inverse_diagonal  diag(F^-1) of the rank-one Fisher, times its mean over all pruned weights,
+                  [out, in]; weights that are gone are held, and infinite where F is zero
 inverse_blocks    its blocks of the weights that are judged together, [out, in / group, group, group]
 pruned            how many of each such group go
+gone              True where an earlier step pruned, [out, in]
 activations       second moment of the layer's input, E[x x^T], [in, in]
 generator         a `torch.Generator`, seeded by the tensor
 magnitude         mean of abs(w) over all pruned weights

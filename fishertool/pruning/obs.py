@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def obs(weight: Tensor, inverse_blocks: Tensor, pruned: int) -> Tensor:
+def obs(weight: Tensor, inverse_blocks: Tensor, pruned: int, gone: Tensor | None = None) -> Tensor:
     """The rise of the loss if a weight is zero and the others move to make up for it: OBS.
 
         w_i^2 / (2 [F^-1]_ii)
@@ -16,17 +16,20 @@ def obs(weight: Tensor, inverse_blocks: Tensor, pruned: int) -> Tensor:
         min over Q with i in Q of  w_Q^T ([F^-1]_QQ)^-1 w_Q / (2 `pruned`)
 
     so that in each group the set of least rise has the least saliencies, and those of a block
-    that goes whole add up to its rise.
+    that goes whole add up to its rise. Weights that are `gone` already are in every such set.
 
-    Shapes: weight [out, in], inverse_blocks [out, in / group, group, group]. Sources: Hassibi and
+    Shapes: weight, gone [out, in], inverse_blocks [out, in / group, group, group]. Sources: Hassibi and
     Stork 1993 (NIPS 5); WoodFisher, Singh and Alistarh 2020, arXiv 2004.14340; oBERT, Kurtic et
     al. 2022, arXiv 2203.07259, for groups.
     """
     size = inverse_blocks.shape[-1]
     groups, inverse = weight.double().reshape(-1, size), inverse_blocks.reshape(-1, size, size)
+    held = torch.zeros_like(groups, dtype=torch.bool) if gone is None else gone.reshape(-1, size)
+    in_each = held.sum(1)
     least = torch.full_like(groups, torch.inf)
     for together in map(list, itertools.combinations(range(size), pruned)):
         rise = _rise(groups[:, together], inverse[:, together][:, :, together]) / pruned
+        rise[held[:, together].sum(1) < in_each] = torch.inf
         least[:, together] = torch.minimum(least[:, together], rise.unsqueeze(1))
     return least.reshape(weight.shape).to(torch.float32)
 

@@ -11,7 +11,7 @@ from fishertool.errors import InputError
 from fishertool.progress import Advance
 from fishertool.pruning.parts.columnwise import columnwise
 from fishertool.pruning.parts.compensation import joint, summed
-from fishertool.pruning.parts.masks import choose_columns
+from fishertool.pruning.parts.masks import ColumnChooser
 from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_plan import mask_name
 from fishertool.surgery.prune_stage import NO_ANSWER, Step, refusal
@@ -59,35 +59,39 @@ def _candidates(step: Step, matrix: Matrix, weight: Tensor, mask: Tensor) -> lis
 
     found = [candidate("none", weight, mask)]
     for name in step.recipe.updates:
-        new, its_mask = _updated(step, name, matrix, weight, mask)
-        found.append(candidate(name, new, its_mask))
+        if (updated := _updated(step, name, matrix, weight, mask)) is not None:
+            found.append(candidate(name, *updated))
     return found
 
 
 def _updated(
     step: Step, name: str, matrix: Matrix, weight: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
+    """None where the statistic is zero, and tells of no move."""
     statistics, recipe = step.statistics, step.recipe
     assert statistics is not None
     if name == "columnwise":
-        assert recipe.damping is not None
+        assert recipe.moment_damping is not None
         gone = step.pruned_before(matrix)
+        alive = torch.ones_like(mask) if gone is None else ~gone
+        chooser = ColumnChooser(alive, recipe.pattern, recipe.sparsity, recipe.budget)
 
         def chosen(saliency: Tensor, start: int) -> Tensor:
-            if not recipe.chooses_in_columns:
-                return mask[:, start : start + saliency.shape[1]]
-            if gone is not None:
-                hidden = gone[:, start : start + saliency.shape[1]]
-                saliency = saliency.masked_fill(hidden, float("-inf"))
-            return choose_columns(saliency, start, recipe.pattern, recipe.sparsity, recipe.budget)
+            if recipe.chooses_in_columns:
+                return chooser(saliency, start)
+            return mask[:, start : start + saliency.shape[1]]
 
         columns = recipe.pattern.m if recipe.chooses_in_columns and recipe.pattern.m else STEP
         moment = statistics.activations(matrix)
         try:
-            return columnwise(weight, moment, chosen, columns, damping=recipe.damping)
+            return columnwise(weight, moment, chosen, columns, damping=recipe.moment_damping)
         except NO_ANSWER as error:
             raise refusal(matrix, error) from error
-    fisher, gradients = statistics.curvature(recipe, matrix)
+    found = statistics.curvature(recipe, matrix, step.pruned_before(matrix))
+    if found is None:
+        step.counts.setdefault("unmoved", []).append(matrix.name)
+        return None
+    fisher, gradients = found
     flat, kept = weight.flatten(), mask.flatten()
     moved = {
         "summed": lambda: summed(flat, kept, fisher),
@@ -104,7 +108,10 @@ def _predicted(step: Step, matrix: Matrix, weight: Tensor, new: Tensor) -> float
         return None
     change = (new.double() - weight.double()).flatten()
     if "rank-one" in statistics.kinds:
-        fisher, _ = statistics.curvature(step.recipe, matrix)
+        found = statistics.curvature(step.recipe, matrix, step.pruned_before(matrix))
+        if found is None:
+            return 0.0
+        fisher, _ = found
         return (float(fisher.quadratic_form(change)) - fisher.damping * float(change @ change)) / 2
     if "diagonal" in statistics.kinds:
         values = statistics.diagonal(matrix).double().flatten()

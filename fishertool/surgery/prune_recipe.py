@@ -25,7 +25,7 @@ DEFAULT_BUDGET: dict[str, Budget] = {"wanda": "row", "fisher": "row"}
 DEFAULT_BLOCK: dict[str, int | None] = {"mfac": None}
 BLOCK = 128
 DAMPING = 1e-3
-COLUMNWISE_DAMPING = 0.01
+MOMENT_DAMPING = 0.01
 LARGEST_GROUP = 8
 """Of weights whose sets OBS weighs against one another: 4 of 8 are 70 sets."""
 TOO_SMALL = 1e-6
@@ -46,7 +46,9 @@ class Recipe:
     block: int | None
     """Weights in a block of the rank-one Fisher; None takes it whole."""
     damping: float | None
-    """Relative to the mean Fisher, or to the mean input moment. None is chosen on held-out data."""
+    """Of the rank-one Fisher, relative to its mean. None is chosen on held-out data."""
+    moment_damping: float | None
+    """Of the inputs' second moment, relative to its mean; chosen together with the other."""
     steps: int
     recover_steps: int
 
@@ -63,9 +65,11 @@ class Recipe:
 
     @property
     def has_damping(self) -> bool:
-        return (
-            "rank-one" in self.kinds or "columnwise" in self.updates or "damping" in self.settings
-        )
+        return "rank-one" in self.kinds or self.inverts_moment
+
+    @property
+    def inverts_moment(self) -> bool:
+        return "columnwise" in self.updates or "damping" in self.settings
 
     @property
     def group(self) -> int:
@@ -87,18 +91,32 @@ class Recipe:
         one_by_one = self.pattern.rows * self.pattern.columns == 1
         return self.method.name == "sparsegpt" and "columnwise" in self.updates and one_by_one
 
-    def at_step(self, step: int) -> Self:
-        """The same for the step `step` of `steps`, on the way from 1 to the density geometrically."""
-        share = step / self.steps
-        if self.pattern.m:
-            n, m = self.pattern.n, self.pattern.m
-            now = replace(self.pattern, n=round(m * (n / m) ** share))
-            return replace(self, pattern=now, sparsity=1 - now.n / m)
-        return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
+    @property
+    def schedule(self) -> list[Self]:
+        """The same for each step, on the way from 1 to the density geometrically; of n:m a step for
+        every n on the way, which may be fewer than `steps`."""
+        shares = [step / self.steps for step in range(1, self.steps)]
+        n, m = self.pattern.n, self.pattern.m
+        if not m:
+            sparsities = (1 - (1 - self.sparsity) ** share for share in shares)
+            return [*(replace(self, sparsity=sparsity) for sparsity in sparsities), self]
+        counts = dict.fromkeys(round(m * (n / m) ** share) for share in shares)
+        patterns = [replace(self.pattern, n=now) for now in counts if n < now < m]
+        return [*(replace(self, pattern=one, sparsity=1 - one.n / m) for one in patterns), self]
+
+    @property
+    def warnings(self) -> list[str]:
+        made = self.schedule
+        if len(made) == self.steps:
+            return []
+        patterns = ", ".join(str(one.pattern) for one in made)
+        return [
+            f"--steps {self.steps}: --pattern {self.pattern} is reached in {len(made)}: {patterns}"
+        ]
 
     def with_damping(self, damping: float) -> Self:
         settings = self.settings | ({"damping": damping} if "damping" in self.settings else {})
-        return replace(self, damping=damping, settings=settings)
+        return replace(self, damping=damping, moment_damping=damping, settings=settings)
 
 
 def resolve_recipe(
@@ -141,16 +159,17 @@ def resolve_recipe(
         compensate == "auto",
         _block(block, DEFAULT_BLOCK.get(method, BLOCK)),
         None,
+        None,
         steps,
         recover_steps,
     )
     _check(recipe, budget, block, damping)
     if damping == "auto" or not recipe.has_damping:
         return recipe
-    if damping is None and "damping" in recipe.settings:
-        return recipe.with_damping(_damping("--set damping", recipe.settings["damping"]))
-    default = DAMPING if "rank-one" in recipe.kinds else COLUMNWISE_DAMPING
-    return recipe.with_damping(default if damping is None else _damping("--damping", damping))
+    if damping is not None:
+        return recipe.with_damping(_damping("--damping", damping))
+    moment = _damping("--set damping", recipe.settings.get("damping", MOMENT_DAMPING))
+    return replace(recipe, damping=DAMPING, moment_damping=moment)
 
 
 def _sparsity(pattern: Pattern, given: float | None) -> float:

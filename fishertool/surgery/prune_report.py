@@ -17,6 +17,8 @@ NOTHING_GAINED = (
     "nothing: zeros are stored and multiplied like any number; the file has the same bytes, and a "
     "dense runtime takes the same memory and time"
 )
+ZERO = (("unmoved", "what stays was not moved"), ("by_magnitude", "pruned by magnitude alone"))
+"""Note taken of a matrix whose statistic is zero, and what it says; the last one of a matrix is told."""
 MAGNITUDES = 0.99
 """Overlap with magnitude's mask from which on a method's cost was for nothing."""
 
@@ -69,7 +71,8 @@ def summary_of(
         "sparsity_by_kind": _by_kind(plan, pruned),
         "weights_pruned": plan.elements - kept,
         "overlap_with_magnitude": common / kept if kept else 1.0,
-        "damping": recipe.damping,
+        "damping": recipe.damping if "rank-one" in recipe.kinds else None,
+        "moment_damping": recipe.moment_damping if recipe.inverts_moment else None,
         "predicted_loss_change": None if None in predicted else sum(predicted),
         "bytes": plan.layout.nbytes,
         "bytes_in_memory": sum(
@@ -106,6 +109,15 @@ def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> l
                 if method == "mfac"
                 else ""
             )
+        )
+    untold = {
+        name: what for key, what in ZERO for row in outcome.steps for name in row.get(key, [])
+    }
+    for what in dict.fromkeys(untold.values()):
+        names = [name for name in untold if untold[name] == what]
+        found.append(
+            f"the statistic of {some(names)} is zero on these examples: {what}; take other "
+            "examples, or leave out with --exclude what they do not reach"
         )
     for row in outcome.steps:
         if row.get("fallbacks"):

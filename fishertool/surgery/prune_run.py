@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.companions import write_json
-from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
+from fishertool.checkpoint.reader import load_json, open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.progress import Track
 from fishertool.surgery.prune_plan import PrunePlan
@@ -49,15 +49,14 @@ def run_prune(
     _check_job(place, job)
     recipe = plan.recipe
     outcome = Outcome(plan, place, recipe)
-    for number in range(1, recipe.steps + 1):
+    count = len(recipe.schedule)
+    for number in range(1, count + 1):
         here = place / f"step-{number}"
         here.mkdir(exist_ok=True)
         with ExitStack() as opened:
             before = (
                 None if number == 1 else opened.enter_context(open_checkpoint(outcome.pruned, STEM))
             )
-            if before is not None and trial is not None:
-                trial.put_all(before, plan.matrices)
             statistics = plan.statistics if number == 1 else None
             if statistics is None and recipe.kinds and not (here / "pruned").exists():
                 assert trial is not None
@@ -65,7 +64,7 @@ def run_prune(
                 if number == 1:
                     plan = plan.without(statistics.unreached(plan.matrices))
                 statistics.check(recipe, plan.matrices, trial.calibration.texts.name)
-            now = outcome.recipe.at_step(number)
+            now = outcome.recipe.schedule[number - 1]
             step = Step(plan, now, statistics, before, seed, trial)
             if recipe.has_damping and recipe.damping is None and number == 1:
                 assert trial is not None
@@ -73,9 +72,8 @@ def run_prune(
                 best = min(outcome.dampings, key=lambda row: row["held_out_loss"])
                 outcome.recipe = outcome.recipe.with_damping(best["damping"])
                 step.recipe = now.with_damping(best["damping"])
-                _restore(step, trial)
             with track(
-                f"Pruning, step {number} of {recipe.steps}", 2 * plan.elements, "weights"
+                f"Pruning, step {number} of {count}", 2 * plan.elements, "weights"
             ) as advance:
                 outcome.pruned = run_step(step, here, advance)
         with open_checkpoint(outcome.pruned, STEM) as pruned:  # if an earlier run left it
@@ -150,8 +148,3 @@ def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[di
             advance(1)
     write_json(kept, {"dampings": rows})
     return rows
-
-
-def _restore(step: Step, trial: Trial) -> None:
-    source: Checkpoint = step.before or step.plan.checkpoint
-    trial.put_all(source, step.plan.matrices)

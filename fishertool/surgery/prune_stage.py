@@ -40,8 +40,9 @@ class Step:
     trial: Trial | None = None
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By matrix: predicted loss change, and the update it got."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Blocks that got more damping, and entries of the inverse diagonal out of bounds."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Blocks that got more damping, entries of the inverse diagonal out of bounds, and the matrices
+    that a statistic which is zero told nothing about: pruned by magnitude, or not moved."""
 
     def weight(self, matrix: Matrix) -> Tensor:
         """[out, in], float32 or, stored so, float64."""

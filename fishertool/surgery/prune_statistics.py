@@ -1,6 +1,6 @@
 """What a pruning method asks of sidecars, and one matrix's part of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
-from fishertool.fisher.columns import Gradients, HeldGradients
+from fishertool.fisher.columns import Gradients, HeldGradients, MaskedGradients
 from fishertool.fisher.header import FisherHeader
-from fishertool.fisher.rank_one import RankOneFisher
+from fishertool.fisher.rank_one import RankOneFisher, mean_fisher
 from fishertool.pruning.method import Fisher
 from fishertool.sidecar import (
     StoredGradients,
@@ -26,7 +26,8 @@ from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import KINDS, Recipe
 
 Opened = tuple[Checkpoint, FisherHeader]
-SIDES = {"diagonal": "fisher", "mean-gradient": "gradient"}
+Gone = Callable[[Matrix], Tensor | None]
+"""True where an earlier step pruned a matrix, [out, in]; None before the first one."""
 
 
 class Statistics:
@@ -38,7 +39,7 @@ class Statistics:
     def __init__(self, kinds: dict[str, Opened], general: dict[str, Opened] | None = None):
         self.kinds, self.general = kinds, general or {}
         self.fallbacks, self.clamped = 0, 0
-        self._dampings: dict[tuple[str, float], float] = {}
+        self._means: dict[str, float] = {}
         self._whole: tuple[float, dict[str, Tensor]] | None = None
 
     @property
@@ -85,14 +86,20 @@ class Statistics:
                         "other data"
                     )
 
-    def inputs(self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix) -> dict[str, Any]:
+    def inputs(
+        self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix, gone: Gone
+    ) -> dict[str, Any]:
         """What the method names, of one matrix, as [out, in] says whatever is on disk."""
         found: dict[str, Any] = {}
         for name in recipe.method.inputs:
             if name == "inverse_diagonal":
-                found[name] = self._inverse_diagonal(recipe, matrices, matrix)
+                inverse = self._inverse_diagonal(recipe, matrices, matrix, gone)
+                found[name] = inverse * self._scale(matrices)
             elif name == "inverse_blocks":
-                found[name] = self._inverse_blocks(recipe, matrices, matrix)
+                blocks = self._inverse_blocks(recipe, matrices, matrix, gone)
+                found[name] = blocks * self._scale(matrices)
+            elif name == "gone":
+                found[name] = gone(matrix)
             elif name == "pruned":
                 found[name] = recipe.pruned_of_group
             elif name == "activations":
@@ -113,53 +120,96 @@ class Statistics:
         tensors, header = self.kinds["activation"]
         return _finite(tensors, f"{header.leaders[matrix.name]}#input")
 
-    def curvature(self, recipe: Recipe, matrix: Matrix) -> tuple[RankOneFisher, Gradients]:
-        """The rank-one Fisher of one matrix, and the gradients it is made of."""
+    def curvature(
+        self, recipe: Recipe, matrix: Matrix, gone: Tensor | None
+    ) -> tuple[RankOneFisher, Gradients] | None:
+        """The rank-one Fisher of one matrix, weights that are gone being held at zero, and the
+        gradients it is made of; None where all of these are zero."""
+        if not (mean := self._mean([matrix])):
+            return None
         tensors, _ = self.kinds["rank-one"]
         gradients: Gradients = StoredGradients(tensors, [matrix.name])
         if matrix.turned:
             rows = gradients.read(matrix.name, 0, matrix.elements)
             shaped = rows.reshape(len(rows), *reversed(matrix.shape)).mT
             gradients = HeldGradients({matrix.name: shaped.contiguous()})
+        if gone is not None:
+            gradients = MaskedGradients(gradients, {matrix.name: ~gone.flatten()})
         block = (
             None if recipe.block is None else aligned(recipe.block, matrix.shape[1], recipe.group)
         )
         assert recipe.damping is not None
-        key = matrix.name, recipe.damping
-        if key in self._dampings:  # the mean Fisher takes a pass over the bank
-            return RankOneFisher(gradients, self._dampings[key], block), gradients
-        fisher = RankOneFisher(gradients, recipe.damping, block, relative=True)
-        self._dampings[key] = fisher.damping
-        return fisher, gradients
+        return RankOneFisher(gradients, recipe.damping * mean, block), gradients
+
+    def _mean(self, matrices: Sequence[Matrix]) -> float:
+        """Of the rank-one Fisher's diagonal, whatever is gone; each matrix's takes a pass, once."""
+        tensors, _ = self.kinds["rank-one"]
+        for name in (one.name for one in matrices if one.name not in self._means):
+            self._means[name] = mean_fisher(StoredGradients(tensors, [name]))
+        total = sum(self._means[one.name] * one.elements for one in matrices)
+        return total / sum(one.elements for one in matrices)
+
+    def _scale(self, matrices: Sequence[Matrix]) -> float:
+        """The mean over all, without which saliencies of a confident model vanish in float32."""
+        if not (mean := self._mean(matrices)):
+            raise InputError(
+                "every gradient of what is pruned is zero; estimate the Fisher on other data"
+            )
+        return mean
 
     def _inverse_diagonal(
-        self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix
+        self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix, gone: Gone
     ) -> Tensor:
-        if recipe.block is not None:
-            fisher, _ = self.curvature(recipe, matrix)
-            inverse = fisher.inverse_diagonal().reshape(matrix.shape)
-            self._count(fisher)
-            return inverse
+        if recipe.block is None:
+            return self._whole_inverse(recipe, matrices, gone)[matrix.name]
+        found = self.curvature(recipe, matrix, gone(matrix))
+        if found is None:
+            return torch.full(matrix.shape, torch.inf, dtype=torch.float64)
+        inverse = found[0].inverse_diagonal().reshape(matrix.shape)
+        self._count(found[0])
+        return inverse
+
+    def _whole_inverse(
+        self, recipe: Recipe, matrices: Sequence[Matrix], gone: Gone
+    ) -> dict[str, Tensor]:
+        """Its diagonal, by matrix, where F is whole."""
         assert recipe.damping is not None
         if self._whole is None or self._whole[0] != recipe.damping:
             names = [one.name for one in matrices]
-            gradients = StoredGradients(self.kinds["rank-one"][0], names)
-            fisher = RankOneFisher(gradients, recipe.damping, None, relative=True)
+            gradients: Gradients = StoredGradients(self.kinds["rank-one"][0], names)
+            masks = {one.name: one.upright(~held).flatten()
+                     for one in matrices if (held := gone(one)) is not None}  # fmt: skip
+            if masks:
+                gradients = MaskedGradients(gradients, masks)
+            fisher = RankOneFisher(gradients, recipe.damping * self._scale(matrices), None)
             values = fisher.inverse_diagonal()
             self._count(fisher)
-            self._whole = recipe.damping, {n: values[span] for n, span in fisher.spans.items()}
-        on_disk = self._whole[1][matrix.name]
-        if matrix.turned:
-            return on_disk.reshape(*reversed(matrix.shape)).T
-        return on_disk.reshape(matrix.shape)
+            self._whole = (
+                recipe.damping,
+                {
+                    one.name: one.upright(
+                        values[fisher.spans[one.name]].reshape(
+                            one.shape[::-1] if one.turned else one.shape
+                        )
+                    )
+                    for one in matrices
+                },
+            )
+        return self._whole[1]
 
-    def _inverse_blocks(self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix) -> Tensor:
+    def _inverse_blocks(
+        self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix, gone: Gone
+    ) -> Tensor:
         if recipe.group == 1:
-            return self._inverse_diagonal(recipe, matrices, matrix)[..., None, None]
-        fisher, _ = self.curvature(recipe, matrix)
-        blocks = fisher.inverse_blocks(recipe.group)
-        self._count(fisher)
-        return blocks.reshape(matrix.shape[0], -1, *blocks.shape[1:])
+            return self._inverse_diagonal(recipe, matrices, matrix, gone)[..., None, None]
+        found = self.curvature(recipe, matrix, gone(matrix))
+        groups = matrix.shape[0], -1, recipe.group
+        if found is None:
+            infinite = torch.full(matrix.shape, torch.inf, dtype=torch.float64)
+            return infinite.reshape(groups).diag_embed()
+        blocks = found[0].inverse_blocks(recipe.group)
+        self._count(found[0])
+        return blocks.reshape(*groups, recipe.group)
 
     def _count(self, fisher: RankOneFisher) -> None:
         self.fallbacks += len(fisher.fallbacks)

@@ -26,6 +26,9 @@ from fishertool.surgery.prune_plan import PrunePlan, mask_name
 from fishertool.surgery.prune_recipe import Recipe
 from fishertool.surgery.prune_stage import NO_ANSWER, NOTES, STEM, Step, refusal, stored
 
+LEAST = 1e-30
+"""Of saliencies that only tell the weights of one matrix apart, at most."""
+
 
 def run_step(step: Step, place: Path, advance: Advance) -> Path:
     """Prune every matrix; the folder that has each one's new weights and mask, as on disk."""
@@ -97,7 +100,7 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
                 step.seed * len(plan.matrices) + number
             )
         if step.statistics is not None:
-            inputs |= step.statistics.inputs(recipe, plan.matrices, matrix)
+            inputs |= step.statistics.inputs(recipe, plan.matrices, matrix, step.pruned_before)
         try:
             saliency = recipe.method.function(weight, **inputs, **recipe.settings)
         except NO_ANSWER as error:
@@ -107,6 +110,9 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
                 f"{matrix.name}: its {recipe.method.name} saliency is not finite; estimate the "
                 "Fisher again, or leave it out with --exclude"
             )
+        if not bool(saliency.any()) and bool(weight.any()):
+            step.counts.setdefault("by_magnitude", []).append(matrix.name)
+            saliency = LEAST * weight.abs() / weight.abs().max()
         if recipe.normalize == "mean":
             saliency = saliency / saliency.abs().mean(dtype=torch.float64).clamp(min=1e-300)
         gone = step.pruned_before(matrix)

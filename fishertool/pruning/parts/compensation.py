@@ -3,12 +3,10 @@
 Both minimize 1/2 d^T F d over moves d with d_Q = -w_Q; Q is pruned, K is kept.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from fishertool.fisher.columns import Gradients
+from fishertool.fisher.columns import Gradients, MaskedGradients
 from fishertool.fisher.rank_one import RankOneFisher
 
 
@@ -40,21 +38,10 @@ def joint(weight: Tensor, mask: Tensor, fisher: RankOneFisher, gradients: Gradie
     arXiv 2203.07259.
     """
     values = weight.double()
-    of_kept = RankOneFisher(_Masked(gradients, mask, fisher.spans), fisher.damping, fisher.block)
+    masks = {name: mask[span] for name, span in fisher.spans.items()}
+    of_kept = RankOneFisher(MaskedGradients(gradients, masks), fisher.damping, fisher.block)
     pull = torch.where(mask, fisher.product(torch.where(mask, 0.0, values)), 0.0)
     moves = of_kept.solve(pull)
     # Once more for what rounding left: F_KK may be nearly singular.
     moves += of_kept.solve(pull - of_kept.product(moves))
     return torch.where(mask, values + moves, 0.0)
-
-
-class _Masked:
-    """Gradients with pruned columns set to zero."""
-
-    def __init__(self, gradients: Gradients, mask: Tensor, spans: Mapping[str, slice]):
-        self.members, self.sizes = gradients.members, gradients.sizes
-        self._gradients, self._mask, self._spans = gradients, mask, spans
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        first = self._spans[name].start
-        return self._gradients.read(name, start, stop) * self._mask[first + start : first + stop]

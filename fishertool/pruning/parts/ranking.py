@@ -31,11 +31,15 @@ def largest(parts: Parts, count: int) -> Iterator[Tensor]:
         yield mask
 
 
-def largest_of_each_row(values: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest along the last dimension; among equal ones, the first."""
+def largest_of_each_row(values: Tensor, count: int | Tensor) -> Tensor:
+    """A mask of the `count` largest along the last dimension; among equal ones, the first.
+
+    Shapes: values [..., column], count [..., 1] where it is not the same for every row.
+    """
     order = values.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(values.shape[-1], device=values.device) < count
     mask = torch.zeros_like(values, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :count], True)
+    return mask.scatter_(-1, order, first.expand_as(order))
 
 
 def _kth(parts: Parts, rank: int) -> tuple[int, int]:
