@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker, make_text
+from conftest import VOCABULARY, Cli, ModelMaker, make_text, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_fisher_diagonal import assert_same, randomize
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
@@ -90,6 +92,41 @@ def test_tied_names_follow_the_disk(
     assert set(load_file(tmp_path / "f" / "diagonal.safetensors")) == set(
         load_file(model / "model.safetensors")
     )
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+}
+LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "alone"),
+    [
+        ("FNet", {}, True),  # Fourier transforms over all columns; it has no attention mask
+        ("Nystromformer", {"num_attention_heads": 2, **LANDMARKS}, True),  # so has its convolution
+        ("Bert", {"num_attention_heads": 2}, False),
+    ],
+)
+def test_padding_that_the_model_lets_through_is_left_out(
+    cli: Cli, data: Path, tmp_path: Path, kind: str, more: dict[str, Any], alone: bool
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **more, num_labels=3)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    randomize(model).save_pretrained(tmp_path / "m")
+    make_tokenizer(template=True).save_pretrained(tmp_path / "m")
+    found = []
+    for size in (1, "auto"):
+        flags = ("--batch-size", size, "--out", f"f{size}", "--json")
+        result = cli("estimate-fisher", "m", "--data", data, *flags)
+        assert result.report["summary"]["one_example_at_a_time"] == alone, result.err
+        found.append(load_file(tmp_path / f"f{size}" / "diagonal.safetensors"))
+    assert_same(found[1], found[0])
 
 
 def test_same_seed_same_bytes_and_another_seed_others(

@@ -194,6 +194,7 @@ def _run(
         mine[worker.units :],
         worker.gathering.statistics,
         probe=loaded.probe,
+        longer=loaded.longer,
         inputs=worker.gathering.inputs,
         labels=loaded.labels,
         draws=settings.draws,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fishertool import calibration, hub
 from fishertool.calibration import CalibrationData, DataOptions, Example
+from fishertool.calibration.data import PROBE_TOKENS
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
@@ -30,6 +31,8 @@ from fishertool.report import Files, data_files, public_name
 from fishertool.selection import select
 
 ADAPTER_FISHERS = ("merged", "adapter")
+PADDING = 8
+"""Columns, at most, by which even the longest probe is padded to see what that changes."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,18 @@ class LoadedSubject:
         """The number of an example that is none of the data, to try the model on."""
         return len(self.texts.examples)
 
+    @property
+    def longer(self) -> int | None:
+        """That of another such one, beside which the first is padded; None where all are as long."""
+        probe, longer = self._examples[self.probe :]
+        return self.probe + 1 if longer.size > probe.size else None
+
     @cached_property
     def _examples(self) -> list[Example]:
-        return [*self.texts.examples, self.texts.probe()]
+        examples, probe = self.texts.examples, self.texts.probe()
+        alike = [one for one in examples if len(one.texts) == len(probe.texts)]
+        longest = max(alike, key=lambda one: one.size)
+        return [*examples, probe, longest.cut(PROBE_TOKENS + PADDING)]
 
     def batch(self, examples: Sequence[int]) -> Batch:
         device = str(self.model.device)

@@ -84,6 +84,7 @@ def estimate(
     statistics: Sequence[Statistic],
     *,
     probe: int,
+    longer: int | None = None,
     inputs: InputMoments | None = None,
     labels: Labels = "empirical",
     draws: int = 1,
@@ -112,6 +113,8 @@ def estimate(
     units       runs of batches; after each one the statistics are complete, and `after` is
                 called, which stops the pass by True
     probe       an example (a short one) by which the layer rules are held against autograd
+    longer      one beside which the probe is padded, to see whether that changes what the model
+                gives; None where no example is padded
     inputs      sees the forward passes; with no other statistic, only those are run
     estimator   `signed`: one signed gradient a batch in place of every example's; unbiased
     shards      processes over which the model is sharded. Each calls this with as many batches,
@@ -142,6 +145,7 @@ def estimate(
             gradients.check(
                 lambda copies: logits_of(model, collate([probe] * copies)),
                 collate([probe]).rows_each,
+                None if longer is None else lambda: logits_of(model, collate([probe, longer]))[:1],
             )
             done.one_by_one |= gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
