@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import VOCABULARY, make_text, make_tokenizer, write_rows
 
-from fishertool.calibration import UNSCORED, CalibrationData, DataOptions, load
+from fishertool.calibration import UNSCORED, CalibrationData, DataOptions, Example, load
 from fishertool.errors import InputError, UsageError
 from fishertool.models.tasks import TASKS
 
@@ -77,6 +77,39 @@ def test_an_empty_completion_is_counted(tmp_path: Path) -> None:
         InputError, match="nothing to score in its 1 rows with text: they have no completion"
     ):
         read(tmp_path, "causal-lm", rows[2:3], text_pair_column="more", mask_prompt=True)
+
+
+def test_a_probe_keeps_the_end_of_its_text(tmp_path: Path) -> None:
+    """By which some classifiers find what they read: an end-of-sequence token."""
+    long = list(range(4, 104))
+    inputs = {"input_ids": long, "token_type_ids": [0] * 99 + [1]}
+    example = Example(inputs, 0, 9, targets=long, candidates=[{"input_ids": [7, 8]}])
+    probe = CalibrationData([example], "texts", 0, 0, 512).probe()
+    assert probe.inputs["input_ids"] == [*long[:63], long[-1]] == probe.targets
+    assert probe.inputs["token_type_ids"] == [0] * 63 + [1]
+    assert probe.candidates == example.candidates and probe.label == 0
+
+
+def test_bytes_are_those_of_both_texts(tmp_path: Path) -> None:
+    row = {"text": "the cat", "more": "r\N{LATIN SMALL LETTER U WITH DIAERESIS}n"}
+    one = read(tmp_path, "causal-lm", [row]).examples[0]
+    two = read(tmp_path, "causal-lm", [row], text_pair_column="more").examples[0]
+    assert (one.text_bytes, two.text_bytes) == (7, 7 + 4)
+
+
+def test_classes_of_words_go_by_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    names = datasets.ClassLabel(names=["THING", "NONE"])
+    features = datasets.Features(
+        {"text": datasets.List(datasets.Value("string")), "label": datasets.List(names)}
+    )
+    rows = {"text": [["a", "cat"]], "label": [[1, 0]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    form = TASKS["token-classification"].form
+    options = form.resolve(DataOptions(str(tmp_path / "d.parquet")), "token-classification")
+    data = load(options, make_tokenizer(template=True), 32, LABELS, form)
+    assert data.examples[0].targets == [UNSCORED, 0, 1, UNSCORED]
 
 
 def documents(data: CalibrationData) -> list[list[int]]:

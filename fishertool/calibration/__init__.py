@@ -2,5 +2,14 @@
 
 from fishertool.calibration.data import UNSCORED, CalibrationData, DataOptions, Example
 from fishertool.calibration.forms import Form, load
+from fishertool.calibration.rows import check_data_source
 
-__all__ = ["UNSCORED", "CalibrationData", "DataOptions", "Example", "Form", "load"]
+__all__ = [
+    "UNSCORED",
+    "CalibrationData",
+    "DataOptions",
+    "Example",
+    "Form",
+    "check_data_source",
+    "load",
+]

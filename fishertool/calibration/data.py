@@ -78,16 +78,20 @@ class Example:
         return len(self.texts) * max(len(ids) for text in self.texts for ids in text.values())
 
     def cut(self, tokens: int) -> "Example":
-        """The same with so many tokens of every text at most."""
+        """The same with so many tokens of every text at most: the first, and the last, which is
+        the end of the text that some classifiers look for."""
 
-        def short(text: Mapping[str, list[int]]) -> dict[str, list[int]]:
-            return {name: ids[:tokens] for name, ids in text.items()}
+        def short(ids: Sequence[int]) -> list[int]:
+            return list(ids if len(ids) <= tokens else [*ids[: tokens - 1], ids[-1]])
+
+        def all_short(text: Mapping[str, list[int]]) -> dict[str, list[int]]:
+            return {name: short(ids) for name, ids in text.items()}
 
         return replace(
             self,
-            inputs=short(self.inputs),
-            targets=None if self.targets is None else self.targets[:tokens],
-            candidates=[short(text) for text in self.candidates],
+            inputs=all_short(self.inputs),
+            targets=None if self.targets is None else short(self.targets),
+            candidates=list(map(all_short, self.candidates)),
         )
 
 
@@ -107,6 +111,8 @@ class CalibrationData:
     """Whether the targets are known."""
     selection: Mapping[str, Any] | None = None
     """How the examples were chosen from a pool."""
+    notes: Sequence[str] = ()
+    """Of how they were read, for who runs it."""
 
     @property
     def tokens(self) -> int:
@@ -146,7 +152,7 @@ class CalibrationData:
         }
 
     def warnings(self) -> list[str]:
-        found = []
+        found = list(self.notes)
         if self.truncated:
             read = len(self.examples) if self.selection is None else self.selection["pool"]
             found.append(

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from fishertool.calibration import prompts, ranking, texts
 from fishertool.calibration.choice import check_choice
+from fishertool.calibration.classes import have_names, ids_by_name, names_in
 from fishertool.calibration.data import CalibrationData, DataOptions, Example
 from fishertool.calibration.reader import Reader, length_limit
 from fishertool.calibration.rows import name_of, read_rows
-from fishertool.errors import InputError, UsageError
+from fishertool.errors import InputError, UsageError, some
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def load(
             has = ", ".join(rows.column_names)
             raise InputError(f"{options.data}: no column {column!r}; it has {has}")
     limit = length_limit(options, tokenizer, model_limit)
-    reader = Reader(
-        rows, options, tokenizer, limit, labels if with_labels else None, long_texts == "cut"
-    )
+    known = labels if with_labels else None
+    classes, notes = _classes(rows, options.label_column, known)
+    reader = Reader(rows, options, tokenizer, limit, known, long_texts == "cut", classes)
     examples = list(form.read(reader))
     if not examples:
         why = "no rows with text in it"
@@ -142,7 +143,27 @@ def load(
         reader.unscored,
         form.why_unscored,
         labelled=labels is None or with_labels,
+        notes=notes,
     )
+
+
+def _classes(
+    rows: Any, column: str, labels: Mapping[str, int] | None
+) -> tuple[list[int] | None, list[str]]:
+    """Of each class id of the data the model's, by their names; None where they are the same ids.
+
+    And what to say where names do not tell.
+    """
+    names = None if labels is None else names_in(rows, column)
+    if labels is None or names is None or not have_names(labels):
+        return None, []
+    if found := ids_by_name(names, labels):
+        return found, []
+    told = (
+        f"the classes of {column} ({some(names)}) are not all of the model's "
+        f"({some(list(labels))}): they are taken by their numbers"
+    )
+    return None, [told]
 
 
 def _flag(name: str) -> str:

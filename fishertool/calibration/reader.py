@@ -1,7 +1,7 @@
 """One row's cells -> texts, labels and token ids, and a count of what was cut or left out."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fishertool.calibration.data import TOKEN_TYPES, DataOptions
@@ -16,6 +16,7 @@ class Reader:
     """Iterates over rows, and reads the cells of the row it is at.
 
     labels     class names -> ids of the model's head; None where there are none to read
+    classes    of each class id of the data the model's id, where these may differ
     cut        False leaves texts longer than `limit` whole, for who splits them
     row        number of the row it is at
     truncated  examples with a text cut at `limit` tokens
@@ -33,11 +34,12 @@ class Reader:
         limit: int,
         labels: Mapping[str, int] | None,
         cut: bool,
+        classes: Sequence[int] | None = None,
     ):
         self.options, self.tokenizer, self.limit, self.labels = options, tokenizer, limit, labels
         self.columns: list[str] = rows.column_names
         self.row, self.truncated, self.empty, self.unscored = 0, 0, 0, 0
-        self._rows, self._cut = rows, cut
+        self._rows, self._cut, self._classes = rows, cut, classes
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for number, row in enumerate(self._rows):
@@ -82,12 +84,21 @@ class Reader:
             raise self.refusal(f"the chat template does not take it: {error}") from error
 
     def label(self, value: Any, labels: Mapping[str, int], where: str = "") -> int:
-        """A class id, or a class name of the model's head."""
+        """The head's id of a class: by its name there, or by its id in the data."""
+        if value is None:
+            raise self.refusal(f"{where}has no label")
         if isinstance(value, str) and value in labels:
             return labels[value]
-        number = int(value) if isinstance(value, str) and value.isdigit() else value
-        if type(number) is int and number in labels.values():
-            return number
+        if isinstance(value, str):
+            whole = value.isdecimal()
+        else:  # a column of numbers with a gap holds fractions
+            whole = isinstance(value, float) and value.is_integer()
+        number = int(value) if whole else value
+        if type(number) is int:
+            if self._classes is not None and number in range(len(self._classes)):
+                number = self._classes[number]
+            if number in labels.values():
+                return number
         raise self.refusal(
             f"{where}label {value!r} is none of the model's: "
             f"{', '.join(f'{name} ({number})' for name, number in labels.items())}"

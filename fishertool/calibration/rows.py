@@ -1,6 +1,10 @@
 """Data files and Hub datasets -> rows."""
 
+import glob
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +26,9 @@ def read_rows(options: DataOptions) -> Any:
 
     Raises InputError naming the file, HubError if a dataset cannot be had.
     """
-    import datasets
-
-    path = Path(options.data).expanduser()
-    local = path.suffix.lower() in BUILDERS or path.exists()
-    if local and not path.is_file():
-        raise InputError(f"{options.data}: no such file")
-    if local and path.suffix.lower() not in BUILDERS:
-        raise InputError(f"{options.data}: unknown suffix; known: {', '.join(BUILDERS)}")
-    progress_bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        rows = _local_rows(path, options) if local else _hub_rows(options)
-    finally:
-        if progress_bars:
-            datasets.enable_progress_bars()
+    path = check_data_source(options)
+    with _quiet():
+        rows = _hub_rows(options) if path is None else _local_rows(path, options)
     if options.shuffle:
         rows = rows.shuffle(seed=options.seed)
     count = options.num_examples if options.select is None else options.select_from
@@ -45,27 +37,60 @@ def read_rows(options: DataOptions) -> Any:
     return rows
 
 
+def check_data_source(options: DataOptions) -> Path | None:
+    """The local file that is meant, or None for a dataset of the Hub; nothing is read.
+
+    Raises InputError naming the file, if it is none that can be read.
+    """
+    path = Path(options.data).expanduser()
+    if path.suffix.lower() not in BUILDERS and not path.exists():
+        return None
+    if not path.is_file():
+        raise InputError(f"{options.data}: no such file")
+    if path.suffix.lower() not in BUILDERS:
+        raise InputError(f"{options.data}: unknown suffix; known: {', '.join(BUILDERS)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: is empty")
+    if options.split != "train":
+        raise InputError(f"{path}: is one file, so --split {options.split!r} selects nothing")
+    return path
+
+
 def name_of(options: DataOptions) -> str:
     """A file's name without its folder, a dataset's as it is."""
     path = Path(options.data)
     return path.name if path.exists() else options.data
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of datasets, and without its own lines before our errors."""
+    import datasets
+
+    bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
 def _local_rows(path: Path, options: DataOptions) -> Any:
     """Read into memory: a cache on disk would go stale, fill up, or be read-only."""
     import datasets
 
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: is empty")
-    if options.split != "train":
-        raise InputError(f"{path}: is one file, so --split {options.split!r} selects nothing")
     builder, suffix = BUILDERS[path.suffix.lower()], path.suffix.lower()
-    more = {"sep": "\t"} if suffix == ".tsv" else {}
+    more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    if builder == "csv":  # `NA` and `null` are texts; an empty cell is not
+        more |= {"keep_default_na": False, "na_values": [""]}
     with tempfile.TemporaryDirectory(prefix="fishertool-") as cache:
         try:
             return datasets.load_dataset(
                 builder,
-                data_files=str(path),
+                data_files=glob.escape(str(path)),
                 split="train",
                 cache_dir=cache,
                 keep_in_memory=True,

@@ -29,7 +29,8 @@ def whole(reader: Reader) -> Iterator[Example]:
             label = reader.label(row[options.label_column], reader.labels)
         first_end = encoded["offset_mapping"][0][1] if reader.tokenizer.is_fast else 0
         reader.truncated += cut
-        yield Example(inputs_of(encoded), label, len(text[first_end:].encode()))
+        text_bytes = len(text[first_end:].encode()) + len((pair or "").encode())
+        yield Example(inputs_of(encoded), label, text_bytes)
 
 
 def words(reader: Reader) -> Iterator[Example]:
