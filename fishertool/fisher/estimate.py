@@ -38,7 +38,7 @@ class Statistic(Protocol):
 
 
 def _counters() -> Sums:
-    names = ("examples", "scored", "nll", "skipped")
+    names = ("examples", "tokens", "scored", "nll", "skipped")
     return {name: torch.zeros((), dtype=torch.float64) for name in names}
 
 
@@ -58,6 +58,11 @@ class Pass:
     @property
     def examples(self) -> int:
         return int(self.sums["examples"])
+
+    @property
+    def tokens_read(self) -> int:
+        """Of the examples that took part."""
+        return int(self.sums["tokens"])
 
     @property
     def scored(self) -> int:
@@ -205,6 +210,7 @@ class _Batches:
             for cotangent, last in _mark_last(cotangents):
                 self.gradients.backward(logits, cotangent, self._consume, retain_graph=not last)
         self.done.sums["examples"] += len(batch.examples)
+        self.done.sums["tokens"] += batch.tokens
 
     def finite(self, batch: Batch) -> list[int]:
         """The examples whose loss is finite, by a forward pass alone."""
