@@ -117,8 +117,9 @@ def test_padding_that_the_model_lets_through_is_left_out(
 ) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SMALL, **more, num_labels=3)
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
-    randomize(model).save_pretrained(tmp_path / "m")
+    model: Any = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    randomize(model)
+    model.save_pretrained(tmp_path / "m")
     make_tokenizer(template=True).save_pretrained(tmp_path / "m")
     found = []
     for size in (1, "auto"):
@@ -158,6 +159,8 @@ def test_labels_are_not_needed_where_the_model_gives_them(cli: Cli, make_model: 
     report = cli(*flags, "--json").report
     assert report["summary"]["labels"] == "expected"
     assert "no column 'label'" in cli(*flags, "--overwrite", "--labels", "empirical").err
+    result = cli(*flags, "--overwrite", "--label-column", "nope")  # asked for, and not there
+    assert (result.code, "no column 'nope'; it has text" in result.err) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +217,11 @@ def test_dry_run_and_overwrite(
     planned = cli(*flags, "--dry-run", "--json").report
     assert planned["status"] == "dry-run"
     assert not (tmp_path / "f").exists()
+    for told in ("missing.jsonl: no such file", "a/model.safetensors: unknown suffix"):
+        result = cli(
+            "estimate-fisher", "a", "--data", told.split(":")[0], "--out", "f", "--dry-run"
+        )
+        assert (result.code, told in result.err) == (3, True), result.err
     written = cli(*flags, "--json").report
     assert written["output"]["bytes"] >= planned["summary"]["bytes_to_write"]
     assert cli(*flags).code == 7

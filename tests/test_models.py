@@ -367,6 +367,24 @@ def test_the_task_follows_from_the_architecture(name: str) -> None:
         task_of(config, "here", "casual-lm")
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"id2label": {"0": "LABEL_0"}}, "regression"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"problem_type": "multi_label_classification"}, "multi label classification"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", CLASSIFY])
+def test_a_head_that_chooses_no_class_is_refused(
+    config: dict[str, Any], told: str, asked: str
+) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], **config}
+    with pytest.raises(InputError, match=rf"here: its head is for {told} .* not served yet"):
+        task_of(config, "here", asked)
+    assert task_of(config, "here", "embedding") is TASKS["embedding"]
+
+
 @pytest.mark.parametrize("names", [None, [], ["LlavaForConditionalGeneration"]])
 def test_a_task_that_does_not_follow_is_refused(names: list[str] | None) -> None:
     told = names[0] if names else "none given"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishertool import calibration, hub
-from fishertool.calibration import CalibrationData, DataOptions, Example
+from fishertool.calibration import CalibrationData, DataOptions, Example, check_data_source
 from fishertool.calibration.data import PROBE_TOKENS
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -123,7 +123,6 @@ class LoadedSubject:
 
     def header(self, settings: Settings) -> FisherHeader:
         subject = self.subject
-        drawn = self.labels in ("sampled", "expected-signed")
         return FisherHeader(
             kind="",
             labels=self.labels,
@@ -134,7 +133,7 @@ class LoadedSubject:
             tokens=self.texts.tokens,
             token_ids_sha256=self.texts.fingerprint(),
             seed=subject.data.seed,
-            draws=settings.draws if drawn else 1,
+            draws=settings.draws,
             estimator=settings.estimator,
             group=settings.group,
             scale=self.model.scale,
@@ -143,11 +142,15 @@ class LoadedSubject:
 
 
 def find_subject(opened: ExitStack, source: Source, data: DataOptions) -> Subject:
-    """Open the checkpoints and hold the flags against them; headers are all that is read."""
+    """Open the checkpoints and hold the flags against them; headers are all that is read.
+
+    Raises InputError for data that are no file that can be read.
+    """
     if source.adapter_fisher not in ADAPTER_FISHERS:
         raise UsageError(f"--adapter-fisher {suggest(source.adapter_fisher, ADAPTER_FISHERS)}")
     if source.adapter is None and source.adapter_fisher != "merged":
         raise UsageError("--adapter-fisher is for --adapter")
+    check_data_source(data)
     folder = transformer_folder(hub.resolve(source.model))
     checkpoint = opened.enter_context(open_checkpoint(folder))
     adapter = None
@@ -204,7 +207,8 @@ def load_subject(
         model.max_length,
         model.labels,
         task.form,
-        need_labels=task.has_labels and labels == "empirical",
+        need_labels=task.has_labels
+        and (labels == "empirical" or data.label_column != DataOptions.label_column),
     )
     if data.select is not None:
         texts = workers.first_one(choose(texts, data, model))
