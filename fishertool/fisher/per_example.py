@@ -34,8 +34,7 @@ class PerExampleGradients:
 
     parameters   the wanted ones by name: parameters of the model, or views of part of one
     one_by_one   True where some parameter can only be served with one example in a batch: no rule
-                 fits it, or its layer takes inputs in which examples cannot be told apart; and
-                 where padding changes what the model makes of an example
+                 fits it, or its layer mixes examples in its input; and where padding changes outputs
     by_autograd  the names no rule serves
 
     Raises FishertoolError if a layer's input is changed in place, after `check` saw it was not.
@@ -122,11 +121,8 @@ class PerExampleGradients:
         }
         del logits, theirs
         self._checking = True
-        if (
-            self.one_by_one
-            or self._differing(forward, 2, rows_each, cotangent, exact)
-            or self._mixed
-        ):
+        mixed = self.one_by_one or self._differing(forward, 2, rows_each, cotangent, exact)
+        if mixed or self._mixed:
             self.one_by_one = True
             differing = self._differing(forward, 1, rows_each, cotangent, exact)
             self._leave_to_autograd(differing)
