@@ -17,7 +17,9 @@ from typing import Any
 from fishertool import __version__
 
 SCHEMA = "fishertool.report/1"
-NAMES_A_PLACE = ("model", "models", "against", "base", "fisher", "parts", "data", "out")
+NAMES_A_PLACE = (
+    "model", "models", "adapter", "against", "base", "fisher", "parts", "data", "out",
+)  # fmt: skip
 DECIDES_NOTHING = (
     "track", "threads", "device", "device_map", "accumulate_on", "overwrite", "world_size",
     "checkpoint_every", "resume",

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker, make_text
+from conftest import VOCABULARY, Cli, ModelMaker, make_text, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_fisher_diagonal import assert_same, randomize
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
@@ -92,6 +94,42 @@ def test_tied_names_follow_the_disk(
     )
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+}
+LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "alone"),
+    [
+        ("FNet", {}, True),  # Fourier transforms over all columns; it has no attention mask
+        ("Nystromformer", {"num_attention_heads": 2, **LANDMARKS}, True),  # so has its convolution
+        ("Bert", {"num_attention_heads": 2}, False),
+    ],
+)
+def test_padding_that_the_model_lets_through_is_left_out(
+    cli: Cli, data: Path, tmp_path: Path, kind: str, more: dict[str, Any], alone: bool
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **more, num_labels=3)
+    model: Any = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    randomize(model)
+    model.save_pretrained(tmp_path / "m")
+    make_tokenizer(template=True).save_pretrained(tmp_path / "m")
+    found = []
+    for size in (1, "auto"):
+        flags = ("--batch-size", size, "--out", f"f{size}", "--json")
+        result = cli("estimate-fisher", "m", "--data", data, *flags)
+        assert result.report["summary"]["one_example_at_a_time"] == alone, result.err
+        found.append(load_file(tmp_path / f"f{size}" / "diagonal.safetensors"))
+    assert_same(found[1], found[0])
+
+
 def test_same_seed_same_bytes_and_another_seed_others(
     cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +159,8 @@ def test_labels_are_not_needed_where_the_model_gives_them(cli: Cli, make_model: 
     report = cli(*flags, "--json").report
     assert report["summary"]["labels"] == "expected"
     assert "no column 'label'" in cli(*flags, "--overwrite", "--labels", "empirical").err
+    result = cli(*flags, "--overwrite", "--label-column", "nope")  # asked for, and not there
+    assert (result.code, "no column 'nope'; it has text" in result.err) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +217,11 @@ def test_dry_run_and_overwrite(
     planned = cli(*flags, "--dry-run", "--json").report
     assert planned["status"] == "dry-run"
     assert not (tmp_path / "f").exists()
+    for told in ("missing.jsonl: no such file", "a/model.safetensors: unknown suffix"):
+        result = cli(
+            "estimate-fisher", "a", "--data", told.split(":")[0], "--out", "f", "--dry-run"
+        )
+        assert (result.code, told in result.err) == (3, True), result.err
     written = cli(*flags, "--json").report
     assert written["output"]["bytes"] >= planned["summary"]["bytes_to_write"]
     assert cli(*flags).code == 7

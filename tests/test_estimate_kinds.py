@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli, ModelMaker, make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 
 from fishertool.checkpoint.reader import open_checkpoint
@@ -177,6 +177,10 @@ def test_disk_that_fills_up_during_the_bank_leaves_nothing(
         (["--kind", "diagonal", "--group", 2], "--group is for --kind rank-one"),
         (["--kind", "diagonal", "--bank-dtype", "float32"], "--bank-dtype is for --kind rank-one"),
         (["--kind", "rank-one", "--bank-dtype", "float16"], "--bank-dtype"),
+        (["--draws", 5, "--labels", "empirical"], "--draws 5: labels are empirical"),
+        (["--draws", 5], "--draws 5: labels are expected, and none is drawn; use --labels sampled"),
+        (["--kind", "kronecker", "--include", "*LayerNorm*"], "--kind kronecker: none of the"),
+        (["--kind", "diagonal,activation", "--include", "*bias"], "--kind activation: none of"),
         (["--batch-size", "many"], "--batch-size 'many'"),
         (["--batch-size", 0], "--batch-size '0'"),
     ],
@@ -187,6 +191,26 @@ def test_flags_that_do_not_go_together_are_refused(
     result = cli("estimate-fisher", make_model("a"), "--data", data, *flags, "--out", "f")
     assert (result.code, told in result.err) == (2, True), result.err
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "factored", "rank-one"])
+def test_gradients_that_overflow_are_refused_by_name(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, kind: str
+) -> None:
+    """A norm of a constant divides by nearly nothing: there the gradients, not the loss, overflow."""
+    model = make_model("a", layer_norm_eps=1e-38)
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if "_embeddings" in name:
+            tensors[name].zero_()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    flags = ("estimate-fisher", model, "--data", data, "--kind", kind, "--labels", "empirical")
+    result = cli(*flags, "--out", "f")
+    assert result.code == 3, result.err
+    assert "the Fisher of bert.embeddings." in result.err
+    assert "has NaN or Inf; --exclude these, or go on with --allow-nonfinite" in result.err
+    assert not (tmp_path / "f").exists()
+    assert cli(*flags, "--out", "f", "--allow-nonfinite").code == 0
 
 
 def test_plan_counts_each_kind(cli: Cli, make_model: ModelMaker, data: Path) -> None:

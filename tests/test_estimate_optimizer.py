@@ -131,7 +131,9 @@ def test_code_in_a_pickle_is_not_run(
     torch.save({"state": Evil(), "param_groups": []}, tmp_path / "optimizer.pt")
     result = cli("estimate-fisher", model, "--from-optimizer", "optimizer.pt", "--out", "f")
     assert (result.code, result.out) == (3, "")
-    assert cli("estimate-fisher", model, "--from-optimizer", "none.pt", "--out", "f").code == 3
+    for flags in ((), ("--dry-run",)):
+        result = cli("estimate-fisher", model, "--from-optimizer", "none.pt", "--out", "f", *flags)
+        assert (result.code, "none.pt: no such file" in result.err) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,15 @@ def test_refusals(
     assert not Path("f").exists()
 
 
+@pytest.mark.parametrize("verb", [("estimate-fisher", "--out", "f"), ("evaluate",)])
+def test_regression_is_refused_by_every_verb(
+    cli: Cli, make_model: ModelMaker, data: Path, verb: tuple[str, ...]
+) -> None:
+    result = cli(*verb, make_model("m", labels=1), "--data", data)
+    assert (result.code, result.err.count("\n")) == (3, 1), result.err
+    assert "its head is for regression" in result.err
+
+
 def test_what_is_not_measured_yet_is_refused(cli: Cli, make_model: ModelMaker, data: Path) -> None:
     result = cli("evaluate", make_model("m", head="ForMaskedLM"), "--data", data)
     assert result.code == 2

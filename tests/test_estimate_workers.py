@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Cli, ModelMaker, make_text
 
-from fishertool.estimation import subject
+from fishertool.estimation import subject, workers
 from fishertool.models import tasks
 
 SUMS = "diagonal,factored,kronecker,activation,mean-gradient"
@@ -122,6 +122,32 @@ def test_what_does_not_go_together_is_refused(
     model = make_model("g", "gpt2")
     result = cli("estimate-fisher", model, "--data", texts, *flags, "--out", "f")
     assert (result.code, told in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ("2", "WORLD_SIZE=2 in the environment, but no RANK, MASTER_ADDR, MASTER_PORT: start"),
+        ("two", "WORLD_SIZE='two' in the environment: is a number"),
+        ("0", "WORLD_SIZE='0' in the environment: is a number"),
+        ("", ""),
+        ("1", ""),
+    ],
+)
+def test_a_world_without_a_launcher(
+    cli: Cli,
+    make_model: ModelMaker,
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: str,
+    told: str,
+) -> None:
+    for name in workers.MEETING:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    flags = ("--data", texts, "--out", "f", "--dry-run")
+    result = cli("estimate-fisher", make_model("g", "gpt2"), *flags)
+    assert (result.code, told in result.err) == (2 if told else 0, True), result.err
 
 
 @pytest.mark.parametrize("processes", [2, 4])

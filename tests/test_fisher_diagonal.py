@@ -266,6 +266,7 @@ def test_examples_without_a_finite_loss_can_be_skipped(batch_size: int) -> None:
     assert 0 < len(broken) < COUNT
     assert (found.skipped, found.examples) == (len(broken), COUNT - len(broken))
     rest = [n for n in range(COUNT) if n not in broken]
+    assert found.tokens_read == sum(_examples()[n].tokens for n in rest)
     expected = estimate_diagonal(
         model, dict(model.named_parameters()), _collate("gpt2"), rest, batch_size
     )

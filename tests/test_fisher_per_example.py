@@ -146,6 +146,10 @@ def bypassed(toy: Toy, x: Tensor) -> Tensor:
     return functional.linear(x, toy.get_parameter("a.weight"), toy.get_parameter("a.bias"))
 
 
+def faintly_bypassed(toy: Toy, x: Tensor) -> Tensor:
+    return x + 1e-5 * functional.linear(x, toy.get_parameter("a.weight"))
+
+
 def half_bypassed(toy: Toy, x: Tensor) -> Tensor:
     return functional.linear(mixed(toy.use("a", x)), toy.get_parameter("a.weight"))
 
@@ -232,6 +236,11 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
         True,
     ),
     "bypassed": (lambda: Toy(bypassed, a=linear()), BOTH, True),
+    "faintly bypassed": (
+        lambda: Toy(faintly_bypassed, a=linear(bias=False)),
+        ["a.weight"],
+        True,
+    ),
     "half bypassed": (lambda: Toy(half_bypassed, a=linear()), ["a.weight"], True),
     "bare": (lambda: Toy(bare, a=nn.Parameter(torch.ones(WIDTH, 2))), ["a"], True),
     "conv": (lambda: Toy(second_dimension_last, a=nn.Conv1d(WIDTH, WIDTH, 1)), [], False),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, ModelMaker, make_gpt2, make_tokenizer
+import transformers
+from conftest import VOCABULARY, Cli, ModelMaker, make_gpt2, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from torch import Tensor, nn
@@ -248,6 +249,59 @@ def test_loads_in_the_stored_dtype_but_float16(
         assert torch.equal(parameters[name], tensor.to(loaded))
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_the_dtype_is_what_is_stored_whatever_the_config_says(
+    make_model: ModelMaker, stored: torch.dtype
+) -> None:
+    """One tensor of another dtype, as of a router, decides nothing."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        other = torch.bfloat16 if stored == torch.float32 else torch.float32
+        tensors["classifier.bias"] = tensors["classifier.bias"].to(other)
+
+    folder = edit(make_model("m", dtype=stored), change, dtype="float16")
+    model = load(folder, CLASSIFY)
+    assert {parameter.dtype for parameter in model.module.parameters()} == {stored}
+
+
+SMALL = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("CodeGen", {"n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 32}),
+        ("Rwkv", {**SMALL, "attention_hidden_size": 16}),
+    ],
+)
+def test_a_config_without_a_padding_token(
+    cli: Cli, data: Path, tmp_path: Path, kind: str, size: dict[str, Any]
+) -> None:
+    config = getattr(transformers, f"{kind}Config")(**{"vocab_size": len(VOCABULARY), **size})
+    assert not hasattr(config, "pad_token_id")
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "m")
+    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    result = cli("estimate-fisher", "m", "--data", data, "--out", "f", "-q")
+    assert result.code == 0, result.err
+
+
+def test_rows_of_an_embedding_of_its_own_class_are_counted(tmp_path: Path) -> None:
+    config = transformers.IBertConfig(**SMALL, intermediate_size=32, num_attention_heads=2)
+    transformers.IBertForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer(template=True).save_pretrained(tmp_path)
+    assert load(tmp_path, CLASSIFY).max_length == config.max_position_embeddings
+
+
+def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path: Path) -> None:
+    config = transformers.CanineConfig(
+        **{**SMALL, "num_attention_heads": 2, "intermediate_size": 32, "num_hash_buckets": 64}
+    )
+    transformers.CanineForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer(template=True).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="CanineForSequenceClassification has no table of token"):
+        load(tmp_path, CLASSIFY)
+
+
 def test_what_is_known_of_a_loaded_model(make_model: ModelMaker) -> None:
     bert = load(make_model("bert"), CLASSIFY)
     assert (bert.labels, bert.pad_id) == ({"class0": 0, "class1": 1, "class2": 2}, 0)
@@ -311,6 +365,24 @@ def test_the_task_follows_from_the_architecture(name: str) -> None:
         assert task_of(config, "here", asked) is task_of({}, "here", asked) is TASKS[asked]
     with pytest.raises(UsageError, match="--task 'casual-lm'; did you mean 'causal-lm'"):
         task_of(config, "here", "casual-lm")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"id2label": {"0": "LABEL_0"}}, "regression"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"problem_type": "multi_label_classification"}, "multi label classification"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", CLASSIFY])
+def test_a_head_that_chooses_no_class_is_refused(
+    config: dict[str, Any], told: str, asked: str
+) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], **config}
+    with pytest.raises(InputError, match=rf"here: its head is for {told} .* not served yet"):
+        task_of(config, "here", asked)
+    assert task_of(config, "here", "embedding") is TASKS["embedding"]
 
 
 @pytest.mark.parametrize("names", [None, [], ["LlavaForConditionalGeneration"]])

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -143,7 +142,6 @@ def estimate_fisher(
             if part is not None:
                 write_part(place, worker, writer, share, report)
             else:
-                worker.job = _with_tokens(worker, work, loaded)
                 finish(
                     place, worker, writer, report,
                     shard_bytes=shard_bytes, check=not allow_nonfinite, complete=workers.complete,
@@ -194,6 +192,7 @@ def _run(
         mine[worker.units :],
         worker.gathering.statistics,
         probe=loaded.probe,
+        longer=loaded.longer,
         inputs=worker.gathering.inputs,
         labels=loaded.labels,
         draws=settings.draws,
@@ -232,14 +231,6 @@ def _job(loaded: LoadedSubject, settings: Settings, work: Work, workers: int) ->
         calibration=loaded.texts.describe() | about,
         labelled=loaded.texts.labelled,
     )
-
-
-def _with_tokens(worker: Worker, work: Work, loaded: LoadedSubject) -> Job:
-    """Count the tokens of the examples that took part: a run may stop before the last."""
-    done = work.units[: worker.units] if work.windows else work.units
-    examples = loaded.texts.examples
-    tokens = sum(examples[n].tokens for unit in done for batch in unit for n in batch)
-    return replace(worker.job, header=replace(worker.job.header, tokens=tokens))
 
 
 def _count(units: Sequence[Unit]) -> int:

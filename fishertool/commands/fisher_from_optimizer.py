@@ -20,9 +20,9 @@ from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.sums import absorb, flattened
 from fishertool.models.loading import load_model
 from fishertool.models.names import parameters_by_disk_name
-from fishertool.models.optimizer_state import second_moments
+from fishertool.models.optimizer_state import check_is_there, second_moments
 from fishertool.models.sentence import transformer_folder
-from fishertool.models.tasks import task_of
+from fishertool.models.tasks import loading_task
 from fishertool.report import Files, Report, data_files, environment, options_of, public_name
 from fishertool.selection import select
 
@@ -59,10 +59,11 @@ def fisher_from_optimizer(
         raise UsageError(
             f"--from-optimizer gives a diagonal or factored Fisher, not {', '.join(other)}"
         )
+    check_is_there(optimizer)
     torch.set_num_threads(threads)
     folder = transformer_folder(hub.resolve(model))
     with open_checkpoint(folder) as checkpoint:
-        chosen = task_of(checkpoint.config(), checkpoint.folder, task)
+        chosen = loading_task(checkpoint.config(), checkpoint.folder, task)
         wanted = select(checkpoint, include, exclude)
         infos = [checkpoint.info(name) for name in wanted]
         needed = bytes_of(settings, infos, None)

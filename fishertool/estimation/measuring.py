@@ -60,6 +60,7 @@ def write_statistics(
             work.units,
             gathering.statistics,
             probe=loaded.probe,
+            longer=loaded.longer,
             inputs=gathering.inputs,
             labels=loaded.labels,
             seed=loaded.subject.data.seed,

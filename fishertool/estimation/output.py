@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import Layout
-from fishertool.errors import InputError, some
+from fishertool.errors import InputError, UsageError, some
 from fishertool.estimation.partial import Job, write_partial
 from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.work import Share
@@ -36,7 +36,8 @@ def finish(
     """Write every kind of the sidecar into `folder` (the bank's members are there), and report.
 
     `complete` gives all rows of a weight whose shard is here.
-    Raises InputError if nothing was scored, or, to `check`, if an entry is not finite.
+    Raises InputError if nothing was scored, or, to `check`, if an entry is not finite, and
+    UsageError for a kind that none of the weights has.
     """
     done, gathering = worker.done, worker.gathering
     if not done.scored:
@@ -44,10 +45,12 @@ def finish(
             f"nothing is predicted in the data ({done.skipped} examples were skipped): "
             "give texts of two tokens or more"
         )
-    job = replace(worker.job, header=replace(worker.job.header, examples=done.examples))
+    header = replace(worker.job.header, examples=done.examples, tokens=done.tokens_read)
+    job = replace(worker.job, header=header)
     stored = gathering.stored(done.examples, complete)
+    _check_filled(stored)
     if check:
-        _check_finite(stored, job.header.model)
+        _check_finite(stored, gathering.groups.get("bank-traces", {}), header.model)
     transposed = set() if gathering.inputs is None else gathering.inputs.transposed
     layouts, files = write_kinds(
         folder, job.header, job.shapes, job.wanted, stored, shard_bytes, report, transposed,
@@ -131,17 +134,29 @@ def _output(layouts: Sequence[Layout], files: Sequence[FileDigest], dtype: str) 
     )
 
 
-def _check_finite(stored: Mapping[str, Stored], where: str) -> None:
+def _check_filled(stored: Mapping[str, Stored]) -> None:
+    for kind, one in stored.items():
+        if not one.statistics:
+            raise UsageError(
+                f"--kind {kind}: none of the tensors is a linear layer's matrix that has one; "
+                "--include others"
+            )
+
+
+def _check_finite(
+    stored: Mapping[str, Stored], bank_traces: Mapping[str, Tensor], where: str
+) -> None:
+    """Raises InputError for entries that are not; those of a bank show in its traces."""
     broken = [
         name
-        for one in stored.values()
-        for name, value in one.tensors.items()
+        for tensors in (*(one.tensors for one in stored.values()), bank_traces)
+        for name, value in tensors.items()
         if not bool(value.isfinite().all())
     ]
     if broken:
         raise InputError(
-            f"{where}: the Fisher of {some(broken)} overflows; "
-            "try float32 weights, or go on with --allow-nonfinite"
+            f"{where}: gradients overflow, and the Fisher of {some(broken)} has NaN or Inf; "
+            "--exclude these, or go on with --allow-nonfinite"
         )
 
 

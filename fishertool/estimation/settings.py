@@ -7,7 +7,7 @@ from typing import cast, get_args
 from fishertool.errors import UsageError
 from fishertool.fisher.estimate import Estimator
 from fishertool.fisher.kinds import KINDS
-from fishertool.fisher.labels import Labels
+from fishertool.fisher.labels import DRAWN, Labels
 from fishertool.models.tasks import Task
 from fishertool.registry import suggest
 
@@ -70,6 +70,8 @@ def check_settings(settings: Settings) -> None:
         settings.batch_size.isdecimal() and int(settings.batch_size)
     ):
         raise UsageError(f"--batch-size {settings.batch_size!r}: auto, or a number of examples")
+    if settings.labels != "auto":
+        _check_draws(settings, settings.labels)
     kinds = settings.kinds
     if "rank-one" in kinds:
         _check_bank(settings)
@@ -118,7 +120,8 @@ def _others(kinds: Collection[str], allowed: Collection[str]) -> str:
 def resolve_labels(settings: Settings, task: Task, classes: int) -> Labels:
     """What `auto` means for this task and number of classes.
 
-    Raises UsageError for an exact mean that is out of reach, or over more classes than allowed.
+    Raises UsageError for an exact mean that is out of reach, or over more classes than allowed;
+    and for draws of labels that are not drawn.
     """
     if settings.labels == "expected" and not task.one_prediction:
         raise UsageError(
@@ -130,9 +133,21 @@ def resolve_labels(settings: Settings, task: Task, classes: int) -> Labels:
             f"--labels expected: takes {classes - 1} backward passes a batch for {classes} classes; "
             f"use expected-signed, its unbiased estimate by one, or --max-classes {classes}"
         )
-    if settings.labels != "auto":
-        return cast(Labels, settings.labels)
+    labels = settings.labels if settings.labels != "auto" else _auto_labels(settings, task, classes)
+    _check_draws(settings, labels)
+    return cast(Labels, labels)
+
+
+def _auto_labels(settings: Settings, task: Task, classes: int) -> str:
     if not task.has_labels or "mean-gradient" in settings.kinds:
         return "empirical"
     few = task.one_prediction and classes <= AUTO_EXPECTED_CLASSES
     return "expected" if few and "rank-one" not in settings.kinds else "sampled"
+
+
+def _check_draws(settings: Settings, labels: str) -> None:
+    if settings.draws > 1 and labels not in DRAWN:
+        raise UsageError(
+            f"--draws {settings.draws}: labels are {labels}, and none is drawn; "
+            f"use --labels {' or '.join(DRAWN)}"
+        )

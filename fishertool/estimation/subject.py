@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishertool import calibration, hub
-from fishertool.calibration import CalibrationData, DataOptions, Example
+from fishertool.calibration import CalibrationData, DataOptions, Example, check_data_source
+from fishertool.calibration.data import PROBE_TOKENS
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
@@ -30,6 +31,8 @@ from fishertool.report import Files, data_files, public_name
 from fishertool.selection import select
 
 ADAPTER_FISHERS = ("merged", "adapter")
+PADDING = 8
+"""Columns, at most, by which even the longest probe is padded to see what that changes."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,18 @@ class LoadedSubject:
         """The number of an example that is none of the data, to try the model on."""
         return len(self.texts.examples)
 
+    @property
+    def longer(self) -> int | None:
+        """That of another such one, beside which the first is padded; None where all are as long."""
+        probe, longer = self._examples[self.probe :]
+        return self.probe + 1 if longer.size > probe.size else None
+
     @cached_property
     def _examples(self) -> list[Example]:
-        return [*self.texts.examples, self.texts.probe()]
+        examples, probe = self.texts.examples, self.texts.probe()
+        alike = [one for one in examples if len(one.texts) == len(probe.texts)]
+        longest = max(alike, key=lambda one: one.size)
+        return [*examples, probe, longest.cut(PROBE_TOKENS + PADDING)]
 
     def batch(self, examples: Sequence[int]) -> Batch:
         device = str(self.model.device)
@@ -111,7 +123,6 @@ class LoadedSubject:
 
     def header(self, settings: Settings) -> FisherHeader:
         subject = self.subject
-        drawn = self.labels in ("sampled", "expected-signed")
         return FisherHeader(
             kind="",
             labels=self.labels,
@@ -122,7 +133,7 @@ class LoadedSubject:
             tokens=self.texts.tokens,
             token_ids_sha256=self.texts.fingerprint(),
             seed=subject.data.seed,
-            draws=settings.draws if drawn else 1,
+            draws=settings.draws,
             estimator=settings.estimator,
             group=settings.group,
             scale=self.model.scale,
@@ -131,11 +142,15 @@ class LoadedSubject:
 
 
 def find_subject(opened: ExitStack, source: Source, data: DataOptions) -> Subject:
-    """Open the checkpoints and hold the flags against them; headers are all that is read."""
+    """Open the checkpoints and hold the flags against them; headers are all that is read.
+
+    Raises InputError for data that are no file that can be read.
+    """
     if source.adapter_fisher not in ADAPTER_FISHERS:
         raise UsageError(f"--adapter-fisher {suggest(source.adapter_fisher, ADAPTER_FISHERS)}")
     if source.adapter is None and source.adapter_fisher != "merged":
         raise UsageError("--adapter-fisher is for --adapter")
+    check_data_source(data)
     folder = transformer_folder(hub.resolve(source.model))
     checkpoint = opened.enter_context(open_checkpoint(folder))
     adapter = None
@@ -192,7 +207,8 @@ def load_subject(
         model.max_length,
         model.labels,
         task.form,
-        need_labels=task.has_labels and labels == "empirical",
+        need_labels=task.has_labels
+        and (labels == "empirical" or data.label_column != DataOptions.label_column),
     )
     if data.select is not None:
         texts = workers.first_one(choose(texts, data, model))

@@ -34,6 +34,11 @@ class Batch:
         """[..., time], zero at padding: of the encoder, and of the decoder where there are both."""
         return [self.inputs[name] for name in MASKS if name in self.inputs]
 
+    @property
+    def tokens(self) -> int:
+        """Of its examples, padding not counted."""
+        return sum(int(mask.sum()) for mask in self.masks) if self.examples else 0
+
     def emptied(self) -> Self:
         """The same inputs, of no example: nothing is predicted."""
         return replace(self, scored=torch.zeros_like(self.scored), examples=())

@@ -38,7 +38,7 @@ class Statistic(Protocol):
 
 
 def _counters() -> Sums:
-    names = ("examples", "scored", "nll", "skipped")
+    names = ("examples", "tokens", "scored", "nll", "skipped")
     return {name: torch.zeros((), dtype=torch.float64) for name in names}
 
 
@@ -58,6 +58,11 @@ class Pass:
     @property
     def examples(self) -> int:
         return int(self.sums["examples"])
+
+    @property
+    def tokens_read(self) -> int:
+        """Of the examples that took part."""
+        return int(self.sums["tokens"])
 
     @property
     def scored(self) -> int:
@@ -84,6 +89,7 @@ def estimate(
     statistics: Sequence[Statistic],
     *,
     probe: int,
+    longer: int | None = None,
     inputs: InputMoments | None = None,
     labels: Labels = "empirical",
     draws: int = 1,
@@ -112,6 +118,8 @@ def estimate(
     units       runs of batches; after each one the statistics are complete, and `after` is
                 called, which stops the pass by True
     probe       an example (a short one) by which the layer rules are held against autograd
+    longer      one beside which the probe is padded, to see whether that changes what the model
+                gives; None where no example is padded
     inputs      sees the forward passes; with no other statistic, only those are run
     estimator   `signed`: one signed gradient a batch in place of every example's; unbiased
     shards      processes over which the model is sharded. Each calls this with as many batches,
@@ -142,6 +150,7 @@ def estimate(
             gradients.check(
                 lambda copies: logits_of(model, collate([probe] * copies)),
                 collate([probe]).rows_each,
+                None if longer is None else lambda: logits_of(model, collate([probe, longer]))[:1],
             )
             done.one_by_one |= gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
@@ -201,6 +210,7 @@ class _Batches:
             for cotangent, last in _mark_last(cotangents):
                 self.gradients.backward(logits, cotangent, self._consume, retain_graph=not last)
         self.done.sums["examples"] += len(batch.examples)
+        self.done.sums["tokens"] += batch.tokens
 
     def finite(self, batch: Batch) -> list[int]:
         """The examples whose loss is finite, by a forward pass alone."""

@@ -58,7 +58,8 @@ class FisherHeader:
     Kronecker factor or input moment whatever is no linear layer's weight."""
 
     def to_metadata(self) -> dict[str, str]:
-        return {KEY: json.dumps(asdict(self), allow_nan=False, sort_keys=True)}
+        """Sums that overflow, which --allow-nonfinite lets through, stand as NaN and Infinity."""
+        return {KEY: json.dumps(asdict(self), sort_keys=True)}
 
     @classmethod
     def from_metadata(cls, metadata: Any, where: str) -> Self:

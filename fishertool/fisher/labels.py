@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Labels = Literal["empirical", "sampled", "expected", "expected-signed"]
+DRAWN = ("sampled", "expected-signed")
+"""Those that are drawn, once or several times."""
 Rule = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Iterable[Tensor]]
 """`log_p`, `targets` and `scored` as for `empirical`, and which examples they are: cotangents."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fishertool.errors import FishertoolError
-from fishertool.fisher.agreement import Agreement
+from fishertool.fisher.agreement import Agreement, equal_but_for_rounding
 from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
 from fishertool.fisher.outputs import Expected, Form, made
@@ -34,7 +34,7 @@ class PerExampleGradients:
 
     parameters   the wanted ones by name: parameters of the model, or views of part of one
     one_by_one   True where some parameter can only be served with one example in a batch: no rule
-                 fits it, or its layer takes inputs in which examples cannot be told apart
+                 fits it, or its layer mixes examples in its input; and where padding changes outputs
     by_autograd  the names no rule serves
 
     Raises FishertoolError if a layer's input is changed in place, after `check` saw it was not.
@@ -88,18 +88,23 @@ class PerExampleGradients:
             parameter.requires_grad_(required)
             parameter.grad = None
 
-    def check(self, forward: Forward, rows_each: int = 1) -> None:
+    def check(
+        self, forward: Forward, rows_each: int = 1, padded: Callable[[], Tensor] | None = None
+    ) -> None:
         """Hold every rule against plain autograd, on two examples together, of `rows_each` rows.
 
         They are the same but for their cotangents, so a layer in which they cannot be told apart
         gives gradients that differ; then examples go one by one. A parameter whose gradient
         differs even so (its layer is bypassed or has its input changed) is left to autograd.
+        They go one by one, too, where the example's logits among padding, `padded`, are others.
         """
         parameters = {key: views[0].parameter for key, views in self._views.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self.calls.paused = True
         logits = forward(1)
+        with torch.no_grad():
+            self.one_by_one = padded is not None and not equal_but_for_rounding(logits, padded())
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(logits.shape, generator=generator).to(logits)
         theirs: list[Tensor | None] = [None] * len(parameters)
@@ -116,7 +121,8 @@ class PerExampleGradients:
         }
         del logits, theirs
         self._checking = True
-        if self._differing(forward, 2, rows_each, cotangent, exact) or self._mixed:
+        mixed = self.one_by_one or self._differing(forward, 2, rows_each, cotangent, exact)
+        if mixed or self._mixed:
             self.one_by_one = True
             differing = self._differing(forward, 1, rows_each, cotangent, exact)
             self._leave_to_autograd(differing)

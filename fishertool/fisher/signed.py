@@ -1,6 +1,6 @@
 """The signed estimator: squared per-example gradients from one ordinary backward pass a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -64,7 +64,9 @@ class SignedGradients:
             parameter.requires_grad_(required)
             parameter.grad = None
 
-    def check(self, forward: Forward, rows_each: int = 1) -> None:
+    def check(
+        self, forward: Forward, rows_each: int = 1, padded: Callable[[], Tensor] | None = None
+    ) -> None:
         """Nothing to find out."""
 
     def begin(self, examples: Sequence[int], rows_each: int = 1) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer, or stop: never with weights that are not in the checkpoint."""
 
 import importlib.util
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
@@ -17,6 +18,8 @@ from fishertool.models.tasks import Task, fits_decoder
 from fishertool.registry import suggest
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+COMPUTED = ("F16", "BF16", "F32", "F64")
+"""Dtypes that models compute in."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
 
@@ -63,13 +66,15 @@ def load_model(
     watch_experts: bool = False,
     device_map: str | None = None,
 ) -> LoadedModel:
-    """Load in eval mode, in the stored dtype (float16 as float32: its squares would underflow).
+    """Load in eval mode, in the dtype that the tensors have on disk, whatever config.json says of it
+    (float16 as float32: its squares would underflow).
 
     `scale` is that of an embedding model's scores. With `watch_experts`, experts run one after
     another, so that each one's products can be seen. With `device_map`, one of DEVICE_MAPS, the
     layers go to several devices, in place of `device`; on device "meta" the weights have no values.
     Raises InputError, naming task and architecture, if transformers finds a tensor missing, of
-    another shape, or left over; and for one that the device map has no device for.
+    another shape, or left over; for one that the device map has no device for; and for a model
+    without a table of token embeddings.
     """
     import transformers
 
@@ -81,11 +86,10 @@ def load_model(
     _quieten(transformers)
     if device == "meta":
         device_map = "meta"
-    half = any(checkpoint.info(name).dtype == "F16" for name in checkpoint)
     try:
         module, found = getattr(transformers, _class_name(task, config)).from_pretrained(
             checkpoint.folder,
-            dtype=torch.float32 if half else "auto",
+            dtype=_dtype(checkpoint),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             local_files_only=True,
@@ -131,7 +135,7 @@ def load_model(
             token
             for token in (
                 tokenizer.pad_token_id,
-                module.config.pad_token_id,
+                getattr(module.config, "pad_token_id", None),
                 tokenizer.eos_token_id,
             )
             if token is not None
@@ -139,7 +143,8 @@ def load_model(
         0,
     )
     module.config.pad_token_id = pad_id  # classifiers on decoders find the last token by it
-    vocabulary = module.get_input_embeddings().num_embeddings
+    module.config.use_cache = False  # RWKV writes its state over what a backward pass needs
+    vocabulary = _embedded(module, checkpoint.folder)
     if len(tokenizer) > vocabulary:
         raise InputError(
             f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, "
@@ -171,6 +176,28 @@ def _scorer(loaded: LoadedModel, folder: Path, scale: float | None) -> LoadedMod
         max_length=min((limit for limit in limits if limit), default=None),
         warnings=[no_pooling] if pipeline is None else pipeline.warnings(),
     )
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of most stored numbers, which config.json need not name; float32 where any are float16."""
+    elements: Counter[str] = Counter()
+    for info in checkpoint.infos().values():
+        if info.dtype in COMPUTED:
+            elements[info.dtype] += info.elements
+    if not elements or "F16" in elements:
+        return torch.float32
+    return TORCH[elements.most_common(1)[0][0]]
+
+
+def _embedded(module: Any, folder: Path) -> int:
+    """How many tokens the model has embeddings of."""
+    try:
+        return len(module.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError) as error:
+        raise InputError(
+            f"{folder}: a {type(module).__name__} has no table of token embeddings that "
+            "transformers knows of; such models are not served"
+        ) from error
 
 
 def _class_name(task: Task, config: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ def second_moments(path: Path, module: nn.Module, named: Mapping[str, Tensor]) -
     Moments are divided by 1 - beta2 ^ step where both are known. Raises InputError for a file
     that holds no such state, and for moments that fit the model in number, name or shape neither way.
     """
+    check_is_there(path)
     moments = (
         _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path, module)
     )
@@ -56,9 +57,13 @@ def second_moments(path: Path, module: nn.Module, named: Mapping[str, Tensor]) -
     return found
 
 
-def _from_safetensors(path: Path) -> dict[str, Tensor]:
+def check_is_there(path: Path) -> None:
+    """Raises InputError unless there is such a file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
     with open_checkpoint(path.parent, stem=path.stem) as tensors:
         return {
             name.removeprefix(f"{MOMENT}.").removesuffix(f".{MOMENT}"): tensors[name]
@@ -69,8 +74,6 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _from_pickle(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, groups = content["state"], content["param_groups"]

@@ -128,7 +128,24 @@ TASKS = {
 
 
 def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
-    """The task asked for, or the one the checkpoint was made for.
+    """The task asked for, or the one the checkpoint was made for, if its examples can be scored.
+
+    Raises InputError for a head whose outputs are no probabilities of classes.
+    """
+    task = loading_task(config, folder, asked)
+    problem = config.get("problem_type") or ""
+    if task.has_labels and len(config.get("id2label") or "01") < 2:
+        problem = "regression"
+    if task.has_labels and problem in ("regression", "multi_label_classification"):
+        raise InputError(
+            f"{folder}: its head is for {problem.replace('_', ' ')} (config.json), which is not "
+            "served yet; served are models that choose one of several classes"
+        )
+    return task
+
+
+def loading_task(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
+    """The task that says how to load a checkpoint, whether or not its head can be scored.
 
     A sentence-transformers folder is an embedding model whatever its architecture, and so is a
     bare model without a head; else config.json's architecture tells.
