@@ -312,6 +312,34 @@ def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None
     assert cli("merge", *pair, "--head", "merge", "--out", "o").code == 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_head_is_kept_or_told_to_be_none(
+    cli: Cli, make_model: ModelMaker, tied: bool, tmp_path: Path
+) -> None:
+    a, b = (make_model(x, "t5", ord(x)) for x in "ab")
+    for folder in () if tied else (a, b):
+        tensors = weights_of(folder)
+        tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = cli("merge", a, b, "--head", "keep-first", "--out", "o", "-q")
+    assert result.code == 0, result.err
+    assert ("no model has a head of its own" in result.err) is tied
+    if not tied:
+        heads = (weights_of(folder)["lm_head.weight"] for folder in (a, tmp_path / "o"))
+        assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], "abc"])
+def test_class_names_that_are_no_mapping_are_refused(
+    cli: Cli, pair: tuple[Path, Path], labels: object
+) -> None:
+    path = pair[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
+    result = cli("merge", *pair, "--out", "o")
+    assert result.code == 3
+    assert f"{path}: id2label maps no ids to names" in result.err
+
+
 def test_tied_weights_are_written_once(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
     a, b = make_model("a", "llama", 1, tied=True), make_model("b", "llama", 2, tied=True)
     tensors = load_file(a / "model.safetensors")
