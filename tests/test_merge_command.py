@@ -444,6 +444,8 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
         (["--preset", "matena"], "is for --method fisher"),
         (["--weights", "1"], "1 numbers for 2 models"),
         (["--method", "nearswap", "--weights", "1,2"], "takes no --weights"),
+        (["--method", "nearswap", "--set", "t=-0.5"], "method nearswap: t -0.5 is negative"),
+        (["--method", "karcher", "--set", "tol=0"], "method karcher: tol 0.0 is not above zero"),
         (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
         (["--weights", "0,0"], "not all 0"),
         (["--weights", "-1,2"], "at least 0"),
