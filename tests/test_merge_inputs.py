@@ -88,6 +88,20 @@ def test_a_merge_is_written_as_an_adapter_of_its_base(
         assert (apart < 1e-5) == close
 
 
+def test_a_tensor_of_nothing_is_as_an_adapters_base_has_it(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    folders = [make_model(name, "llama", seed) for seed, name in enumerate(("base", "a", "b"))]
+    for folder in folders:
+        tensors = weights_of(folder) | {"model.nothing": torch.zeros(0)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    flags = ("--base", folders[0], "--as-lora", 2, "--out", "o", "--json")
+    result = cli("merge", *folders[1:], *flags)
+    assert result.code == 0, result.err
+    [row] = [row for row in result.report["tensors"] if row["name"] == "model.nothing"]
+    assert row["action"] == "as-base"
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
