@@ -101,7 +101,8 @@ def test_a_vector_is_one_row(
     flags = ("--base", vectors[0], "--method", method, "--set", f"{setting}={value}")
     assert cli("merge", *vectors[1:], *flags, "--out", "o", "-q").code == 0
     base, *both = (load_file(folder / "model.safetensors")["v"] for folder in vectors)
-    expected = merge(method, both, [0.5, 0.5], base, **{setting: value})
+    settings: dict[str, Any] = {setting: value}
+    expected = merge(method, both, [0.5, 0.5], base, **settings)
     merged = load_file(tmp_path / "o" / "model.safetensors")["v"]
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
