@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,6 +303,19 @@ def test_heads_of_another_size(
         torch.testing.assert_close(head_weight, weights_of(a)["classifier.weight"], rtol=0, atol=0)
 
 
+def test_a_base_without_the_head_needs_it_left_out(
+    cli: Cli, make_model: ModelMaker, pair: tuple[Path, Path]
+) -> None:
+    base = make_model("base", seed=3, head="ForMaskedLM")
+    command = ("merge", *pair, "--base", base, "--method", "ties", "--out", "o", "-q")
+    refused = cli(*command)
+    assert refused.code == 3
+    assert f"{base}: lacks " in refused.err and "--exclude it" in refused.err
+    assert "--head keep-first" in refused.err
+    left_out = cli(*command, "--exclude", "*pooler*", "--head", "keep-first")
+    assert left_out.code == 0, left_out.err
+
+
 def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}
@@ -356,8 +370,20 @@ def change(folder: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], ob
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def write_header(folder: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + data
+    (folder / "model.safetensors").write_bytes(content)
+
+
 WORD = "bert.embeddings.word_embeddings.weight"
 BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "half bytes": (
+        lambda folder: write_header(
+            folder, {"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"ab"
+        ),
+        "tensor w: F4 cannot be computed with",
+    ),
     "truncated": (
         lambda folder: os.truncate(folder / "model.safetensors", 9000),
         "truncated",
@@ -394,6 +420,15 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
         "pickled weights",
     ),
 }
+
+
+def test_a_bad_input_is_refused_by_a_dry_run_that_reads_headers(
+    cli: Cli, pair: tuple[Path, Path]
+) -> None:
+    break_it, told = BREAK["half bytes"]
+    break_it(pair[1])
+    result = cli("merge", *pair, "--out", "o", "--dry-run")
+    assert result.code == 3 and told in result.err
 
 
 @pytest.mark.parametrize("fault", BREAK)

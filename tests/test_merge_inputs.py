@@ -142,6 +142,16 @@ def test_a_recipe_chooses_the_chat_template(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == wanted
 
 
+def test_a_chat_template_that_is_no_text_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    a, _ = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    (a / "chat_template.jinja").write_bytes(b"\xff\xfe{{x")
+    Path("r.yml").write_text(
+        "merge_method: linear\nchat_template: auto\nmodels: [{model: a}, {model: b}]"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o")
+    assert result.code == 3 and "a/chat_template.jinja: is no text" in result.err
+
+
 def test_a_chat_template_that_is_none_is_refused(cli: Cli, make_model: ModelMaker) -> None:
     make_model("a", "llama", 1), make_model("b", "llama", 2)
     for choice, code in (("chatml", 2), ("auto", 3)):

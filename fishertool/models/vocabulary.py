@@ -122,6 +122,8 @@ def match_vocabularies(
             _add_tokens(tokenizer, one)
     tokenizer.add_tokens([token for token in donors or {} if token not in tokenizer.get_vocab()])
     output = tokenizer.get_vocab()
+    if unknown := [token for token in donors or {} if token not in output]:
+        raise UsageError(f"tokenizer: tokens: {unknown[0]!r} is no token that can be added")
     step = pad_to_multiple_of or 1
     size = -(-(max(output.values()) + 1) // step) * step
     sizes = {name: _rows(source) for name, source in sources.items()}

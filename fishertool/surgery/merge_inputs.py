@@ -87,7 +87,10 @@ def check_tensor(
     for number, other in [*named[1:], *([base] if base else [])]:
         source = inputs.sources[number]
         if other not in source:
-            raise InputError(f"{source.folder}: lacks {other}, which {first.folder} has as {name}")
+            raise InputError(
+                f"{source.folder}: lacks {other}, which {first.folder} has as {name}; --exclude it, "
+                "or if it is a head's, take the first model's head by --head keep-first"
+            )
         check_same_shape(first, source, name, other)
 
 
