@@ -12,6 +12,8 @@ from conftest import Cli, ModelMaker
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fishertool.models.adapter_options import _ends
+
 LAYERS = {
     "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
     "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"),
@@ -107,6 +109,16 @@ LAYER = f"base_model.model.{LAYERS['llama'][0]}"
         ({"trainable_token_indices": [3]}, None, r"trainable_token_indices \[3\]: not served"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights 'pissa'"),
         ({"something_new": 3}, None, "something_new 3"),
+        ({"r": None}, None, "adapter_config.json: r is None, not a whole number of at least 1"),
+        ({"r": 0}, None, "r is 0, not a whole number"),
+        ({"r": "x"}, None, "r is 'x', not a whole number"),
+        ({"r": 10**400}, None, "r is 10+.*, not a whole number"),
+        ({"lora_alpha": None}, None, "adapter_config.json: lora_alpha is None, not a finite number"),
+        ({"lora_alpha": float("nan")}, None, "lora_alpha is nan, not a finite number"),
+        ({"rank_pattern": [1]}, None, "rank_pattern maps no names to numbers"),
+        ({"rank_pattern": {".*": "x"}}, None, r"rank_pattern '\.\*' is 'x', not a whole number"),
+        ({"rank_pattern": {"[": 3}}, None, r"rank_pattern '\[': a regular expression"),
+        ({"alpha_pattern": {"([a-z._0-9]+)+X": 2}}, None, "alpha_pattern .*: a regular expression"),
         ({"rank_pattern": {}}, None, r"is \[2, 32\], but adapter_config.json gives rank 4"),
         ({}, lambda t: t.pop(f"{LAYER}.lora_B.weight"), "lora_A.weight: not a linear layer's pair"),
         ({}, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "lm_head"),
@@ -179,3 +191,17 @@ def test_what_is_no_pair_of_a_linear_layer_takes_part_in_the_merged_model_only(
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(value.max()))
     result = cli(*command, "--adapter-fisher", "adapter", "--out", "a")
     assert result.code == 3 and "magnitude_vector" in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "up", "mlp.up", r"mlp\.up", "h.1.mlp.up", "^h.1.mlp.up", "^mlp.up", "^h.*", ".*", "h.*up",
+        "p.up", "lp.up", "down|up", "^up|x", "u", "mlp", "mlp.", ".up", r"h\.1\..*|y", "h.1.*.up",
+        r"\d+\.\w+\.up", "[0-9]+.mlp.[u-z]p*", "^h*.*u*p+", "1*.mlp.up", "h.+o.*n", ".*.*.*.*x",
+    ],
+)  # fmt: skip
+def test_patterns_are_read_as_peft_reads_them(pattern: str) -> None:
+    for module in ("h.1.mlp.up", "up", "h.11.mlp.down"):
+        found = any(_ends(module, part) for part in pattern.split("|"))
+        assert found == bool(re.match(rf"(.*\.)?({pattern})$", module)), module

@@ -194,7 +194,13 @@ def test_config_that_stays_true_is_copied_byte_for_byte(text: str, tmp_path: Pat
 def test_config_states_the_dtype_written(key: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    config = {"model_type": "bert", key: "float32", "label": "µ", "nested": {"b": [1], "a": None}}
+    config = {
+        "model_type": "bert",
+        key: "float32",
+        "label": "µ",
+        "half": "\ud800",
+        "nested": {"b": [1], "a": None},
+    }
     write_json(tmp_path / "config.json", config)
     write_config(tmp_path, out, "bfloat16")
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -114,6 +114,7 @@ BROKEN = {
     "dimension that wraps around": (one(shape=[2**63, 2, 2**63, 2]), "tensor w"),
     "dimension beyond 64 bits": (nothing(shape=[0, 2**70]), "tensor w"),
     "product beyond 64 bits, of nothing": (nothing(shape=[2**40, 2**40, 0]), "tensor w"),
+    "bytes beyond 64 bits, of nothing": (nothing(shape=[2**61, 0]), "tensor w: .*beyond any"),
     "size of 6000 digits": (one(shape=[2**62] * 320), "tensor w"),
     "offset negative": (one(data_offsets=[-8, 0]), "tensor w: .*non-negative"),
     "offset a float": (one(data_offsets=[0, 8.0]), "tensor w: .*non-negative integers"),

@@ -348,8 +348,8 @@ def test_pieces_cover_every_row_once(shapes: list[tuple[int, ...]], limit: int) 
         assert all(piece.elements <= max(limit, tensor.width) for piece in own)
 
 
-def test_endless_rows_of_nothing_are_few_pieces() -> None:
-    assert len(list(islice(pieces([TensorInfo("w", "F32", (2**62, 0))]), 3))) <= 1
+def test_nothing_has_no_pieces() -> None:
+    assert not list(islice(pieces([TensorInfo("w", "F32", (2**62, 0))]), 3))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from conftest import Cli, ModelMaker
 
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
+from fishertool.errors import InputError
 
 VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate")
 
@@ -119,6 +120,7 @@ def test_missing_config_is_refused(cli: Cli) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "out"), 5, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 5, "out: Permission denied"),
         (MemoryError(), 5, "--batch-size"),
+        (InputError("m: class \x1b[31m\u202e\ud800 é"), 3, r"m: class \x1b[31m\u202e\ud800 é"),
     ],
 )
 def test_every_failure_has_its_code(

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -305,6 +306,19 @@ def test_heads_of_another_size(
         torch.testing.assert_close(head_weight, weights_of(a)["classifier.weight"], rtol=0, atol=0)
 
 
+def test_a_base_without_the_head_needs_it_left_out(
+    cli: Cli, make_model: ModelMaker, pair: tuple[Path, Path]
+) -> None:
+    base = make_model("base", seed=3, head="ForMaskedLM")
+    command = ("merge", *pair, "--base", base, "--method", "ties", "--out", "o", "-q")
+    refused = cli(*command)
+    assert refused.code == 3
+    assert f"{base}: lacks " in refused.err and "--exclude it" in refused.err
+    assert "--head keep-first" in refused.err
+    left_out = cli(*command, "--exclude", "*pooler*", "--head", "keep-first")
+    assert left_out.code == 0, left_out.err
+
+
 def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}
@@ -313,6 +327,34 @@ def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None
     assert refused.code == 3
     assert "x, y, z" in refused.err
     assert cli("merge", *pair, "--head", "merge", "--out", "o").code == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_head_is_kept_or_told_to_be_none(
+    cli: Cli, make_model: ModelMaker, tied: bool, tmp_path: Path
+) -> None:
+    a, b = (make_model(x, "t5", ord(x)) for x in "ab")
+    for folder in () if tied else (a, b):
+        tensors = weights_of(folder)
+        tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = cli("merge", a, b, "--head", "keep-first", "--out", "o", "-q")
+    assert result.code == 0, result.err
+    assert ("no model has a head of its own" in result.err) is tied
+    if not tied:
+        heads = (weights_of(folder)["lm_head.weight"] for folder in (a, tmp_path / "o"))
+        assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], "abc"])
+def test_class_names_that_are_no_mapping_are_refused(
+    cli: Cli, pair: tuple[Path, Path], labels: object
+) -> None:
+    path = pair[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
+    result = cli("merge", *pair, "--out", "o")
+    assert result.code == 3
+    assert f"{path}: id2label maps no ids to names" in result.err
 
 
 def test_tied_weights_are_written_once(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
@@ -331,8 +373,20 @@ def change(folder: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], ob
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def write_header(folder: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + data
+    (folder / "model.safetensors").write_bytes(content)
+
+
 WORD = "bert.embeddings.word_embeddings.weight"
 BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "half bytes": (
+        lambda folder: write_header(
+            folder, {"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"ab"
+        ),
+        "tensor w: F4 cannot be computed with",
+    ),
     "truncated": (
         lambda folder: os.truncate(folder / "model.safetensors", 9000),
         "truncated",
@@ -369,6 +423,15 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
         "pickled weights",
     ),
 }
+
+
+def test_a_bad_input_is_refused_by_a_dry_run_that_reads_headers(
+    cli: Cli, pair: tuple[Path, Path]
+) -> None:
+    break_it, told = BREAK["half bytes"]
+    break_it(pair[1])
+    result = cli("merge", *pair, "--out", "o", "--dry-run")
+    assert result.code == 3 and told in result.err
 
 
 @pytest.mark.parametrize("fault", BREAK)
@@ -419,6 +482,8 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
         (["--preset", "matena"], "is for --method fisher"),
         (["--weights", "1"], "1 numbers for 2 models"),
         (["--method", "nearswap", "--weights", "1,2"], "takes no --weights"),
+        (["--method", "nearswap", "--set", "t=-0.5"], "method nearswap: t -0.5 is negative"),
+        (["--method", "karcher", "--set", "tol=0"], "method karcher: tol 0.0 is not above zero"),
         (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
         (["--weights", "0,0"], "not all 0"),
         (["--weights", "-1,2"], "at least 0"),

@@ -88,6 +88,20 @@ def test_a_merge_is_written_as_an_adapter_of_its_base(
         assert (apart < 1e-5) == close
 
 
+def test_a_tensor_of_nothing_is_as_an_adapters_base_has_it(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    folders = [make_model(name, "llama", seed) for seed, name in enumerate(("base", "a", "b"))]
+    for folder in folders:
+        tensors = weights_of(folder) | {"model.nothing": torch.zeros(0)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    flags = ("--base", folders[0], "--as-lora", 2, "--out", "o", "--json")
+    result = cli("merge", *folders[1:], *flags)
+    assert result.code == 0, result.err
+    [row] = [row for row in result.report["tensors"] if row["name"] == "model.nothing"]
+    assert row["action"] == "as-base"
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -126,6 +140,16 @@ def test_a_recipe_chooses_the_chat_template(
     result = cli("merge", "--config", "r.yml", "--out", "o", "-q")
     assert result.code == 0, result.err
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == wanted
+
+
+def test_a_chat_template_that_is_no_text_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    a, _ = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    (a / "chat_template.jinja").write_bytes(b"\xff\xfe{{x")
+    Path("r.yml").write_text(
+        "merge_method: linear\nchat_template: auto\nmodels: [{model: a}, {model: b}]"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o")
+    assert result.code == 3 and "a/chat_template.jinja: is no text" in result.err
 
 
 def test_a_chat_template_that_is_none_is_refused(cli: Cli, make_model: ModelMaker) -> None:
@@ -246,3 +270,55 @@ def test_the_tokenizer_is_the_first_models(cli: Cli, make_model: ModelMaker) -> 
     make_tokenizer(template=False).save_pretrained(a)
     assert cli("merge", a, b, "--out", "o", "-q").code == 0
     assert Path("o/tokenizer.json").read_bytes() == (a / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(
+    cli: Cli,
+    make_model: ModelMaker,
+    trusted: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    own = json.loads((b / "tokenizer_config.json").read_text())
+    own |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (b / "tokenizer_config.json").write_text(json.dumps(own))
+    (b / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    tokenizer = json.loads((b / "tokenizer.json").read_text())
+    (b / "tokenizer.json").write_text(json.dumps(tokenizer))  # else the files are the same
+    flags = ["--trust-remote-code"] if trusted else []
+    result = cli("merge", a, b, *flags, "--out", "o", "-q")
+    assert result.code == 0, result.err
+    assert ("its tokenizer cannot be loaded" in result.err) is not trusted
+    chosen = cli("merge", a, b, *flags, "--tokenizer", "union", "--out", "p", "-q")
+    assert chosen.code == (0 if trusted else 3), chosen.err
+    assert (tmp_path / "ran").exists() is trusted
+
+
+def test_a_broken_tokenizer_is_told_of_and_refused_where_it_is_needed(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    (b / "tokenizer.json").write_text("[]")
+    told = cli("merge", a, b, "--out", "o", "-q")
+    assert told.code == 0
+    assert f"warning: {b}: its tokenizer cannot be loaded" in told.err
+    refused = cli("merge", a, b, "--tokenizer", "union", "--out", "p", "-q")
+    assert refused.code == 3 and f"{b}: its tokenizer cannot be loaded" in refused.err
+
+
+def test_tokens_that_a_terminal_would_act_on_are_escaped(
+    cli: Cli, make_model: ModelMaker, speakers: tuple[Path, Path, list[str]]
+) -> None:
+    a, b, words = speakers
+    with_tokens(b, ["\x1b[31mevil", *words[1:]])
+    result = cli("merge", a, b, "--out", "o", "-q")
+    assert result.code == 0 and "\x1b" not in result.err
+    assert r"\x1b[31mevil among them, have not the ids" in result.err

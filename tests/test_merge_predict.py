@@ -148,3 +148,13 @@ def test_a_nan_in_a_second_moment_is_refused(
     result = cli("merge", *pair, "--method", method, *sidecars, "--out", "o")
     assert result.code == 3 and "second moments have NaN" in result.err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "kronecker"])
+def test_a_sidecar_that_tells_of_nothing_merged_is_refused(
+    cli: Cli, pair: Pair, sidecars: tuple[str, ...], method: str, tmp_path: Path
+) -> None:
+    flags = ("--method", method, *sidecars, "--include", "*LayerNorm*")
+    result = cli("merge", *pair, *flags, "--out", "o")
+    assert result.code == 3
+    assert f"{tmp_path / 'fa'}: tells of none of the tensors that are merged" in result.err

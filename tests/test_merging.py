@@ -10,11 +10,13 @@ import torch
 from merge_driver import PACKAGE, fishers_for, random
 from torch import Tensor
 
+from fishertool.errors import UsageError
 from fishertool.merging.fisher import fisher
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher
 from fishertool.recipe.flags import PRESETS
 from fishertool.registry import find_method
+from fishertool.surgery.merge_trial import try_settings
 
 WEIGHTS = [(0.5, 0.5), (0.3, 0.7), (2.0, 1.0)]
 
@@ -210,3 +212,36 @@ def test_only_the_proportion_of_the_weights_counts(anchored: bool) -> None:
     fishers, base = fishers_for(models), torch.zeros(7, 5) if anchored else None
     once = fisher(models, (0.3, 0.7), fishers, base)
     torch.testing.assert_close(fisher(models, (3.0, 7.0), fishers, base), once)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "settings", "told"),
+    [
+        ("fisher", [1.0, -0.3], {}, "weight -0.3 is negative"),
+        ("fisher", [1.0, 1.0], {"floor": -1}, "floor -1.0 is negative"),
+        ("fisher", [1.0, 1.0], {"anchor": -1}, "anchor -1.0 is negative"),
+        ("regmean", [1.0, -0.3], {}, "weight -0.3 is negative"),
+        ("regmean", [1.0, 1.0], {"damping": -1}, "damping -1.0 is negative"),
+        ("regmean", [1.0, 1.0], {"damping": "nan"}, "damping nan is negative"),
+        ("regmean", [1.0, 1.0], {"alpha": 5}, "alpha 5.0 is not from 0 to 1"),
+        ("kronecker", [1.0, -0.3], {}, "weight -0.3 is negative"),
+        ("kronecker", [1.0, 1.0], {"damping": -1}, "damping -1.0 is negative"),
+        ("kronecker", [1.0, 1.0], {"tolerance": -1}, "tolerance -1.0 is negative"),
+        ("kronecker", [1.0, 1.0], {"iterations": -3}, "iterations -3 is negative"),
+        ("nearswap", [1.0, 1.0], {"t": -0.5}, "t -0.5 is negative"),
+        ("karcher", [1.0, 1.0], {"tol": 0}, "tol 0.0 is not above zero"),
+        ("karcher", [1.0, -1.0], {}, "the weights sum to zero"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(
+    name: str, weights: list[float], settings: dict[str, Any], told: str
+) -> None:
+    method = find_method(PACKAGE, name)
+    with pytest.raises(UsageError, match=f"^method {name}: {told}$"):
+        try_settings(method, weights, method.parse(settings), with_base="base" in method.inputs)
+
+
+@pytest.mark.parametrize("name", ["linear", "task-arithmetic", "ties"])
+def test_weights_below_zero_take_away(name: str) -> None:
+    method = find_method(PACKAGE, name)
+    try_settings(method, [1.0, -0.3], method.parse({}), with_base="base" in method.inputs)

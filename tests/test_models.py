@@ -18,7 +18,12 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.fisher.batches import micro_batches
 from fishertool.models.loading import LoadedModel, load_model, load_tokenizer
-from fishertool.models.names import head_names, parameters_by_disk_name, tied_names
+from fishertool.models.names import (
+    empty_model,
+    head_names,
+    parameters_by_disk_name,
+    tied_names,
+)
 from fishertool.models.tasks import TASKS, collate, task_of
 
 CLASSIFY, CAUSAL = "sequence-classification", "causal-lm"
@@ -215,23 +220,73 @@ def test_tensors_put_together_on_save_are_refused_by_name(
         parameters_by_disk_name(module, checkpoint)
 
 
+def untied_t5(make_model: ModelMaker) -> Path:
+    """Its config says that it is tied whatever it is made of; its file does not."""
+    folder = make_model("untied-t5", "t5")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = torch.ones_like(tensors["shared.weight"])
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
+    return folder
+
+
 def test_the_head_is_what_the_base_model_lacks(make_model: ModelMaker, tmp_path: Path) -> None:
     wanted = {
         make_model("bert"): {"classifier.weight", "classifier.bias"},
         make_model("tied", "llama", tied=True): set(),
         make_model("untied", "llama"): {"lm_head.weight"},
         base_model(tmp_path / "base"): set(),
+        make_model("t5", "t5"): set(),
+        untied_t5(make_model): {"lm_head.weight"},
     }
     for folder, names in wanted.items():
         with open_checkpoint(folder) as checkpoint:
-            assert set(head_names(checkpoint.config(), checkpoint, folder)) == names
+            assert set(head_names(checkpoint)) == names
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": ["MyOwn"]}])
-def test_an_unknown_architecture_has_no_known_head(config: dict[str, Any]) -> None:
-    told = "MyOwn" if config.get("architectures") else "not given"
-    with pytest.raises(InputError, match=f"here: .*architecture {told} is not in transformers"):
-        head_names(config, ["a"], "here")
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        (None, "not given"),
+        ([], "not given"),
+        ({"a": 1}, "not given"),
+        ([5], "5"),
+        (["MyOwn"], "MyOwn"),
+        (["pipeline"], "pipeline"),
+        (["LlamaConfig"], "LlamaConfig"),
+    ],
+)
+def test_an_unknown_architecture_has_no_known_head(
+    make_model: ModelMaker, named: Any, told: str
+) -> None:
+    folder = make_model("m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    with open_checkpoint(folder) as checkpoint:
+        with pytest.raises(InputError, match=f"m: .*architecture {told} is not in transformers"):
+            head_names(checkpoint)
+        assert empty_model(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "abc"},
+        {"num_hidden_layers": "2"},
+        {"rope_parameters": 5},
+        {"quantization_config": 5},
+        {"architectures": ["TimmWrapperForImageClassification"]},
+    ],
+)
+def test_a_config_of_which_no_model_is_made_is_refused(
+    make_model: ModelMaker, broken: dict[str, Any]
+) -> None:
+    folder = make_model("m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | broken))
+    with open_checkpoint(folder) as checkpoint, pytest.raises(InputError, match="m: transformers"):
+        empty_model(checkpoint)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])

@@ -173,6 +173,8 @@ def test_awkward_words_are_written_so_that_they_read_back(tmp_path: Path) -> Non
         (TWO + "parameters: {t: .nan}",
          "parameters.t: nan is not a finite number, a word, true or false"),
         (TWO + "parameters: {t: 1e999}", "parameters.t: '1e999' is not a finite number,"),
+        (TWO + f"parameters: {{t: 1{'0' * 400}}}", "is not a finite number,"),
+        (TWO + f"parameters: {{t: [0, -1{'0' * 400}]}}", "parameters.t[1]: -1"),
         (TWO + "parameters: {t: []}", "parameters.t: [] is not a list with something in it"),
         (TWO + "parameters: {t: [1, [2]]}", "parameters.t[1]: [2] is not a finite number,"),
         (TWO + "parameters: {t: 2024-01-01}", "is not a finite number,"),
@@ -187,6 +189,8 @@ def test_awkward_words_are_written_so_that_they_read_back(tmp_path: Path) -> Non
          "tokenizer and tokenizer_source exclude each other"),
         (TWO + "tokenizer: {pad_to_multiple_of: 0}",
          "tokenizer.pad_to_multiple_of: 0 is not a whole number of at least 1"),
+        (TWO + f"tokenizer: {{pad_to_multiple_of: {10**15}}}",
+         f"pad_to_multiple_of: {10**15} is not a whole number of at least 1 and at most 1048576"),
         (TWO + "tokenizer: {tokens: {x: {force: 1}}}",
          "tokenizer.tokens.x.force: 1 is not true or false"),
         (TWO + "tokenizer: {tokens: {x: {source: {kind: none}}}}",
@@ -232,6 +236,11 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(text: str, message: st
         ("a: " + "9" * 5000, "not YAML: "),
         ("a: 2024-99-99", "not YAML: "),
         ("{[a]: b}", "unhashable key"),
+        ('a: !!int ""', "line 1, column 4: '' is not of the type int"),
+        ('a: [!!float ""]', "line 1, column 5: '' is not of the type float"),
+        ('a: !!bool "maybe"', "line 1, column 4: 'maybe' is not of the type bool"),
+        ('!!timestamp "abc": a', "line 1, column 1: 'abc' is not of the type timestamp"),
+        ('a: "\\ud800"', "line 1, column 4: a text has half a character"),
         ("a: &x [*x]", f"nested more than {DEEPEST} deep"),
         ("[" * 200 + "]" * 200, f"nested more than {DEEPEST} deep"),
         ("- " * 90_000, f"nested more than {DEEPEST} deep"),
@@ -240,7 +249,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(text: str, message: st
         ("".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(9)),
          f"more than {MOST_VALUES:,} values"),
     ],
-    ids=range(16),
+    ids=range(21),
 )  # fmt: skip
 def test_hostile_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = written(tmp_path, text)

@@ -313,6 +313,12 @@ def test_a_donor_that_is_none(opened: ExitStack, tmp_path: Path, donor: Donor, t
         match_vocabularies(found.sources, choice="union", donors={"bird": donor})
 
 
+def test_a_token_that_cannot_be_added(opened: ExitStack, tmp_path: Path) -> None:
+    found = make(opened, tmp_path, "ab")
+    with pytest.raises(UsageError, match="tokenizer: tokens: '' is no token"):
+        match_vocabularies(found.sources, choice="union", donors={"": Donor("a", "cat")})
+
+
 def test_what_may_be_by_token_but_is_not_known_is_refused(
     opened: ExitStack, tmp_path: Path
 ) -> None:

@@ -106,7 +106,9 @@ def write_config(
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Lone surrogates, which UTF-8 cannot hold, become the escapes that JSON has for them.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _module_folders(folder: Path) -> Iterator[str]:

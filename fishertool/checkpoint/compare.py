@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
 
@@ -53,7 +53,7 @@ def check_same_shape(
 
 
 def check_not_quantized(model: TensorSource) -> None:
-    """Refuse weights that are codes and scales: arithmetic on them is meaningless."""
+    """Refuse weights that are codes and scales, or of a dtype that there is no arithmetic for."""
     quantization = model.config().get("quantization_config")
     if quantization:
         method = (
@@ -67,3 +67,9 @@ def check_not_quantized(model: TensorSource) -> None:
         raise InputError(
             f"{model.folder}: quantized ({method}); dequantize it first and save it in bfloat16"
         )
+    for name in model:
+        if (stored := model.info(name).dtype) not in TORCH:
+            raise InputError(
+                f"{model.where(name)}: {stored} cannot be computed with; dequantize the model first "
+                "and save it in bfloat16"
+            )

@@ -6,6 +6,7 @@ Source: the safetensors format description.
 
 import json
 import math
+import reprlib
 import stat
 import unicodedata
 from collections import Counter
@@ -151,8 +152,10 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
         raise InputError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(BITS)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise InputError(f"{where}: shape and data_offsets must be lists of non-negative integers")
-    if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) >= 2**63:
-        raise InputError(f"{where}: its shape is beyond any memory")
+    # The sizes beside a zero count too: in memory they are multiplied all the same.
+    bits = BITS[dtype] * math.prod(max(size, 1) for size in shape[:MAX_DIMENSIONS])
+    if len(shape) > MAX_DIMENSIONS or bits >= 8 * 2**63:
+        raise InputError(f"{where}: its shape {reprlib.repr(shape)} is beyond any memory")
     tensor = TensorInfo(name, dtype, tuple(shape), first + offsets[0])
     if tensor.elements * BITS[dtype] % 8 or offsets[1] - offsets[0] != tensor.nbytes:
         raise InputError(

@@ -26,9 +26,14 @@ class Piece:
 
 
 def pieces(tensors: Iterable[TensorInfo], piece_elements: int = PIECE_ELEMENTS) -> Iterator[Piece]:
-    """Cut tensors into runs of rows of about `piece_elements`, in the order given."""
+    """Cut tensors into runs of rows of about `piece_elements`, in the order given.
+
+    A tensor of no elements has no pieces.
+    """
     for tensor in tensors:
-        step = max(1, piece_elements // tensor.width if tensor.elements else tensor.rows)
+        if not tensor.elements:
+            continue
+        step = max(1, piece_elements // tensor.width)
         for start in range(0, tensor.rows, step):
             stop = min(start + step, tensor.rows)
             yield Piece(tensor.name, start, stop, (stop - start) * tensor.width)

@@ -21,6 +21,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     search,
 )
 from fishertool.cli.app import app
+from fishertool.cli.printing import tell
 from fishertool.errors import FishertoolError, UsageError
 from fishertool.memory import keep_freed_memory
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("FISHERTOOL_DEBUG") == "1":
         traceback.print_exc()
-    print(f"fishertool: {' '.join(message.split())}", file=sys.stderr)
+    tell(message)
     return code
 
 

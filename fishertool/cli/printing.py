@@ -8,10 +8,19 @@ from typing import Any
 from fishertool.errors import GateError
 
 
+def tell(message: str) -> None:
+    """One line on stderr; what a terminal would act on, as a name from a file may have, is escaped."""
+    line = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(message.split())
+    )
+    print(f"fishertool: {line}", file=sys.stderr)
+
+
 def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) -> None:
     """Print the report, write it where asked, and fail if a gate is not met."""
     for warning in report.warnings:
-        print(f"fishertool: warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     text = report.to_json()
     if report_file is not None:
         report_file.write_text(text, encoding="utf-8")

@@ -72,7 +72,8 @@ def merge(
     device = check_device(device)
     with ExitStack() as opened:
         with report.phase("check"):
-            plan = plan_merge(opened, recipe, method, parse_size(max_shard_size), allow_nonfinite)
+            size = parse_size(max_shard_size)
+            plan = plan_merge(opened, recipe, method, size, allow_nonfinite, trust_remote_code)
             if len(candidates) == 1:
                 plan = plan.with_weights(candidates[0])
             if isinstance(weights, str):
@@ -82,7 +83,7 @@ def merge(
             lora = None
             if as_lora is not None and base is not None:
                 lora = open_lora(opened, base, merge_report.public_reference(base), as_lora)
-            report.warnings += plan.vocabulary.warnings
+            report.warnings += plan.warnings
             copies = 1 + bool(search_weights)
             check_output(out, plan.folders, overwrite, copies * plan.layout.nbytes)
         if dry_run:

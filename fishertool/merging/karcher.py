@@ -27,8 +27,9 @@ def karcher(
     Equal weights are mergekit's, which takes none. Inner products are in float64; in mergekit's
     float32 the angles between near models are rounding.
 
-    Shapes: every model and the result alike. Source: Karcher 1977, Riemannian center of mass and
-    mollifier smoothing; name, parameters and meaning as mergekit's `karcher`.
+    Shapes: every model and the result alike. Raises ZeroDivisionError where the weights sum to
+    zero, ValueError for a tol that is not above zero. Source: Karcher 1977, Riemannian
+    center of mass and mollifier smoothing; name, parameters and meaning as mergekit's `karcher`.
     """
     return combine(models, whole)
 
@@ -37,6 +38,10 @@ def whole(
     weights: Sequence[float], elements: int, *, max_iter: int = 10, tol: float = 1e-5
 ) -> Passes[list[float]]:
     """The models' coefficients: every point on the way lies in their span."""
+    if not tol > 0:
+        raise ValueError(f"tol {tol} is not above zero")
+    if not sum(weights):
+        raise ZeroDivisionError("the weights sum to zero")
     products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()

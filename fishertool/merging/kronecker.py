@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fishertool.merging.linear import linear
-from fishertool.merging.method import Kronecker
+from fishertool.merging.method import Kronecker, refuse_negative
 from fishertool.merging.parts.solve import conjugate_gradients, inverse_of_damped
 
 LEAST_DAMPING = 1e-12
@@ -40,9 +40,11 @@ def kronecker(
     a hundred plain ones where the factors' eigenvalues fall as powers of their rank. Products are in
     the models' dtype, sums in float64.
 
-    Shapes: models and result [out, in]. Raises ZeroDivisionError where the weights sum to zero.
-    Source: Tam, Bansal and Raffel 2023, arXiv 2312.04339 (MaTS).
+    Shapes: models and result [out, in]. Raises ZeroDivisionError where the weights sum to zero,
+    ValueError for a weight, damping, iterations or tolerance below zero. Source: Tam, Bansal and
+    Raffel 2023, arXiv 2312.04339 (MaTS).
     """
+    refuse_negative(weight=weights, damping=damping, iterations=iterations, tolerance=tolerance)
     average = linear([model.double() for model in models], weights)
     scales = [{"mean": one.mean, "l2": one.l2, "none": 1.0}[normalization] for one in kroneckers]
     units = [_mean_diagonals(one) for one in kroneckers]

@@ -17,10 +17,10 @@ generators   k `torch.Generator`s, seeded by the tensor, the model and the piece
 whole        what the file's `whole` found out about the whole tensor
 
 It returns a tensor of that shape and dtype, and writes into none of its arguments. A piece is
-`[rows, width]` with the last dimension whole, and `[elements]` of a vector.
+`[rows, width]` with the last dimension whole, and so is a vector, `[elements]`; no piece is empty.
 
 A method that must know more of a tensor than one piece has a second function in its file, a
-generator that makes passes over all pieces:
+generator that makes passes over all pieces, in which a long vector comes in several:
 
     def whole(weights, elements, *, setting=default) -> Passes[Found]:
         total = yield lambda models, base: ...     # of one piece; the sum over pieces comes back
@@ -96,6 +96,17 @@ def fractions(setting: PerModel, models: int, name: str) -> list[float]:
         if not 0 <= number <= 1:
             raise ValueError(f"{name} {number} is not from 0 to 1")
     return found
+
+
+def refuse_negative(**settings: PerModel) -> None:
+    """Raises ValueError with the name of a setting that is below zero, or NaN.
+
+    >>> refuse_negative(damping=0.5, weight=[1, 0])
+    """
+    for name, setting in settings.items():
+        for number in [setting] if isinstance(setting, int | float) else setting:
+            if not number >= 0:
+                raise ValueError(f"{name} {number} is negative")
 
 
 def make_passes(passes: Passes[T], pieces: Callable[[], Iterable[tuple[Any, ...]]]) -> T:

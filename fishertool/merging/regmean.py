@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fishertool.merging.linear import linear
+from fishertool.merging.method import fractions, refuse_negative
 from fishertool.merging.parts.solve import solve_symmetric
 
 
@@ -30,8 +31,11 @@ def regmean(
          with moments of a few hundred examples 1 did better than 0.01 on a small language model.
 
     Shapes: models and result [out, in], activations [in, in]. Raises ZeroDivisionError where the
-    weights sum to zero. Source: Jin et al. 2023, arXiv 2212.09849, whose W is [in, out].
+    weights sum to zero, ValueError for a weight or damping below zero, and for an alpha that is
+    not from 0 to 1. Source: Jin et al. 2023, arXiv 2212.09849, whose W is [in, out].
     """
+    refuse_negative(weight=weights, damping=damping)
+    fractions(alpha, 1, "alpha")
     average = linear([model.double() for model in models], weights)
     gram = average.new_zeros(average.shape[1], average.shape[1])
     right = torch.zeros_like(average)

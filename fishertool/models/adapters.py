@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fishertool.checkpoint.dtypes import FLOATING, NAMES, compute_dtype
-from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, some
+from fishertool.models.adapter_options import rank_and_scale, read_options
 from fishertool.models.lora import LowRank
 
 CONFIG = "adapter_config.json"
@@ -22,16 +23,6 @@ STEM = "adapter_model"
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.(weight|bias))?")
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
-"""Options that are honoured, or whose effect is all in the file's tensors; others must be off."""
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
-"""Ways to initialise that leave the base's weights as they are."""
 
 
 class Adapted(nn.Module):
@@ -195,20 +186,7 @@ def open_adapter(folder: Path) -> Iterator[Adapter]:
     Raises InputError, by name, for an option or a tensor that is not understood, and for shapes
     that are not those of a pair of its rank.
     """
-    config = load_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder / CONFIG}: peft_type {config.get('peft_type')}; LORA is served")
-    foreign = {name for name, value in config.items() if name not in UNDERSTOOD and value}
-    start = config.get("init_lora_weights", True)
-    if start not in KEEPS_BASE:
-        raise InputError(
-            f"{folder / CONFIG}: init_lora_weights {start!r}: it was trained on a base that this "
-            "initialisation had changed; convert it as peft's save_pretrained does with "
-            "path_initial_model_for_weight_conversion, or merge it with peft"
-        )
-    if foreign:
-        options = some(sorted(f"{name} {config[name]!r}" for name in foreign))
-        raise InputError(f"{folder / CONFIG}: {options}: not served; merge the adapter with peft")
+    config = read_options(folder / CONFIG)
     with open_checkpoint(folder, stem=STEM) as tensors:
         yield _parse(tensors, config)
 
@@ -224,7 +202,7 @@ def _parse(tensors: Checkpoint, config: Mapping[str, Any]) -> Adapter:
         if own == name or tensors.info(name).dtype not in FLOATING:
             unknown.append(name)
         elif match and match[3] == "bias":
-            scale = _rank_and_scale(match[1], config)[1]
+            scale = rank_and_scale(match[1], config)[1]
             added[f"{match[1]}.bias"] = name, scale
         elif match:
             parts.setdefault(match[1], {})[match[2]] = name
@@ -253,7 +231,7 @@ def _parse(tensors: Checkpoint, config: Mapping[str, Any]) -> Adapter:
 def _low_rank(
     tensors: Checkpoint, module: str, names: Mapping[str, str], config: Mapping[str, Any]
 ) -> LowRank:
-    rank, scale = _rank_and_scale(module, config)
+    rank, scale = rank_and_scale(module, config)
     down, up = tensors.info(names["A"]).shape, tensors.info(names["B"]).shape
     if (down[0], up[1]) != (rank, rank):
         raise InputError(
@@ -271,17 +249,3 @@ def _low_rank(
         )
     turned = bool(config.get("fan_in_fan_out")) or names["A"].endswith("lora_embedding_A")
     return LowRank(tensors, names["A"], names["B"], scale, turned, magnitude)
-
-
-def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    rank = _of(config.get("rank_pattern"), module, config["r"])
-    alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return int(rank), alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _of(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
-    """A pattern's value for a module: the first key that ends its name, as peft reads them."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return default

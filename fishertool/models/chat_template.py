@@ -28,17 +28,21 @@ def choose_template(choice: str, folders: Iterable[Path]) -> str:
         raise UsageError(
             f"chat_template {choice!r} is neither auto, nor a file, nor the text of a template"
         )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no text: {error}") from error
+    return _text_of(path)
 
 
 def template_of(folder: Path) -> str | None:
     """A model's template, from its own file or its tokenizer's."""
     path = folder / FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _text_of(path)
     config = folder / "tokenizer_config.json"
     text = load_json(config).get("chat_template") if config.is_file() else None
     return text if isinstance(text, str) else None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no text: {error}") from error

@@ -10,7 +10,7 @@ from torch import nn
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
 from fishertool.models.low_rank import is_linear, is_turned
-from fishertool.models.names import empty_model, origins_by_disk_name
+from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin
 
 IN_A_BLOCK = re.compile(r"\.\d+\.")
@@ -41,8 +41,8 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
     if module is None:
         raise InputError(
             f"{checkpoint.folder / 'config.json'}: architecture "
-            f"{', '.join(checkpoint.config().get('architectures') or ['not given'])} is not in "
-            "transformers, so its linear layers cannot be told"
+            f"{architecture_of(checkpoint) or 'not given'} is not in transformers, so its linear "
+            "layers cannot be told"
         )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = defaultdict(list)

@@ -221,7 +221,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # a hostile file, or custom code, may raise anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -119,25 +119,51 @@ def _check_ends(views: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
         )
 
 
-def head_names(config: dict[str, Any], names: Iterable[str], folder: Any) -> list[str]:
+def head_names(source: TensorSource) -> list[str]:
     """Tensors outside the architecture's base model: a classifier, a language model's output layer.
 
-    Empty for a base model alone. Raises InputError for an architecture transformers does not have.
+    Empty for a base model alone, and where the output layer is the embedding. Raises InputError
+    for an architecture transformers does not have.
     """
-    import transformers
-
-    architectures = config.get("architectures") or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    model_class = model_class_of(source)
     if model_class is None:
         raise InputError(
-            f"{folder}: its head cannot be told from its body: architecture "
-            f"{', '.join(architectures) or 'not given'} is not in transformers"
+            f"{source.folder}: its head cannot be told from its body: architecture "
+            f"{architecture_of(source) or 'not given'} is not in transformers"
         )
     prefix = f"{model_class.base_model_prefix}."
-    names = list(names)
-    if not any(name.startswith(prefix) for name in names):
+    if any(name.startswith(prefix) for name in source):
+        return [name for name in source if not name.startswith(prefix)]
+    return _output_names(source)
+
+
+def _output_names(source: TensorSource) -> list[str]:
+    """Of the output layer, where it is on disk and not tied: T5's models have no base model apart."""
+    model: Any = empty_model(source)
+    output = model.get_output_embeddings()
+    if output is None:
         return []
-    return [name for name in names if not name.startswith(prefix)]
+    [layer] = [name for name, module in model.named_modules() if module is output]
+    names = [f"{layer}.{own}" for own, _ in output.named_parameters()]
+    ties = tied_names(source)
+    return [name for name in names if name in source and name not in {*ties, *ties.values()}]
+
+
+def architecture_of(source: TensorSource) -> str:
+    """As config.json names it; empty where it does not."""
+    named = source.config().get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) else repr(first)
+
+
+def model_class_of(source: TensorSource) -> Any:
+    """The class of its architecture; None for one that transformers does not have."""
+    import transformers
+
+    # Any attribute of the package may be named: only a model is made of an untrusted config.
+    found = getattr(transformers, architecture_of(source), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
 
 
 def empty_model(
@@ -152,8 +178,7 @@ def empty_model(
     """
     import transformers
 
-    architecture = (checkpoint.config().get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None)
+    model_class = model_class_of(checkpoint)
     if model_class is None:
         return None
     try:
@@ -166,8 +191,8 @@ def empty_model(
             module: nn.Module = model_class(parsed)
     except Exception as error:  # a configuration may raise anything
         raise InputError(
-            f"{checkpoint.folder}: transformers cannot make a {architecture} of its config.json: "
-            f"{reason_of(error)}"
+            f"{checkpoint.folder}: transformers cannot make a {model_class.__name__} of its "
+            f"config.json: {reason_of(error)}"
         ) from error
     return module
 

@@ -122,6 +122,8 @@ def match_vocabularies(
             _add_tokens(tokenizer, one)
     tokenizer.add_tokens([token for token in donors or {} if token not in tokenizer.get_vocab()])
     output = tokenizer.get_vocab()
+    if unknown := [token for token in donors or {} if token not in output]:
+        raise UsageError(f"tokenizer: tokens: {unknown[0]!r} is no token that can be added")
     step = pad_to_multiple_of or 1
     size = -(-(max(output.values()) + 1) // step) * step
     sizes = {name: _rows(source) for name, source in sources.items()}
@@ -208,9 +210,13 @@ def _as_they_are(sources: Mapping[str, TensorSource], trust_remote_code: bool) -
         files = [_contents(one.folder) for one in (first, other)]
         if not all(files) or files[0] == files[1]:
             continue
-        mine, theirs = (
-            load_tokenizer(one.folder, trust_remote_code).get_vocab() for one in (first, other)
-        )
+        try:
+            mine, theirs = (
+                load_tokenizer(one.folder, trust_remote_code).get_vocab() for one in (first, other)
+            )
+        except InputError as error:  # the merge does without
+            told.append(f"{error}; whether an id is the same token in all models is not checked")
+            continue
         differ = sorted(t for t in {*mine, *theirs} if mine.get(t) != theirs.get(t))
         if differ:
             told.append(

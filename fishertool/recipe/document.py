@@ -1,5 +1,6 @@
 """YAML files as plain data, each value with its place for messages; hostile files are refused."""
 
+import re
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +15,23 @@ from fishertool.registry import suggest
 MOST_BYTES = 200_000
 MOST_VALUES = 100_000
 DEEPEST = 30
+HALF = re.compile("[\ud800-\udfff]")
+"""Lone surrogates, which an escape can make and no file can hold."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML silently takes the last."""
+    """Refuses a key that is there twice, of which YAML silently takes the last, and says of a value
+    that is not of its type where it is."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"{reprlib.repr(node.value)} is not of the type {kind}",
+                problem_mark=node.start_mark,
+            ) from error
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -67,6 +81,10 @@ def _weigh(node: Any, known: dict[int, int], depth: int = 0) -> int:
             inside = (part for pair in node.value for part in pair)
         elif isinstance(node, yaml.SequenceNode):
             inside = node.value
+        elif not node.value.isascii() and HALF.search(node.value):
+            raise yaml.MarkedYAMLError(
+                problem="a text has half a character", problem_mark=node.start_mark
+            )
         known[id(node)] = 1 + sum(_weigh(part, known, depth + 1) for part in inside)
     if known[id(node)] > MOST_VALUES:
         raise yaml.MarkedYAMLError(
@@ -122,11 +140,13 @@ class Value:
             raise self.wrong("true or false")
         return self.content
 
-    def whole(self, least: int = 0) -> int:
-        """A whole number of at least `least`."""
-        if type(self.content) is not int or self.content < least:
-            raise self.wrong(f"a whole number of at least {least}")
-        return self.content
+    def whole(self, least: int = 0, most: int | None = None) -> int:
+        """A whole number of at least `least`, and at most `most`."""
+        number = self.content
+        if type(number) is not int or number < least or (most is not None and number > most):
+            limit = "" if most is None else f" and at most {most}"
+            raise self.wrong(f"a whole number of at least {least}{limit}")
+        return number
 
     def word(self, known: Iterable[str]) -> str:
         text = self.text()

@@ -1,7 +1,7 @@
 """Settings that may differ from tensor to tensor: numbers, gradients over layers, rules by name."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -76,8 +76,8 @@ def scalar(content: object) -> Scalar | None:
     if isinstance(content, str) and NUMBER.fullmatch(content):
         whole = content.lstrip("+-").isdecimal() and len(content) < 20
         content = int(content) if whole else float(content)
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
+    if isinstance(content, int | float) and not abs(content) <= sys.float_info.max:
+        return None  # of a whole number too: it is computed with as a float
     return content if isinstance(content, bool | int | float | str) else None
 
 

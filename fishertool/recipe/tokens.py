@@ -8,6 +8,7 @@ from fishertool.recipe.references import parse_reference
 
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 TOKEN_KEYS = ("source", "force")
+LARGEST_MULTIPLE = 1 << 20
 ROW_KEYS = ("kind", "model", "token", "token_id")
 
 
@@ -49,7 +50,9 @@ def parse_tokenizer(value: Value) -> TokenizerChoice:
     return TokenizerChoice(
         parse_source(keys["source"]) if "source" in keys else "union",
         tuple((name, _parse_token(token)) for name, token in tokens.items()),
-        keys["pad_to_multiple_of"].whole(1) if "pad_to_multiple_of" in keys else None,
+        keys["pad_to_multiple_of"].whole(1, LARGEST_MULTIPLE)
+        if "pad_to_multiple_of" in keys
+        else None,
     )
 
 

@@ -95,8 +95,9 @@ class Evaluator:
             return self._plans[kind].with_settings(Resolver(recipe, method))
         running = self._running
         plan = plan_merge(
-            self._opened, recipe, method, running.max_shard_bytes, running.allow_nonfinite
-        )
+            self._opened, recipe, method, running.max_shard_bytes, running.allow_nonfinite,
+            running.trust_remote_code,
+        )  # fmt: skip
         self._plans[kind] = plan
         return plan
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
 from fishertool.checkpoint.source import TensorSource
@@ -86,7 +87,10 @@ def check_tensor(
     for number, other in [*named[1:], *([base] if base else [])]:
         source = inputs.sources[number]
         if other not in source:
-            raise InputError(f"{source.folder}: lacks {other}, which {first.folder} has as {name}")
+            raise InputError(
+                f"{source.folder}: lacks {other}, which {first.folder} has as {name}; --exclude it, "
+                "or if it is a head's, take the first model's head by --head keep-first"
+            )
         check_same_shape(first, source, name, other)
 
 
@@ -104,12 +108,10 @@ def _check_counts(method: Method, models: int, base: str | None) -> None:
 def _kept_heads(models: Sequence[TensorSource], head: str) -> set[str]:
     """Names of head tensors that stay the first model's; with `error`, heads that differ are refused."""
     if head == "keep-first":
-        return {
-            name for model in models for name in head_names(model.config(), model, model.folder)
-        }
-    first = models[0].config().get("id2label")
+        return {name for model in models for name in head_names(model)}
+    first = _classes(models[0])
     for model in models[1:]:
-        labels = model.config().get("id2label")
+        labels = _classes(model)
         if head == "error" and first and labels and labels != first:
             raise InputError(
                 f"{model.folder}: its classes ({', '.join(map(str, labels.values()))}) are not "
@@ -117,3 +119,11 @@ def _kept_heads(models: Sequence[TensorSource], head: str) -> set[str]:
                 "--head keep-first takes the first model's head, --head merge merges them as they are"
             )
     return set()
+
+
+def _classes(model: TensorSource) -> dict[str, Any]:
+    """Names of a classifier's classes by id, where config.json has them."""
+    labels = model.config().get("id2label") or {}
+    if not isinstance(labels, dict):
+        raise InputError(f"{model.folder / 'config.json'}: id2label maps no ids to names")
+    return labels

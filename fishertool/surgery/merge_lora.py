@@ -24,8 +24,11 @@ def write_lora(
     plan: MergePlan, writer: LoraWriter, folder: Path, advance: Advance
 ) -> tuple[list[FileDigest], dict[str, dict[str, Any]]]:
     """Merge a tensor at a time and write what differs from the base; what became of each by name."""
-    told = {}
+    told: dict[str, dict[str, Any]] = {}
     for info in plan.outputs():
+        if not info.elements:
+            told[info.name] = {"action": "as-base"}
+            continue
         looks = look(plan, [info], threads=1)
         rows = [merge_piece(plan, piece, looks.get(info.name))[0] for piece in cut(plan, [info])]
         told[info.name] = writer.add(info.name, torch.cat(rows).reshape(info.shape))

@@ -74,6 +74,7 @@ class MergePlan:
     """How many tensors each of the recipe's rules decided."""
     seed: int
     allow_nonfinite: bool
+    warnings: Sequence[str]
 
     @property
     def first(self) -> TensorSource:
@@ -139,16 +140,24 @@ class MergePlan:
 
 
 def plan_merge(
-    opened: ExitStack, recipe: Recipe, method: Method, max_shard_bytes: int, allow_nonfinite: bool
+    opened: ExitStack,
+    recipe: Recipe,
+    method: Method,
+    max_shard_bytes: int,
+    allow_nonfinite: bool,
+    trust_remote_code: bool = False,
 ) -> MergePlan:
     """Open everything, compare the headers, and decide what becomes of every tensor."""
     resolver = Resolver(recipe, method)
     inputs = open_inputs(opened, recipe, method)
     fishers = open_fishers(opened, inputs, method)
     factors = open_factors(opened, inputs, method)
-    vocabulary = choose_vocabulary(recipe, inputs)
+    vocabulary = choose_vocabulary(recipe, inputs, trust_remote_code)
     align(inputs, vocabulary, [fishers, factors])
     arrangement, apart = arrange(recipe, inputs)
+    warnings = list(vocabulary.warnings)
+    if recipe.head == "keep-first" and not apart:
+        warnings.append("head keep-first: no model has a head of its own; all tensors are merged")
     names = [place.name for place in arrangement.places]
     merged = set(select(names, recipe.include, recipe.exclude)) - apart
     needed = factors or (fishers if "fishers" in method.inputs else {})
@@ -173,7 +182,7 @@ def plan_merge(
     plan = MergePlan(
         inputs, method, targets, arrangement.places, fishers, factors, layout,
         find_companions(first.folder), vocabulary, template, config, [], recipe.seed,
-        allow_nonfinite,
+        allow_nonfinite, warnings,
     )  # fmt: skip
     return plan.with_settings(resolver)
 

@@ -55,8 +55,16 @@ class Sidecar:
         return name in self.header.statistics
 
     def measure(self, merged: Iterable[str]) -> None:
-        """Find the scale over these weights. Raises InputError for a Fisher of nothing but zeros."""
+        """Find the scale over these weights.
+
+        Raises InputError where it tells of none of them, or has nothing but zeros.
+        """
         counted = [self.header.statistics[name] for name in merged if self.knows(name)]
+        if not counted:
+            raise InputError(
+                f"{self.tensors.folder}: tells of none of the tensors that are merged; include "
+                "some that it has, or merge without it by another method"
+            )
         elements = sum(statistic.elements for statistic in counted)
         total = sum(statistic.total for statistic in counted)
         squares = sum(statistic.squares for statistic in counted)

@@ -34,7 +34,10 @@ class Part(NamedTuple):
         return Part(models, None if self.base is None else self.base.to(dtype), fishers)
 
     def blocks(self) -> Iterator["Part"]:
-        """Runs of its rows of which a core's cache holds all that is computed."""
+        """Runs of its rows of which a core's cache holds all that is computed; a vector is one."""
+        if self.models[0].ndim == 1:
+            yield self
+            return
         count, base = len(self.models), [] if self.base is None else [self.base]
         for rows in blocks(*self.models, *base, *(fisher.values for fisher in self.fishers)):
             values = rows[count + len(base) :]
@@ -54,10 +57,11 @@ class Look(NamedTuple):
 
 
 def cut(plan: MergePlan, outputs: Iterable[TensorInfo]) -> Iterator[Piece]:
-    """The pieces in which these tensors are merged."""
+    """The pieces in which these tensors are merged: runs of rows, of which a vector is one."""
     matrices = bool(MATRICES & plan.method.inputs.keys())
     for info in outputs:
-        if matrices and plan.targets[info.name].action == "merge":
+        whole = matrices and plan.targets[info.name].action == "merge"
+        if info.elements and (whole or len(info.shape) == 1):
             yield Piece(info.name, 0, info.rows, info.elements)
         else:
             yield from pieces([info])

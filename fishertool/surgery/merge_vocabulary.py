@@ -13,19 +13,19 @@ from fishertool.surgery.merge_inputs import Inputs
 from fishertool.surgery.merge_statistics import Sidecar
 
 
-def choose_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary:
+def choose_vocabulary(recipe: Recipe, inputs: Inputs, trust_remote_code: bool) -> Vocabulary:
     """Match the tokenizers of all models and bases. Raises as `match_vocabularies` does."""
     sources = dict(zip(inputs.references, inputs.sources, strict=True))
     chosen = recipe.tokenizer
     if chosen is None:
-        return match_vocabularies(sources)
+        return match_vocabularies(sources, trust_remote_code=trust_remote_code)
     donors = {
         text: Donor(token.row.model, token.row.token, token.force)
         for text, token in chosen.tokens
         if token.row is not None
     }
     return match_vocabularies(
-        sources, recipe.base, chosen.source, donors, chosen.pad_to_multiple_of
+        sources, recipe.base, chosen.source, donors, chosen.pad_to_multiple_of, trust_remote_code
     )
 
 
