@@ -45,6 +45,7 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     importing,
+    is_given,
     option,
     thread_count,
 )
@@ -258,13 +259,9 @@ def _estimate_from_optimizer(context: typer.Context, model: str, path: Path, out
     """The flags that mean something without data; any other is refused."""
     taken = "kind", "task", "max_shard_size", "overwrite", "dry_run", "trust_remote_code"
     shown = "as_json", "quiet", "report_file", "threads", "device", "include", "exclude", "config"
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
-    }
+    given = {name for name in context.params if is_given(context, name)}
     known = {"model", "out", "from_optimizer", *taken, *shown}
-    if other := sorted(given.keys() - known):
+    if other := sorted(given - known):
         raise UsageError(f"--{other[0].replace('_', '-')} means nothing with --from-optimizer")
     from fishertool.commands.fisher_from_optimizer import fisher_from_optimizer as command
 

@@ -16,20 +16,32 @@ from fishertool.registry import find_method, method_names
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command's flags, so that flags win."""
     if path is not None:
-        from fishertool.config import read_config
+        from fishertool.recipe.document import read_document
 
-        parameters = {
-            flag_name(parameter): parameter
-            for parameter in context.command.params
-            if parameter.name not in ("config", "help")
-        }
-        several = {
-            flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
-            for flag, parameter in parameters.items()
-        }
-        values = read_config(path, several)
-        context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
+        set_defaults(context, read_document(path), path)
     return path
+
+
+def set_defaults(context: typer.Context, content: Any, path: Path) -> None:
+    """Make the content of a file the defaults of this command's flags."""
+    from fishertool.config import parse_config
+
+    parameters = {
+        flag_name(parameter): parameter
+        for parameter in context.command.params
+        if parameter.name not in ("config", "help")
+    }
+    several = {
+        flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
+        for flag, parameter in parameters.items()
+    }
+    values = parse_config(content, path, several)
+    context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an argument is the user's, by flag or file, and not its default."""
+    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
 
 
 def flag_name(parameter: Any) -> str:

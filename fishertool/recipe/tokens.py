@@ -9,6 +9,8 @@ from fishertool.recipe.references import parse_reference
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 TOKEN_KEYS = ("source", "force")
 ROW_KEYS = ("kind", "model", "token", "token_id")
+OF_THE_MODELS = ("union", "base")
+"""Sources that are no model's name."""
 
 
 @dataclass(frozen=True)
