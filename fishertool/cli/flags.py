@@ -44,6 +44,13 @@ def is_given(context: typer.Context, name: str) -> bool:
     return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
 
 
+def report_place(path: Path | None) -> Path | None:
+    """Refuse, before any work, a report that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"--report {path}: give a file in a folder that is there")
+    return path
+
+
 def flag_name(parameter: Any) -> str:
     """The name a user types: `set` for the argument `settings`, `models` for a positional one."""
     flags = [flag for flag in parameter.opts if flag.startswith("--")]
@@ -138,7 +145,9 @@ MethodSettings = Annotated[
 ]
 Json = Annotated[bool, option("--json", help="Print the report as one JSON document.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only errors and warnings.")]
-ReportFile = Annotated[Path | None, option("--report", help="Also write the report here.")]
+ReportFile = Annotated[
+    Path | None, option("--report", callback=report_place, help="Also write the report here.")
+]
 Threads = Annotated[int | None, option("--threads", min=1, help="CPU threads [default: all].")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check and plan from headers; write nothing.")]
