@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.errors import UsageError
-from fishertool.recipe.document import read_document
 from fishertool.registry import suggest
 
 
-def read_config(path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
-    """A file's values by flag name, as the command line would have given them.
+def parse_config(content: Any, path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
+    """The values of a file's content by flag name, as the command line would have given them.
 
     flags  the flags there are, and whether each may be given several times
 
     Raises UsageError naming the file and the key.
     """
-    content = read_document(path) or {}
+    content = content or {}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must map flag names to values")
     values: dict[str, Any] = {}

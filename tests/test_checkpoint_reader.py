@@ -353,6 +353,8 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "not a JSON object"),
+        (b'{"architectures": [5]}', "architectures must be a list of names"),
+        (b'{"architectures": {"a": 1}}', "architectures must be a list of names"),
         (None, "missing; a checkpoint is a folder with a config.json"),
     ],
 )

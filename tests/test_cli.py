@@ -64,6 +64,15 @@ def test_usage_errors_are_one_line_and_exit_2(cli: Cli, arguments: list[str], to
     assert not result.out
 
 
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("place", ["nodir/r.json", "."])
+def test_a_report_that_could_not_be_written_is_refused_at_once(
+    cli: Cli, verb: str, place: str
+) -> None:
+    result = cli(verb, "--report", place)
+    assert (result.code, f"--report {place}: give a file in a folder" in result.err) == (2, True)
+
+
 def test_methods_lists_every_setting(cli: Cli) -> None:
     result = cli("merge", "--methods")
     assert result.code == 0

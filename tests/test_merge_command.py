@@ -475,7 +475,7 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
     [
         (["--method", "fisher"], "one --fisher for each"),
         (["--fisher", "fa"], "1 sidecars for 2 models"),
-        (["--base", "a"], "takes no --base"),
+        (["--base", "c"], "takes no --base"),
         (["--method", "fishr"], "did you mean 'fisher'?"),
         (["--set", "normalise=1"], "did you mean 'normalize'?"),
         (["--set", "normalize=2"], "is not a bool"),
@@ -491,6 +491,12 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
         (["--head", "keep-frist"], "did you mean 'keep-first'?"),
         (["--max-shard-size", "5XB"], "5GB, 500MB"),
         (["--search-weights", "grid"], "--evaluate-on"),
+        (["--label-column", "y"], "--label-column: needs --evaluate-on"),
+        (["--num-examples", "3"], "--num-examples: needs --evaluate-on"),
+        (["--shuffle"], "--shuffle: needs --evaluate-on"),
+        (["--batch-size", "2"], "--batch-size: needs --evaluate-on"),
+        (["--metric", "loss"], "--metric: needs --search-weights"),
+        (["--search-points", "3", "--evaluate-on", "d"], "--search-points: needs --search-weights"),
     ],
 )
 def test_bad_flags(cli: Cli, pair: tuple[Path, Path], flags: list[str], told: str) -> None:
@@ -639,3 +645,19 @@ def test_weights_whose_merge_is_not_finite_are_the_last_choice(metric: str) -> N
         [sound, dict.fromkeys(sound, math.nan)],
     ):
         assert min(metrics, key=judge.key) is sound
+
+
+@pytest.mark.parametrize(("second", "told"), [(0, False), (1, True), (None, True)])
+def test_weights_of_other_modules_that_differ_are_told_of(
+    cli: Cli, pair: tuple[Path, Path], second: float | None, told: bool
+) -> None:
+    for folder, value in zip(pair, (0, second), strict=True):
+        (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+        (folder / "2_Dense").mkdir()
+        if value is not None:
+            dense = {"linear.weight": torch.full((4, 16), float(value))}
+            save_file(dense, folder / "2_Dense" / "model.safetensors")
+    result = cli("merge", *pair, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    wanted = "2_Dense/model.safetensors is taken from a as it is, not merged; b has another or none"
+    assert result.report["warnings"] == ([wanted] if told else [])

@@ -107,7 +107,10 @@ def test_a_tensor_of_nothing_is_as_an_adapters_base_has_it(
     [
         ([], "--as-lora needs --base"),
         (["--base", "a", "--evaluate-on", "x.jsonl"], "no model to be measured"),
+        (["--base", "a", "--predict"], "no model to be measured or predicted"),
         (["--base", "a", "--tokenizer", "union"], "the base's tokens"),
+        (["--base", "a", "--dtype", "bfloat16"], "in float32; leave out the dtype bfloat16"),
+        (["--base", "./a+b"], "--base ./a+b is a model with an adapter"),
     ],
 )
 def test_what_cannot_be_an_adapter_is_refused(
@@ -116,6 +119,127 @@ def test_what_cannot_be_an_adapter_is_refused(
     a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
     result = cli("merge", a, b, "--as-lora", 2, *flags, "--out", "o")
     assert (result.code, told in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("other", "other: lacks lm_head.weight, model.embed_tokens.weight"),
+        ("wide", "is F32 [48, 16], but F32 [32, 16] in the merge"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_an_adapter_of_a_base_that_is_built_otherwise_is_refused_on_headers(
+    cli: Cli, make_model: ModelMaker, base: str, told: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    make_model("other", "bert")
+    tensors = weights_of(a)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    tensors[name] = torch.zeros(48, 16)
+    save_file(tensors, make_model("wide", "llama") / "model.safetensors", {"format": "pt"})
+    result = cli("merge", a, b, "--as-lora", 2, "--base", base, "--out", "o", *more)
+    assert (result.code, told in result.err) == (3, True), result.err
+    assert "--as-lora needs a base of the models' architecture" in result.err
+    assert not (tmp_path / "o").exists()
+
+
+READ: dict[str, tuple[str, ...]] = {
+    "the base of an adapter": ("a", "b", "--as-lora", "2", "--base", "written"),
+    "an adapter": ("a+written", "b"),
+    "a tokenizer": ("a", "b", "--tokenizer", "written"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("inside", ["", "/below"])
+def test_no_output_replaces_what_is_read(
+    cli: Cli, make_model: ModelMaker, case: str, inside: str, tmp_path: Path
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    if case == "an adapter":
+        make_adapter(tmp_path / "written", weights_of(a))
+        (tmp_path / "written" / "fishertool_report.json").write_text("{}")
+    else:
+        assert cli("merge", a, b, "--out", "written", "-q").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "written").iterdir()}
+    result = cli("merge", *READ[case], "--out", f"written{inside}", "--overwrite")
+    assert (result.code, "overlaps the input" in result.err) == (2, True), result.err
+    assert {path: path.read_bytes() for path in (tmp_path / "written").iterdir()} == before
+
+
+@pytest.mark.parametrize("listed", ["", "chat_template: {o}/chat_template.jinja\n"])
+def test_no_output_replaces_the_files_of_its_recipe(
+    cli: Cli, make_model: ModelMaker, listed: str, tmp_path: Path
+) -> None:
+    make_model("a", "llama", 1), make_model("b", "llama", 2)
+    assert cli("merge", "a", "b", "--out", "o", "-q").code == 0
+    (tmp_path / "o" / "chat_template.jinja").write_text("own")
+    file = tmp_path / ("r.yml" if listed else "o/r.yml")
+    text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+    file.write_text(text + listed.format(o=tmp_path / "o"))
+    result = cli("merge", "--config", file, "--out", "o", "--overwrite")
+    assert (result.code, "overlaps the input" in result.err) == (2, True), result.err
+
+
+def test_the_base_of_an_adapter_is_among_the_inputs(cli: Cli, make_model: ModelMaker) -> None:
+    make_model("base", "llama", 1), make_model("a", "llama", 2), make_model("b", "llama", 3)
+    result = cli("merge", "a", "b", "--as-lora", 2, "--base", "./base", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    roles = [(files["id"], files["role"]) for files in result.report["inputs"]]
+    assert roles == [("a", "model"), ("b", "model"), ("base", "base")]
+
+
+@pytest.mark.parametrize("method", ["linear", "fisher"])
+def test_a_model_of_two_sidecars_is_refused(
+    cli: Cli, make_model: ModelMaker, method: str, tmp_path: Path
+) -> None:
+    make_model("a", "llama", 1), make_model("b", "llama", 2)
+    Path("r.yml").write_text(
+        f"merge_method: {method}\nmodels:\n- {{model: a, fisher: f}}\n- {{model: b, fisher: g}}\n"
+        "- {model: ./a, fisher: h}\n"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o")
+    assert (result.code, "a: is given with two sidecars, f and h" in result.err) == (2, True)
+
+
+def test_a_base_is_the_base_however_it_is_spelled(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    for number, name in enumerate("abc"):
+        make_model(name, "llama", number)
+    (tmp_path / "link").symlink_to("c")
+    merged = []
+    for out, base in (("o", "c"), ("p", "./c"), ("q", tmp_path / "c"), ("r", "link")):
+        Path("r.yml").write_text(
+            f"merge_method: ties\nbase_model: {base}\nmodels:\n- model: c\n"
+            "- {model: a, parameters: {density: 0.5}}\n- {model: b, parameters: {density: 0.5}}\n"
+        )
+        result = cli("merge", "--config", "r.yml", "--out", out, "--json")
+        assert result.code == 0, result.err
+        assert result.report["summary"]["weights"] == [0.5, 0.5]
+        merged.append((tmp_path / out / "model.safetensors").read_bytes())
+    assert len(set(merged)) == 1
+
+
+def test_reports_of_recipes_name_no_folders_of_this_machine(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    for number, name in enumerate("abc"):
+        make_model(name, "llama", number)
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    Path("r.yml").write_text(
+        f"merge_method: ties\nbase_model: {tmp_path}/c\nchat_template: {tmp_path}/t.jinja\n"
+        f"models:\n- {{model: {tmp_path}/c, parameters: {{weight: 1}}}}\n"
+        f"- model: {tmp_path}/a\n  parameters: {{density: [{{filter: mlp, value: 1}}, {{value: 1}}]}}\n"
+        f"- {{model: {tmp_path}/b}}\n"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    assert str(tmp_path) not in json.dumps(result.report)
+    assert result.report["summary"]["rules"] == {"density of a: mlp": 6}
+    assert result.report["options"]["recipe"]["chat_template"] == "t.jinja"
+    assert result.report["warnings"] == ["weight of the base has no effect: it is not merged"]
 
 
 TEMPLATES = ("{{ messages }} one", "{{ messages }} two")

@@ -105,6 +105,9 @@ def test_without_all_sidecars_nothing_is_predicted(cli: Cli, pair: Pair) -> None
     assert report["summary"]["predicted_loss"] is None
 
 
+TASK = ["--method", "task-arithmetic", "--base", "base", "--set"]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -113,11 +116,20 @@ def test_without_all_sidecars_nothing_is_predicted(cli: Cli, pair: Pair) -> None
         (["--weights", "optimal", "SIDECARS", "--method", "fisher"], "linear or task-arithmetic"),
         (["--weights", "optimal-free", "SIDECARS"], "for method task-arithmetic, not linear"),
         (["--weights", "best"], "'best' is not a number"),
+        (["--weights", "optimal", "SIDECARS", *TASK, "lambda=0.3"], "set neither otherwise"),
+        (["--weights", "optimal-free", "SIDECARS", *TASK, "normalize=true"], "for lambda 1 and"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(
-    cli: Cli, pair: Pair, sidecars: tuple[str, ...], flags: list[str], told: str, tmp_path: Path
+    cli: Cli,
+    make_model: ModelMaker,
+    pair: Pair,
+    sidecars: tuple[str, ...],
+    flags: list[str],
+    told: str,
+    tmp_path: Path,
 ) -> None:
+    make_model("base", seed=3)
     given = [part for flag in flags for part in (sidecars if flag == "SIDECARS" else [flag])]
     result = cli("merge", *pair, *given, "--out", "o")
     assert result.code == 2 and told in result.err

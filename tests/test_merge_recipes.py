@@ -112,6 +112,75 @@ def test_gradients_run_over_the_layers(
             torch.testing.assert_close(value, expected)
 
 
+AFTER = {
+    "llama": ["model.norm.weight", "lm_head.weight"],
+    "bert": ["bert.pooler.dense.bias", "classifier.weight"],
+    "gpt2": ["transformer.ln_f.bias"],
+    "t5": ["encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"],
+}
+BEFORE = {
+    "llama": ["model.embed_tokens.weight"],
+    "bert": ["bert.embeddings.LayerNorm.weight", "bert.embeddings.word_embeddings.weight"],
+    "gpt2": ["transformer.wte.weight", "transformer.wpe.weight"],
+    "t5": ["shared.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", AFTER)
+def test_what_comes_after_the_layers_has_a_gradients_last_value(
+    cli: Cli, make_model: ModelMaker, kind: str, tmp_path: Path
+) -> None:
+    a, b = make_model("a", kind, 1, spread=0.1), make_model("b", kind, 2, spread=0.1)
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: linear\nmodels:\n"
+        f"- {{model: {a}, parameters: {{weight: [1, 0]}}}}\n"
+        f"- {{model: {b}, parameters: {{weight: [0, 1]}}}}\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o", "-q")
+    assert (result.code, result.err) == (0, "")
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    for names, wanted in ((BEFORE[kind], first), (AFTER[kind], second)):
+        assert all(torch.equal(merged[name], wanted[name]) for name in names)
+
+
+def test_slices_have_a_gradients_ends_before_and_after_their_layers(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = llamas
+    weights = "parameters: {weight: [1, 0]}", "parameters: {weight: [0, 1]}"
+    pieces = "".join(
+        f"- sources:\n  - {{model: {a}, layer_range: {layers}, {weights[0]}}}\n"
+        f"  - {{model: {b}, layer_range: {layers}, {weights[1]}}}\n"
+        for layers in ("[0, 2]", "[0, 2]")
+    )
+    file = recipe(tmp_path / "r.yml", f"merge_method: linear\nslices:\n{pieces}")
+    assert cli("merge", "--config", file, "--out", "o", "-q").code == 0
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    assert torch.equal(merged["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
+    assert torch.equal(merged["lm_head.weight"], second["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("weight", "told"), [("[1, 0]", True), ("0.5", False)])
+def test_gradients_of_an_unknown_architecture_are_told_of(
+    cli: Cli, llamas: tuple[Path, Path], weight: str, told: bool, tmp_path: Path
+) -> None:
+    for folder in llamas:
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace("LlamaForCausalLM", "OwnForCausalLM"))
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: linear\nparameters: {normalize: false}\nmodels:\n"
+        f"- {{model: a, parameters: {{weight: {weight}}}}}\n"
+        f"- {{model: b, parameters: {{weight: 1}}}}\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    wanted = ["a: its architecture does not tell what comes after its layers: gradients give all "
+              "tensors outside of them their first value"]  # fmt: skip
+    assert result.report["warnings"] == (wanted if told else [])
+
+
 def test_the_first_rule_that_matches_wins(
     cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -230,6 +299,82 @@ def test_a_recipe_printed_is_a_recipe_that_gives_the_same(
     assert all(torch.equal(ours[name], again[name]) for name in ours)
     both = cli("merge", *llamas, "--config", file, "--out", "q")
     assert (both.code, "the recipe" in both.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--trim", 0.5), ("--anchor", 0.5), ("--power", 1), ("--method", "ties"), ("--base", "a"),
+     ("--set", "normalize=true"), ("--preset", "matena"), ("--fisher", "f"), ("--head", "merge"),
+     ("--tokenizer", "union"), ("--include", "*"), ("--exclude", "x")],
+)  # fmt: skip
+def test_a_flag_that_says_what_the_recipe_says_is_refused(
+    cli: Cli, llamas: tuple[Path, Path], flag: str, value: object, tmp_path: Path
+) -> None:
+    file = recipe(tmp_path / "r.yml", "merge_method: linear\nmodels: [{model: a}, {model: b}]")
+    result = cli("merge", "--config", file, flag, value, "--out", "o")
+    assert (result.code, f"{flag}: the recipe" in result.err) == (2, True), result.err
+
+
+def test_weights_given_beside_a_recipe_are_printed_and_replace_all_of_its_own(
+    cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: linear\nparameters: {weight: [{filter: mlp, value: 1}, {value: 2}]}\n"
+        "models: [{model: a, parameters: {weight: 0.5}}, {model: b}]",
+    )
+    flags = ("merge", "--config", file, "--weights", "0.9,0.1")
+    printed = recipe(tmp_path / "p.yml", cli(*flags, "--print-config").out)
+    assert cli(*flags, "--out", "o", "-q").code == 0
+    assert cli("merge", "--config", printed, "--out", "p", "-q").code == 0
+    first, second, again = *map(weights_of, llamas), weights_of(tmp_path / "p")
+    for name, value in weights_of(tmp_path / "o").items():
+        torch.testing.assert_close(value, 0.9 * first[name] + 0.1 * second[name])
+        assert torch.equal(value, again[name])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--weights", "optimal"), ("--weights", "optimal-free"), ("--as-lora", "3"),
+     ("--search-weights", "grid")],
+)  # fmt: skip
+def test_what_a_recipe_cannot_say_is_not_printed_as_one(cli: Cli, flags: tuple[str, ...]) -> None:
+    result = cli("merge", "a", "b", *flags, "--print-config")
+    assert (result.code, result.out) == (2, "")
+    assert flags[0] in result.err and "a recipe cannot say it" in result.err
+
+
+def test_weights_are_counted_in_every_slice(
+    cli: Cli, llamas: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    source = "{{model: {}, layer_range: [{}, {}]}}"
+    low, high = (
+        ", ".join(source.format(name, first, first + 1) for name in names)
+        for names, first in (("ab", 0), ("aba", 1))
+    )
+    file = recipe(
+        tmp_path / "r.yml",
+        f"merge_method: linear\nslices: [{{sources: [{low}]}}, {{sources: [{high}]}}]",
+    )
+    for flags, told in (
+        (("--weights", ".4,.6"), "--weights has 2 numbers for 3 models in slices[1]"),
+        (("--search-weights", "grid", "--evaluate-on", data), "as many models in every slice"),
+    ):
+        result = cli("merge", "--config", file, *flags, "--out", "o")
+        assert (result.code, told in result.err) == (2, True), result.err
+    assert cli("merge", "--config", file, "--out", "o", "-q").code == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["merge_method: linear\nmodels: [{model: a}, {model: b}]", "models: [a, b]\nmethod: linear"],
+)
+def test_a_recipe_or_flags_may_come_through_a_pipe(
+    llamas: tuple[Path, Path], text: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "fishertool", "merge", "--config", "/dev/stdin", "--out", "o"]
+    done = subprocess.run(command, input=text, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "o").is_dir()) == (0, True), done.stderr
 
 
 def test_a_config_says_how_deep_the_model_is() -> None:

@@ -10,7 +10,7 @@ from recipes import METHODS, TEXTS, recipe_of
 from fishertool.errors import UsageError
 from fishertool.recipe.document import DEEPEST, MOST_BYTES, MOST_VALUES, read_document
 from fishertool.recipe.flags import from_flags
-from fishertool.recipe.inputs import normalised
+from fishertool.recipe.inputs import normalised, weighted
 from fishertool.recipe.schema import Recipe, Slice, Source, is_recipe, parse_recipe, read_recipe
 from fishertool.recipe.settings import Rule, Scalar, interpolate
 from fishertool.recipe.tokens import Token, TokenizerChoice, TokenRow
@@ -286,7 +286,7 @@ def test_the_base_is_not_merged_where_the_method_has_one() -> None:
     found = normalised(recipe_of(TEXTS["task-arithmetic"]), METHODS["task-arithmetic"])
     assert found.base == "org/base"
     assert [source.model for source in found.slices[0].sources] == ["org/a", "org/b"]
-    assert found.notes == ("weight of org/base has no effect: it is the base",)
+    assert found.notes == ("weight of the base has no effect: it is not merged",)
     quiet = normalised(recipe_of(TEXTS["ties"]), METHODS["ties"])
     assert [source.model for source in quiet.slices[0].sources] == ["org/math", "org/code"]
     assert not any("org/base" in note for note in quiet.notes)
@@ -345,14 +345,15 @@ def test_a_base_that_slices_of_layers_do_not_need_is_noted() -> None:
     recipe = recipe_of(TEXTS["passthrough"] + "base_model: org/x\ntokenizer_source: base\n")
     found = normalised(recipe, METHODS["passthrough"])
     assert (found.base, found.tokenizer) == (None, TokenizerChoice("org/x"))
-    assert len(found.notes) == 1 and "base_model org/x has no effect" in found.notes[0]
+    assert (
+        len(found.notes) == 1 and "base_model has no effect in method passthrough" in found.notes[0]
+    )
 
 
 def test_flags_make_the_recipe_that_a_file_would() -> None:
     found = from_flags(
         ["a", "b"],
         "fisher",
-        weights=[0.6, 0.4],
         fisher=["fa", "fb"],
         base="c",
         head="merge",
@@ -375,6 +376,7 @@ def test_flags_make_the_recipe_that_a_file_would() -> None:
     exclude: ["*.k"]
     seed: 4
     """
+    found = weighted(found, METHODS["fisher"], [0.6, 0.4])
     assert found == recipe_of(text)
     assert from_flags(["a", "b"]) == parsed()
 
@@ -392,7 +394,6 @@ def test_a_preset_is_under_what_is_given() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"weights": [1.0]}, "--weights has 1 numbers for 2 models"),
         ({"fisher": ["f"]}, "--fisher: 1 sidecars for 2 models; give one --fisher for each"),
         ({"head": "kep-first"}, "--head 'kep-first'; did you mean 'keep-first'?"),
         ({"settings": {"density": "1,2,3"}}, "--set density has 3 values for 2 models"),

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
@@ -65,6 +66,11 @@ def find_companions(folder: Path) -> Companions:
         else:
             left_out.append(name.as_posix())
     return Companions(tuple(copied), tuple(left_out))
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether `other` is there with the bytes of `one`."""
+    return other.is_file() and cmp(one, other, shallow=False)
 
 
 def copy_companions(folder: Path, companions: Companions, out: Path) -> None:

@@ -178,7 +178,11 @@ class Checkpoint(Mapping[str, Tensor]):
         path = self.folder / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: missing; a checkpoint is a folder with a config.json")
-        return load_json(path)
+        config = load_json(path)
+        names = config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: architectures must be a list of names")
+        return config
 
 
 def open_checkpoint(

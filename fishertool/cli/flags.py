@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,19 +16,38 @@ from fishertool.registry import find_method, method_names
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command's flags, so that flags win."""
     if path is not None:
-        from fishertool.config import read_config
+        from fishertool.recipe.document import read_document
 
-        parameters = {
-            flag_name(parameter): parameter
-            for parameter in context.command.params
-            if parameter.name not in ("config", "help")
-        }
-        several = {
-            flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
-            for flag, parameter in parameters.items()
-        }
-        values = read_config(path, several)
-        context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
+        set_defaults(context, read_document(path), path)
+    return path
+
+
+def set_defaults(context: typer.Context, content: Any, path: Path) -> None:
+    """Make the content of a file the defaults of this command's flags."""
+    from fishertool.config import parse_config
+
+    parameters = {
+        flag_name(parameter): parameter
+        for parameter in context.command.params
+        if parameter.name not in ("config", "help")
+    }
+    several = {
+        flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
+        for flag, parameter in parameters.items()
+    }
+    values = parse_config(content, path, several)
+    context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an argument is the user's, by flag or file, and not its default."""
+    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
+
+
+def report_place(path: Path | None) -> Path | None:
+    """Refuse, before any work, a report that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"--report {path}: give a file in a folder that is there")
     return path
 
 
@@ -47,22 +66,21 @@ def data_options(context: typer.Context, source: str) -> Any:
     return DataOptions(**given | {"data": source})
 
 
-def is_given(context: typer.Context, name: str) -> bool:
-    """On the command line, or in a file of flags."""
-    return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
-
-
-def refuse_without_data(context: typer.Context, *others: str) -> None:
-    """Where there are no data: refuse flags that say which they are, and `others` on their use."""
+def flags_of_data() -> set[str]:
+    """Names of the arguments that say what is read from data; the seed has other uses too."""
     from fishertool.calibration import DataOptions
 
-    names = {*others, *(field.name for field in fields(DataOptions))} - {"seed"}
+    return {field.name for field in fields(DataOptions)} - {"seed"}
+
+
+def refuse(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Refuse arguments of these names where they are given, all in one line."""
     if unused := [
-        f"--{flag_name(parameter)}"
+        parameter.opts[0]
         for parameter in context.command.params
         if parameter.name in names and is_given(context, parameter.name)
     ]:
-        raise UsageError(f"{', '.join(unused)}: without --data there is nothing to use it on")
+        raise UsageError(f"{', '.join(unused)}: {why}")
 
 
 def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
@@ -146,7 +164,9 @@ MethodSettings = Annotated[
 ]
 Json = Annotated[bool, option("--json", help="Print the report as one JSON document.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only errors and warnings.")]
-ReportFile = Annotated[Path | None, option("--report", help="Also write the report here.")]
+ReportFile = Annotated[
+    Path | None, option("--report", callback=report_place, help="Also write the report here.")
+]
 Threads = Annotated[int | None, option("--threads", min=1, help="CPU threads [default: all].")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check and plan from headers; write nothing.")]

@@ -36,10 +36,15 @@ from fishertool.cli.flags import (
     option,
     thread_count,
 )
-from fishertool.cli.merge_recipe import load_recipe_or_config, recipe_of, weights_of
+from fishertool.cli.merge_recipe import (
+    check_measuring,
+    load_recipe_or_config,
+    recipe_of,
+    text_of,
+    weights_of,
+)
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
-from fishertool.registry import find_method
 
 MERGE_METHODS = "fishertool.merging"
 
@@ -164,18 +169,16 @@ def merge(
     """
 
     given = weights_of(weights)
-    recipe = recipe_of(context, config, given)
+    recipe = recipe_of(context, config)
     if print_config:
-        from fishertool.recipe.inputs import normalised
-        from fishertool.recipe.write import to_yaml
-
-        print(to_yaml(normalised(recipe, find_method(MERGE_METHODS, recipe.method))), end="")
+        print(text_of(context, MERGE_METHODS, recipe, given), end="")
         return
     if out is None:
         raise UsageError("--out is missing: the folder to write to")
     with importing(recipe.reads, threads, dry_run):
         from fishertool.commands.merge import merge as command
 
+    check_measuring(context)
     options = None if evaluate_on is None else data_options(context, evaluate_on)
     report = command(
         recipe,

@@ -1,28 +1,30 @@
 """What `fishertool merge` is to merge: a recipe from a file, or one that flags make."""
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from fishertool.cli.flags import flag_name, is_given, load_config, number, pairs
+from fishertool.cli.flags import flags_of_data, is_given, number, pairs, refuse, set_defaults
 from fishertool.errors import UsageError
+from fishertool.registry import find_method
 
-SAID_BY_A_RECIPE = (
-    "models", "method", "fisher", "base", "anchor", "power", "preset", "settings", "head",
-    "tokenizer", "include", "exclude",
-)  # fmt: skip
+SETTINGS = ("anchor", "power", "trim")
+"""Settings of methods that have a flag of their own."""
+NOT_IN_A_RECIPE = ("as_lora", "search_weights")
 
 
 def load_recipe_or_config(context: typer.Context, path: Path | None) -> Path | None:
-    """A recipe is read later; a file of flags gives their defaults."""
+    """Keep a file's content, as a pipe is read once; one of flags gives their defaults."""
     if path is not None:
         from fishertool.recipe.document import read_document
         from fishertool.recipe.schema import is_recipe
 
-        if not is_recipe(read_document(path)):
-            load_config(context, path)
+        context.obj = read_document(path)
+        if not is_recipe(context.obj):
+            set_defaults(context, context.obj, path)
     return path
 
 
@@ -35,55 +37,59 @@ def weights_of(given: str | None) -> list[float] | str | None:
     return weights
 
 
-def recipe_of(
-    context: typer.Context, config: Path | None, weights: list[float] | str | None
-) -> Any:
-    """What is to be merged: the file's recipe, or one of the flags."""
-    from fishertool.recipe.document import Value, read_document
+def recipe_of(context: typer.Context, config: Path | None) -> Any:
+    """What is to be merged, but for --weights: the file's recipe, or one of the flags."""
+    from fishertool.recipe.document import Value
     from fishertool.recipe.flags import from_flags
     from fishertool.recipe.schema import DTYPES, is_recipe, parse_recipe
 
     flags = context.params
-    content = None if config is None else read_document(config)
-    if is_recipe(content):
-        _refuse_flags_of_a_recipe(context, config)
-        recipe = parse_recipe(content, str(config))
+    parts = [name for name in signature(from_flags).parameters if name != "settings"]
+    if is_recipe(context.obj):
+        said = {*parts, "settings", *SETTINGS} - {"seed"}
+        refuse(context, said, f"the recipe {config} says what is merged; change it there")
+        recipe = parse_recipe(context.obj, str(config))
         if is_given(context, "seed"):
             recipe = replace(recipe, seed=flags["seed"])
     else:
-        recipe = from_flags(
-            flags["models"] or [],
-            flags["method"],
-            weights=None if isinstance(weights, str) else weights,
-            fisher=flags["fisher"] or [],
-            base=flags["base"],
-            head=flags["head"],
-            settings=_settings(flags),
-            preset=flags["preset"],
-            tokenizer=flags["tokenizer"],
-            include=flags["include"] or [],
-            exclude=flags["exclude"] or [],
-            seed=flags["seed"],
-        )
+        given = {name: flags[name] for name in parts if flags[name] is not None}
+        recipe = from_flags(**{"models": [], **given}, settings=_settings(flags))
     if flags["dtype"] is not None:
         dtype = Value(flags["dtype"], "--dtype").word(DTYPES)
         recipe = replace(recipe, dtype=dtype)
     return recipe
 
 
+def text_of(
+    context: typer.Context, package: str, recipe: Any, weights: list[float] | str | None
+) -> str:
+    """The whole merge as a recipe. Raises UsageError for what a recipe cannot say."""
+    from fishertool.recipe.inputs import normalised, weighted
+    from fishertool.recipe.write import to_yaml
+
+    why = "a recipe cannot say it; leave it out with --print-config"
+    refuse(context, NOT_IN_A_RECIPE, why)
+    if isinstance(weights, str):
+        raise UsageError(f"--weights {weights}: {why}")
+    method = find_method(package, recipe.method)
+    recipe = normalised(recipe, method)
+    return to_yaml(recipe if weights is None else weighted(recipe, method, weights))
+
+
+def check_measuring(context: typer.Context) -> None:
+    """Refuse flags of a measurement, or of a search, that is not asked for."""
+    if context.params["evaluate_on"] is None:
+        names = {*flags_of_data(), "batch_size"}
+        refuse(context, names, "needs --evaluate-on, the data to measure on")
+    if context.params["search_weights"] is None:
+        refuse(context, {"metric", "search_points"}, "needs --search-weights")
+
+
 def _settings(flags: dict[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = dict(pairs("--set", flags["settings"]))
-    for name in ("anchor", "power", "trim"):
+    for name in SETTINGS:
         if flags[name] is not None:
             if name in chosen:
                 raise UsageError(f"--{name} and --set {name} say it twice")
             chosen[name] = flags[name]
     return chosen
-
-
-def _refuse_flags_of_a_recipe(context: typer.Context, config: Path | None) -> None:
-    for parameter in context.command.params:
-        if parameter.name in SAID_BY_A_RECIPE and is_given(context, parameter.name):
-            raise UsageError(
-                f"{flag_name(parameter)}: the recipe {config} says what is merged; change it there"
-            )

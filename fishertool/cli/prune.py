@@ -41,11 +41,12 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     data_options,
+    flags_of_data,
     importing,
     methods_flag,
     option,
     pairs,
-    refuse_without_data,
+    refuse,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
@@ -215,7 +216,8 @@ def prune(
             raise UsageError("--dai-form and --set dai_form say it twice")
         chosen["dai_form"] = dai_form
     if data is None:
-        refuse_without_data(context, *USES_OF_DATA)
+        without = "without --data there is nothing to use it on"
+        refuse(context, {*flags_of_data(), *USES_OF_DATA}, without)
     options = None if data is None else data_options(context, data)
     try:
         report = command(

@@ -12,8 +12,9 @@ from fishertool.checkpoint.staging import REPORT_FILE, check_output, staged
 from fishertool.errors import UsageError
 from fishertool.models.loading import check_device
 from fishertool.models.lora_writer import LoraWriter
+from fishertool.models.sources import public_reference, split_reference
 from fishertool.progress import Track, silent
-from fishertool.recipe.inputs import normalised
+from fishertool.recipe.inputs import WEIGHT, normalised, spelled_alike, weighted
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.write import plain, renamed
 from fishertool.registry import Method, find_method, suggest
@@ -30,7 +31,7 @@ from fishertool.surgery.merge_write import write_merge
 from fishertool.surgery.output import checkpoint_output
 
 METHODS = "fishertool.merging"
-OPTIMAL, FREE = "optimal", "optimal-free"
+FREE = "optimal-free"
 
 
 def merge(
@@ -62,27 +63,39 @@ def merge(
     options = {name: value for name, value in locals().items() if name != "recipe"}
     report = Report("merge", options_of(options), environment=environment(threads, device))
     method = find_method(METHODS, recipe.method)
-    base = recipe.base
+    recipe = spelled_alike(recipe)
+    beside: list[str] = []
     if as_lora is not None:
-        recipe = _for_lora(recipe, method, search_weights, evaluate_on)
+        if predict or search_weights is not None or evaluate_on is not None:
+            raise UsageError(
+                "--as-lora writes no model to be measured or predicted: merge once without it for that"
+            )
+        recipe, base = _for_lora(recipe, method)
+        beside.append(base)
     recipe = normalised(recipe, method)
-    report.options["recipe"] = plain(renamed(recipe, merge_report.public_reference))
+    if weights is not None and not isinstance(weights, str):
+        recipe = weighted(recipe, method, weights)
+    report.options["recipe"] = plain(renamed(recipe, public_reference))
     report.warnings += recipe.notes
-    candidates = _candidates(recipe, method, weights, search_weights, search_points, evaluate_on)
+    candidates: list[list[float]] = []
+    if search_weights is not None:
+        candidates = _candidates(
+            recipe, method, weights, search_weights, search_points, evaluate_on
+        )
     device = check_device(device)
     with ExitStack() as opened:
         with report.phase("check"):
             size = parse_size(max_shard_size)
-            plan = plan_merge(opened, recipe, method, size, allow_nonfinite, trust_remote_code)
-            if len(candidates) == 1:
-                plan = plan.with_weights(candidates[0])
+            plan = plan_merge(
+                opened, recipe, method, size, allow_nonfinite, trust_remote_code, beside
+            )
             if isinstance(weights, str):
                 check_optimal(plan, weights == FREE)
             if predict and not plan.predicts:
                 raise UsageError("--predict needs a --fisher with a diagonal for each model")
             lora = None
-            if as_lora is not None and base is not None:
-                lora = open_lora(opened, base, merge_report.public_reference(base), as_lora)
+            if as_lora is not None:
+                lora = open_lora(plan, beside[0], as_lora)
             report.warnings += plan.warnings
             copies = 1 + bool(search_weights)
             check_output(out, plan.folders, overwrite, copies * plan.layout.nbytes)
@@ -96,7 +109,7 @@ def merge(
             judge = Judge(plan, evaluate_on, metric, batch_size, device, trust_remote_code)
         with staged(out, overwrite) as folder:
             tried: list[dict[str, Any]] = []
-            if search_weights and judge is not None:
+            if candidates and judge is not None:
                 with report.phase("search"), track("Searching", len(candidates), "merges") as step:
                     best, tried = search_weights_by(
                         plan, candidates, judge, folder / "candidate", threads, step
@@ -154,45 +167,45 @@ def _with_optimal_weights(
     return plan.with_weights(best_weights(forms, on_simplex=not free))
 
 
-def _for_lora(
-    recipe: Recipe, method: Method, search: str | None, evaluate_on: DataOptions | None
-) -> Recipe:
-    """The recipe with its base for the method only where the method takes one."""
-    if recipe.base is None:
+def _for_lora(recipe: Recipe, method: Method) -> tuple[Recipe, str]:
+    """The recipe with its base for the method only where the method takes one; and that base."""
+    base = recipe.base
+    if base is None:
         raise UsageError("--as-lora needs --base, the model that the adapter is for")
-    if search is not None or evaluate_on is not None:
-        raise UsageError("--as-lora writes no model to be measured: merge once without it for that")
+    if split_reference(base)[1] is not None:
+        raise UsageError(
+            f"--as-lora: --base {base} is a model with an adapter, which no adapter can name as its "
+            "base; write it out with --method passthrough first"
+        )
+    if recipe.dtype is not None:
+        raise UsageError(
+            f"--as-lora writes an adapter in float32; leave out the dtype {recipe.dtype}"
+        )
     if recipe.tokenizer is not None or not recipe.whole:
         raise UsageError("--as-lora is for whole models that have the base's tokens and layers")
-    listed = any(source.model == recipe.base for source in recipe.slices[0].sources)
-    return recipe if "base" in method.inputs or listed else replace(recipe, base=None)
+    listed = any(source.model == base for source in recipe.slices[0].sources)
+    return (recipe if "base" in method.inputs or listed else replace(recipe, base=None)), base
 
 
 def _candidates(
     recipe: Recipe,
     method: Method,
     weights: Sequence[float] | str | None,
-    search: str | None,
+    search: str,
     points: int,
     evaluate_on: DataOptions | None,
 ) -> list[list[float]]:
-    """The weights to merge by instead of the recipe's: those given, or those to search among."""
-    models = len(recipe.slices[0].sources)
-    if search is None:
-        if weights is None or isinstance(weights, str):
-            return []
-        if "weights" not in method.inputs:
-            raise UsageError(f"method {method.name} takes no --weights")
-        if len(weights) != models:
-            raise UsageError(f"--weights has {len(weights)} numbers for {models} models")
-        return [list(weights)]
+    """The weights to search among."""
     if "weights" not in method.inputs:
         raise UsageError(f"method {method.name} takes no weights to be searched")
-    weighted = any("weight" in source.parameters for source in recipe.slices[0].sources)
-    if weights is not None or weighted:
+    if weights is not None or any(WEIGHT in one.parameters for one in recipe.slices[0].sources):
         raise UsageError("--weights and --search-weights exclude each other")
     if evaluate_on is None:
         raise UsageError("--search-weights needs --evaluate-on, the data to choose by")
+    counts = {len(piece.sources) for piece in recipe.slices}
+    if len(counts) > 1:
+        raise UsageError("--search-weights needs as many models in every slice")
     if search not in ("grid", "dirichlet"):
         raise UsageError(f"--search-weights {suggest(search, ('grid', 'dirichlet'))}")
+    models = counts.pop()
     return grid(models, points) if search == "grid" else dirichlet(models, points, evaluate_on.seed)

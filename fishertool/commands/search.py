@@ -16,7 +16,7 @@ from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_apart, check_output
 from fishertool.errors import OutputExistsError, UsageError
 from fishertool.models.loading import check_device
-from fishertool.models.sources import open_source
+from fishertool.models.sources import open_source, public_reference
 from fishertool.progress import Track, silent
 from fishertool.recipe.document import Value, read_document
 from fishertool.recipe.space import Space, inside, read_space, split_search
@@ -258,7 +258,7 @@ def _front(
     front = describe(
         found.trials,
         objectives,
-        [merge_report.public_reference(model) for model in models],
+        [public_reference(model) for model in models],
         lambda point: to_yaml(evaluator.recipe(point)),
     )
     told = {"sampler": sampling.sampler, "seed": sampling.seed}

@@ -151,9 +151,8 @@ def _output_names(source: TensorSource) -> list[str]:
 
 def architecture_of(source: TensorSource) -> str:
     """As config.json names it; empty where it does not."""
-    named = source.config().get("architectures")
-    first = named[0] if isinstance(named, list) and named else ""
-    return first if isinstance(first, str) else repr(first)
+    first: str = (source.config().get("architectures") or [""])[0]
+    return first
 
 
 def model_class_of(source: TensorSource) -> Any:

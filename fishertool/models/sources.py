@@ -10,6 +10,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
 from fishertool.models.adapted import AdaptedCheckpoint
 from fishertool.models.adapters import CONFIG, open_adapter
+from fishertool.report import public_name
 
 
 @contextmanager
@@ -45,6 +46,16 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     places = [place for place, letter in enumerate(reference) if letter == "+"]
     splits = [(reference[:place], reference[place + 1 :]) for place in places]
     return next((split for split in splits if all(map(hub.may_be, split))), splits[0])
+
+
+def folders_of(reference: str) -> list[Path]:
+    """Where a model lies, and its adapter."""
+    return [hub.resolve(part) for part in split_reference(reference) if part is not None]
+
+
+def public_reference(reference: str) -> str:
+    """A model's name without the folders of this machine, its adapter's too."""
+    return "+".join(public_name(part) for part in split_reference(reference) if part is not None)
 
 
 def _check_is_whole(folder: Path, name: str) -> None:

@@ -25,7 +25,6 @@ def from_flags(
     models: Sequence[str],
     method: str = "linear",
     *,
-    weights: Sequence[float] | None = None,
     fisher: Sequence[str] = (),
     base: str | None = None,
     head: str | None = None,
@@ -38,15 +37,13 @@ def from_flags(
 ) -> Recipe:
     """A merge of whole models.
 
-    weights, fisher  one a model, in their order
-    settings         a value each; several, as 0.5,0.7, are one a model, in their order
-    preset           settings to start from, under those given
-    tokenizer        `union`, `base` or a model
+    fisher     one a model, in their order
+    settings   a value each; several, as 0.5,0.7, are one a model, in their order
+    preset     settings to start from, under those given
+    tokenizer  `union`, `base` or a model
 
     Raises UsageError for other counts, and for a preset or head policy that there is not.
     """
-    if weights is not None and len(weights) != len(models):
-        raise UsageError(f"--weights has {len(weights)} numbers for {len(models)} models")
     if fisher and len(fisher) != len(models):
         raise UsageError(
             f"--fisher: {len(fisher)} sidecars for {len(models)} models; give one --fisher for each, "
@@ -58,9 +55,7 @@ def from_flags(
         head = head or "keep-first"
     if head is not None and head not in HEADS:
         raise UsageError(f"--head {suggest(head, HEADS)}")
-    own: list[dict[str, Setting]] = [
-        {} if weights is None else {"weight": weights[index]} for index in range(len(models))
-    ]
+    own: list[dict[str, Setting]] = [{} for _ in models]
     for name, given in (settings or {}).items():
         items = given.split(",") if isinstance(given, str) else given
         several = isinstance(items, list | tuple)

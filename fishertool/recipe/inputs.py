@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fishertool.errors import UsageError
+from fishertool.recipe.references import place_of
 from fishertool.recipe.schema import Recipe, Slice, Source
+from fishertool.recipe.settings import Settings
+from fishertool.recipe.write import renamed
 from fishertool.registry import Method
 
 WEIGHT = "weight"
@@ -19,6 +22,7 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
     merged; where it goes from one model to another, it is the first; else it is one like the
     others. Raises UsageError for a base that the method has no use for.
     """
+    recipe = spelled_alike(recipe)
     takes_base = "base" in method.inputs
     notes = list(recipe.notes)
     slices = []
@@ -47,6 +51,37 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
     )
 
 
+def spelled_alike(recipe: Recipe) -> Recipe:
+    """The recipe with one name for each folder, the first that a model there is given."""
+    first: dict[str, str] = {}
+    models = [source.model for piece in recipe.slices for source in piece.sources]
+    for reference in (*models, *recipe.reads):
+        first.setdefault(place_of(reference), reference)
+    return renamed(recipe, lambda reference: first.get(place_of(reference), reference))
+
+
+def weighted(recipe: Recipe, method: Method, weights: Sequence[float]) -> Recipe:
+    """A normalised recipe with these weights, one a model of each slice, instead of its own.
+
+    Raises UsageError for another number of them, and for a method that has no use for weights.
+    """
+    if "weights" not in method.inputs:
+        raise UsageError(f"method {method.name} takes no --weights")
+    slices = []
+    for number, piece in enumerate(recipe.slices):
+        if len(weights) != len(piece.sources):
+            inside = "" if len(recipe.slices) == 1 else f" in slices[{number}]"
+            raise UsageError(
+                f"--weights has {len(weights)} numbers for {len(piece.sources)} models{inside}"
+            )
+        sources = tuple(
+            replace(source, parameters={**source.parameters, WEIGHT: weight})
+            for source, weight in zip(piece.sources, weights, strict=True)
+        )
+        slices.append(replace(piece, sources=sources, parameters=_weightless(piece.parameters)))
+    return replace(recipe, slices=tuple(slices), parameters=_weightless(recipe.parameters))
+
+
 def _without_base(piece: Slice, base: str, notes: list[str], recipe: Recipe, number: int) -> Slice:
     kept = tuple(source for source in piece.sources if source.model != base)
     for source in piece.sources:
@@ -60,7 +95,7 @@ def _without_base(piece: Slice, base: str, notes: list[str], recipe: Recipe, num
             )
         unused = [*source.parameters, *(["fisher"] if source.fisher else [])]
         if unused:
-            notes.append(f"{', '.join(unused)} of {base} has no effect: it is the base")
+            notes.append(f"{', '.join(unused)} of the base has no effect: it is not merged")
     return replace(piece, sources=kept)
 
 
@@ -71,13 +106,13 @@ def _without_weights(piece: Slice, recipe: Recipe, method: Method, notes: list[s
             raise _error(recipe, f"method {method.name} takes no --weights")
         notes.append(f"weight has no effect in method {method.name}")
     sources = tuple(
-        replace(
-            source,
-            parameters={k: v for k, v in source.parameters.items() if k != WEIGHT},
-        )
-        for source in piece.sources
+        replace(source, parameters=_weightless(source.parameters)) for source in piece.sources
     )
     return replace(piece, sources=sources)
+
+
+def _weightless(settings: Settings) -> Settings:
+    return {name: setting for name, setting in settings.items() if name != WEIGHT}
 
 
 def _from_base(sources: Sequence[Source], base: str) -> tuple[Source, ...]:
@@ -92,7 +127,7 @@ def _check_listed(
     if any(source.model == base for source in piece.sources):
         return
     if recipe.where and not recipe.whole:
-        note = f"base_model {base} has no effect in method {method.name}, beyond tokenizer: base"
+        note = f"base_model has no effect in method {method.name}, beyond tokenizer: base"
         if note not in notes:
             notes.append(note)
         return

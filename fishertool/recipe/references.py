@@ -1,5 +1,7 @@
 """Models as recipes name them."""
 
+from pathlib import Path
+
 from fishertool.recipe.document import Value
 
 
@@ -27,3 +29,11 @@ def _parse_path(value: Value) -> str:
         raise value.error("needs a path")
     path = keys["path"].text()
     return f"{path}@{keys['revision'].text()}" if "revision" in keys else path
+
+
+def place_of(reference: str) -> str:
+    """Alike for all spellings of one folder, or of one with one adapter; a Hub id as it is."""
+    if Path(reference).expanduser().is_dir():
+        return str(Path(reference).expanduser().resolve())
+    base, plus, adapter = reference.partition("+")
+    return f"{place_of(base)}+{place_of(adapter)}" if plus else reference

@@ -1,7 +1,7 @@
 """What a recipe's settings are for each tensor."""
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,12 +67,12 @@ class Resolver:
     """Settings and weights by tensor; a source's settings win over its slice's, these over the recipe's.
 
     Raises UsageError for a parameter that the method does not know, and for a setting of the whole
-    method that the models of one slice give differently.
+    method that the models of one slice give differently. Rules go by `named` models, as for a report.
     """
 
-    def __init__(self, recipe: Recipe, method: Method) -> None:
+    def __init__(self, recipe: Recipe, method: Method, named: Callable[[str], str] = str) -> None:
         self.recipe = recipe
-        self._method = method
+        self._method, self._named = method, named
         self._known = {name.removesuffix("_"): name for name in method.settings}
         types = typing.get_type_hints(method.function)
         self._per_model = {known for known, name in self._known.items() if _several(types[name])}
@@ -146,7 +146,7 @@ class Resolver:
         models = [source.model for source in piece.sources]
         inside = "" if whole else f" in {place}"
         own = [
-            self._take(source.parameters, after=f" of {source.model}{inside}")
+            self._take(source.parameters, after=f" of {self._named(source.model)}{inside}")
             for source in piece.sources
         ]
 

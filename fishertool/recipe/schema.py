@@ -7,7 +7,7 @@ from typing import Any
 
 from fishertool.recipe.document import Value, read_document
 from fishertool.recipe.references import parse_reference
-from fishertool.recipe.settings import Settings, parse_setting
+from fishertool.recipe.settings import Settings, parse_setting, rules_of
 from fishertool.recipe.tokens import TokenizerChoice, parse_source, parse_tokenizer
 
 KEYS = (
@@ -70,6 +70,14 @@ class Recipe:
     def whole(self) -> bool:
         """Whether it merges whole models, layer by layer."""
         return all(source.layers is None for one in self.slices for source in one.sources)
+
+    @property
+    def graded(self) -> bool:
+        """Whether a setting changes from layer to layer."""
+        scopes = [self.parameters, *(one.parameters for one in self.slices)]
+        scopes += [source.parameters for one in self.slices for source in one.sources]
+        settings = [setting for scope in scopes for setting in scope.values()]
+        return any(isinstance(rule.value, tuple) for one in settings for rule in rules_of(one))
 
     @property
     def reads(self) -> list[str]:

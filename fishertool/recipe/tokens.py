@@ -10,6 +10,8 @@ TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 TOKEN_KEYS = ("source", "force")
 LARGEST_MULTIPLE = 1 << 20
 ROW_KEYS = ("kind", "model", "token", "token_id")
+OF_THE_MODELS = ("union", "base")
+"""Sources that are no model's name."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import yaml
 
 from fishertool.recipe.schema import Recipe, Slice, Source
 from fishertool.recipe.settings import Rule, Setting, Settings
-from fishertool.recipe.tokens import Token, TokenizerChoice
+from fishertool.recipe.tokens import OF_THE_MODELS, Token, TokenizerChoice
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -41,7 +41,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def renamed(recipe: Recipe, name: Callable[[str], str]) -> Recipe:
-    """The recipe with other names for its models and sidecars, as for a report."""
+    """The recipe with other names for its models and files, as for a report."""
 
     def maybe(place: str | None) -> str | None:
         return None if place is None else name(place)
@@ -65,8 +65,19 @@ def renamed(recipe: Recipe, name: Callable[[str], str]) -> Recipe:
             else (text, token)
             for text, token in tokenizer.tokens
         )
-        tokenizer = replace(tokenizer, source=name(tokenizer.source), tokens=tokens)
-    return replace(recipe, slices=tuple(slices), base=maybe(recipe.base), tokenizer=tokenizer)
+        chosen = tokenizer.source
+        source = chosen if chosen in OF_THE_MODELS else name(chosen)
+        tokenizer = replace(tokenizer, source=source, tokens=tokens)
+    template = recipe.chat_template
+    if template is not None and "{" not in template:  # a file, not the text of a template
+        template = name(template)
+    return replace(
+        recipe,
+        slices=tuple(slices),
+        base=maybe(recipe.base),
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
@@ -12,7 +12,13 @@ from fishertool.models.names import head_names
 from fishertool.models.sources import open_source
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
-from fishertool.surgery.merge_layers import Arrangement, arrange_slices, arrange_whole, own_names
+from fishertool.surgery.merge_layers import (
+    Arrangement,
+    after_stacks,
+    arrange_slices,
+    arrange_whole,
+    own_names,
+)
 
 
 @dataclass
@@ -33,8 +39,13 @@ class Inputs:
         return sorted({number for numbers in self.slices for number in numbers})
 
 
-def open_inputs(opened: ExitStack, recipe: Recipe, method: Method) -> Inputs:
-    """Open each model and base once. Raises UsageError where the method takes other inputs."""
+def open_inputs(
+    opened: ExitStack, recipe: Recipe, method: Method, beside: Sequence[str] = ()
+) -> Inputs:
+    """Open each model and base once, and what is read `beside` them.
+
+    Raises UsageError where the method takes other inputs, or a model has two sidecars.
+    """
     inputs = Inputs()
 
     def number_of(reference: str) -> int:
@@ -49,11 +60,18 @@ def open_inputs(opened: ExitStack, recipe: Recipe, method: Method) -> Inputs:
         inputs.slices.append([number_of(one.model) for one in piece.sources])
         for one, number in zip(piece.sources, inputs.slices[-1], strict=True):
             if one.fisher is not None:
-                inputs.sidecars[number] = one.fisher
+                known = inputs.sidecars.setdefault(number, one.fisher)
+                if known != one.fisher:
+                    raise UsageError(
+                        f"{one.model}: is given with two sidecars, {known} and {one.fisher}; "
+                        "a model has one"
+                    )
     for piece in recipe.slices:
         base = piece.base or recipe.base
         _check_counts(method, len(piece.sources), base)
         inputs.bases.append(None if base is None else number_of(base))
+    for reference in beside:
+        number_of(reference)
     return inputs
 
 
@@ -65,7 +83,7 @@ def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
         whole = [inputs.sources[number] for number in inputs.slices[0]]
         names = [own_names(model) for model in whole]
         check_same_tensors(whole, apart, names)
-        return arrange_whole(names[0], len(whole)), apart
+        return _arrange_whole(whole[0], names[0], len(whole), recipe.graded), apart
     runs = []
     for piece, numbers in zip(recipe.slices, inputs.slices, strict=True):
         sources = [inputs.sources[number] for number in numbers]
@@ -77,6 +95,20 @@ def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
             ]
         )
     return arrange_slices(runs), apart
+
+
+def _arrange_whole(
+    first: TensorSource, names: Sequence[str], models: int, graded: bool
+) -> Arrangement:
+    """Only gradients need to know what comes after the layers."""
+    try:
+        return arrange_whole(names, models, after_stacks(first, names) if graded else ())
+    except InputError:
+        told = (
+            f"{first.folder.name}: its architecture does not tell what comes after its layers: "
+            "gradients give all tensors outside of them their first value"
+        )
+        return replace(arrange_whole(names, models), warnings=[told])
 
 
 def check_tensor(

@@ -1,8 +1,10 @@
 """Which tensors a merge writes, and what each is called in every model it comes from."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from fishertool.checkpoint.source import TensorSource
@@ -15,7 +17,8 @@ LAYER = re.compile(r"(^|.*?\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class Place:
-    """One output tensor: its slice, and its depth there from 0, the first layer, to 1, the last."""
+    """One output tensor: its slice, and its depth there from 0, the first layer and what comes
+    before it, to 1, the last layer and what comes after it."""
 
     name: str
     slice: int
@@ -29,6 +32,7 @@ class Arrangement:
     places: list[Place]
     config: dict[str, Any] = field(default_factory=dict)
     """What it changes in the first model's config."""
+    warnings: list[str] = field(default_factory=list)
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -47,8 +51,32 @@ def own_names(source: TensorSource) -> list[str]:
     return [name for name in source if name not in tied]
 
 
-def arrange_whole(names: Sequence[str], models: int) -> Arrangement:
-    """All tensors of models of one depth, under their own names."""
+def after_stacks(source: TensorSource, names: Sequence[str]) -> list[str]:
+    """Of a model's tensors outside its stacks of layers, those that come after their stack.
+
+    Theirs is the one whose name begins most like their own: T5's encoder.final_layer_norm comes
+    after encoder.block, its decoder.embed_tokens before decoder.block. Raises InputError for an
+    architecture transformers does not have.
+    """
+    stacks = list(dict.fromkeys(layer[0] for layer in map(layer_of, names) if layer is not None))
+    own: dict[str, list[str]] = {stack: [] for stack in stacks}
+    for name in [name for name in names if layer_of(name) is None and stacks]:
+        own[max(stacks, key=partial(_alike, name))].append(name)
+    return [
+        name
+        for stack, outside in own.items()
+        for name in names_after_layers(source, stack, outside)
+    ]
+
+
+def _alike(one: str, other: str) -> int:
+    """How many parts of two names are the same, from the first on."""
+    parts = zip(one.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], parts)))
+
+
+def arrange_whole(names: Sequence[str], models: int, after: Collection[str] = ()) -> Arrangement:
+    """All tensors of models of one depth, under their own names; `after` come after the layers."""
     last: dict[str, int] = {}
     layers = [layer_of(name) for name in names]
     for layer in layers:
@@ -56,7 +84,7 @@ def arrange_whole(names: Sequence[str], models: int) -> Arrangement:
             last[layer[0]] = max(last.get(layer[0], 0), layer[1])
     places = []
     for name, layer in zip(names, layers, strict=True):
-        depth = 0.0
+        depth = 1.0 if name in after else 0.0
         if layer is not None:
             depth = layer[1] / last[layer[0]] if last[layer[0]] else 1.0
         places.append(Place(name, 0, depth, (name,) * models))
@@ -72,7 +100,8 @@ def arrange_slices(
     InputError for a model without exactly one stack of layers, UsageError for layers it has not,
     or for sources of one slice with runs of different length.
     """
-    stack = _stack(slices[0][0][0])
+    lowest = slices[0][0][0]
+    stack = _stack(lowest)
     places: list[Place] = []
     layers: list[int] = []
     for number, sources in enumerate(slices):
@@ -89,14 +118,13 @@ def arrange_slices(
                 inside = tuple(f"{stack}{run[0] + offset}{rest}" for _, run in sources)
                 places.append(Place(f"{stack}{len(layers)}{rest}", number, depth, inside))
             layers.append(start + offset)
-    outside = [name for name in own_names(slices[0][0][0]) if layer_of(name) is None]
-    after = names_after_layers(slices[0][0][0], stack, outside)
+    outside = [name for name in own_names(lowest) if layer_of(name) is None]
+    after = names_after_layers(lowest, stack, outside)
     before = [
         Place(name, 0, 0.0, (name,) * len(slices[0])) for name in outside if name not in after
     ]
-    end = [Place(name, len(slices) - 1, 0.0, (name,) * len(slices[-1])) for name in after]
-    source = slices[0][0][0]
-    changes = config_of_layers(source.config(), layer_count(source), layers)
+    end = [Place(name, len(slices) - 1, 1.0, (name,) * len(slices[-1])) for name in after]
+    changes = config_of_layers(lowest.config(), layer_count(lowest), layers)
     return Arrangement([*before, *places, *end], changes)
 
 

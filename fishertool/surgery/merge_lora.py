@@ -1,23 +1,38 @@
 """A merge as an adapter: what it changes in a base, by low rank."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.errors import InputError, some
 from fishertool.models.lora_writer import LoraWriter
-from fishertool.models.sources import open_source
+from fishertool.models.sources import public_reference
 from fishertool.progress import Advance
 from fishertool.surgery.merge_look import look
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_tensor import cut, merge_piece
 
+WAY_OUT = "--as-lora needs a base of the models' architecture, with their head"
 
-def open_lora(opened: ExitStack, base: str, name: str, rank: int) -> LoraWriter:
-    """A writer of adapters of this rank for a base, which reports call `name`."""
-    return LoraWriter(opened.enter_context(open_source(base)), name, rank)
+
+def open_lora(plan: MergePlan, base: str, rank: int) -> LoraWriter:
+    """A writer of adapters of this rank for a base, one of the plan's sources.
+
+    Raises InputError for a base that lacks a tensor of the merge, or has it in another shape.
+    """
+    source = plan.inputs.sources[plan.inputs.references.index(base)]
+    outputs = plan.outputs()
+    if lost := [info.name for info in outputs if info.name not in source]:
+        raise InputError(f"{source.folder}: lacks {some(lost)}, which the merge has; {WAY_OUT}")
+    for info in outputs:
+        if source.info(info.name).shape != info.shape:
+            raise InputError(
+                f"{source.where(info.name)} is {source.info(info.name)}, but {info} in the merge; "
+                f"{WAY_OUT}"
+            )
+    return LoraWriter(source, public_reference(base), rank)
 
 
 def write_lora(

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.companions import Companions, find_companions
+from fishertool import hub
+from fishertool.checkpoint.companions import Companions, find_companions, same_file
 from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
 from fishertool.models.chat_template import choose_template
+from fishertool.models.sources import folders_of, public_reference
 from fishertool.models.vocabulary import Vocabulary
 from fishertool.recipe.resolve import Matches, Resolver
 from fishertool.recipe.schema import Recipe
@@ -72,6 +74,8 @@ class MergePlan:
     """What changes in the first model's config."""
     rules: list[Matches]
     """How many tensors each of the recipe's rules decided."""
+    folders: list[Path]
+    """Everything that is read, which an output must not replace."""
     seed: int
     allow_nonfinite: bool
     warnings: Sequence[str]
@@ -80,21 +84,6 @@ class MergePlan:
     def first(self) -> TensorSource:
         """The model that config, companion files and tensors left alone are taken from."""
         return self.inputs.sources[0]
-
-    @property
-    def dtype(self) -> str:
-        """The dtype most output weights have."""
-        totals: dict[str, int] = {}
-        for tensor in self.outputs():
-            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
-        floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
-        return max(floating or totals, key=lambda dtype: totals[dtype])
-
-    @property
-    def folders(self) -> list[Path]:
-        """Everything that is read, which an output must not replace."""
-        sidecars = [*self.fishers.values(), *self.factors.values()]
-        return [one.folder for one in (*self.inputs.sources, *(s.tensors for s in sidecars))]
 
     def outputs(self) -> list[TensorInfo]:
         return [tensor for shard in self.layout.shards for tensor in shard.tensors]
@@ -146,16 +135,22 @@ def plan_merge(
     max_shard_bytes: int,
     allow_nonfinite: bool,
     trust_remote_code: bool = False,
+    beside: Sequence[str] = (),
 ) -> MergePlan:
-    """Open everything, compare the headers, and decide what becomes of every tensor."""
-    resolver = Resolver(recipe, method)
-    inputs = open_inputs(opened, recipe, method)
+    """Open everything, compare the headers, and decide what becomes of every tensor.
+
+    beside  models that are read and not merged, as the base of an adapter
+    """
+    resolver = Resolver(recipe, method, public_reference)
+    inputs = open_inputs(opened, recipe, method, beside)
     fishers = open_fishers(opened, inputs, method)
     factors = open_factors(opened, inputs, method)
     vocabulary = choose_vocabulary(recipe, inputs, trust_remote_code)
     align(inputs, vocabulary, [fishers, factors])
     arrangement, apart = arrange(recipe, inputs)
-    warnings = list(vocabulary.warnings)
+    companions = find_companions(inputs.sources[0].folder)
+    warnings = [*vocabulary.warnings, *arrangement.warnings]
+    warnings += _companions_that_differ(companions, inputs)
     if recipe.head == "keep-first" and not apart:
         warnings.append("head keep-first: no model has a head of its own; all tensors are merged")
     names = [place.name for place in arrangement.places]
@@ -179,12 +174,38 @@ def plan_merge(
     if recipe.chat_template is not None:
         template = choose_template(recipe.chat_template, [one.folder for one in inputs.sources])
     config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
+    sidecars = [one.tensors.folder for one in (*fishers.values(), *factors.values())]
     plan = MergePlan(
-        inputs, method, targets, arrangement.places, fishers, factors, layout,
-        find_companions(first.folder), vocabulary, template, config, [], recipe.seed,
+        inputs, method, targets, arrangement.places, fishers, factors, layout, companions,
+        vocabulary, template, config, [], [*_named_places(recipe, inputs), *sidecars], recipe.seed,
         allow_nonfinite, warnings,
     )  # fmt: skip
     return plan.with_settings(resolver)
+
+
+def _named_places(recipe: Recipe, inputs: Inputs) -> list[Path]:
+    """Folders of models, adapters and a tokenizer, and the files of a recipe and its template."""
+    named = [*inputs.references]
+    if recipe.tokenizer is not None and hub.may_be(recipe.tokenizer.source):
+        named.append(recipe.tokenizer.source)
+    files = [
+        Path(one).expanduser()
+        for one in (recipe.where, recipe.chat_template)
+        if one and "{" not in one  # the text of a template is no file
+    ]
+    folders = [folder for one in named for folder in folders_of(one)]
+    return [*folders, *(file for file in files if file.is_file())]
+
+
+def _companions_that_differ(companions: Companions, inputs: Inputs) -> list[str]:
+    """Weights beside the model's own, as a sentence-transformers Dense module's, are not merged."""
+    first, *others = [inputs.sources[number].folder for number in inputs.models]
+    return [
+        f"{name} is taken from {first.name} as it is, not merged; {folder.name} has another or none"
+        for name in companions.copied
+        for folder in others
+        if name.endswith(".safetensors") and not same_file(first / name, folder / name)
+    ]
 
 
 def _target(place: Place, inputs: Inputs, merged: bool, dtype: str | None) -> Target:

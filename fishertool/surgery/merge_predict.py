@@ -19,6 +19,13 @@ def check_optimal(plan: MergePlan, free: bool) -> None:
     allowed = LINEAR[1:] if free else LINEAR
     if plan.method.name not in allowed:
         raise UsageError(f"{flag} is for method {' or '.join(allowed)}, not {plan.method.name}")
+    if plan.method.name == "linear":  # weights that sum to 1 are normalized already
+        return
+    settings = [target.settings for target in plan.targets.values()]
+    if any(one["lambda_"] != 1 or one["normalize"] for one in settings):
+        raise UsageError(
+            f"{flag} finds the weights for lambda 1 and normalize false: set neither otherwise"
+        )
 
 
 def gather_forms(plan: MergePlan, threads: int, advance: Advance) -> PieceSums:

@@ -9,16 +9,11 @@ from typing import Any
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.staging import free_bytes
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
-from fishertool.models.sources import split_reference
-from fishertool.report import Files, Output, public_name
+from fishertool.models.sources import public_reference
+from fishertool.report import Files, Output
 from fishertool.surgery.merge_plan import MergePlan
 
 BASE_RSS_BYTES = 400_000_000
-
-
-def public_reference(reference: str) -> str:
-    """A model's name without the folders of this machine, its adapter's too."""
-    return "+".join(public_name(part) for part in split_reference(reference) if part is not None)
 
 
 def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:

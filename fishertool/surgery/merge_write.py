@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_companions, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import torch_name
 from fishertool.checkpoint.stream import Piece
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.models.chat_template import FILE as TEMPLATE_FILE
@@ -35,7 +34,7 @@ def write_merge(
 
         passed = merge_pass(plan, put, threads, advance, to_base=to_base)
         digests = writer.finish()
-    write_config(plan.first.folder, folder, torch_name(plan.dtype), plan.config)
+    write_config(plan.first.folder, folder, plan.layout.dtype, plan.config)
     copy_companions(plan.first.folder, plan.companions, folder)
     write_vocabulary(plan.vocabulary, plan.inputs.references[0], folder)
     if plan.chat_template is not None:
