@@ -65,12 +65,13 @@ def test_usage_errors_are_one_line_and_exit_2(cli: Cli, arguments: list[str], to
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("place", ["nodir/r.json", "."])
+@pytest.mark.parametrize("place", ["file/new/r.json", "."])
 def test_a_report_that_could_not_be_written_is_refused_at_once(
-    cli: Cli, verb: str, place: str
+    cli: Cli, verb: str, place: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "file").touch()
     result = cli(verb, "--report", place)
-    assert (result.code, f"--report {place}: give a file in a folder" in result.err) == (2, True)
+    assert (result.code, f"--report {place}: is no place for a file" in result.err) == (2, True)
 
 
 def test_methods_lists_every_setting(cli: Cli) -> None:

@@ -46,8 +46,10 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 def report_place(path: Path | None) -> Path | None:
     """Refuse, before any work, a report that could not be written after it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UsageError(f"--report {path}: give a file in a folder that is there")
+    if path is not None:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not there.is_dir():
+            raise UsageError(f"--report {path}: is no place for a file")
     return path
 
 

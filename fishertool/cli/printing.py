@@ -23,6 +23,7 @@ def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) ->
         tell(f"warning: {warning}")
     text = report.to_json()
     if report_file is not None:
+        report_file.parent.mkdir(parents=True, exist_ok=True)
         report_file.write_text(text, encoding="utf-8")
     if as_json:
         sys.stdout.write(text)
