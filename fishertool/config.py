@@ -1,6 +1,6 @@
 """YAML files that give a command its flags: flag names as keys, unknown keys refused."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,13 @@ from fishertool.errors import UsageError
 from fishertool.registry import suggest
 
 
-def parse_config(content: Any, path: Path, flags: Mapping[str, bool]) -> dict[str, Any]:
+def parse_config(
+    content: Any, path: Path, flags: Mapping[str, bool], switches: Collection[str]
+) -> dict[str, Any]:
     """The values of a file's content by flag name, as the command line would have given them.
 
-    flags  the flags there are, and whether each may be given several times
+    flags     the flags there are, and whether each may be given several times
+    switches  those that are on or off
 
     Raises UsageError naming the file and the key.
     """
@@ -23,6 +26,10 @@ def parse_config(content: Any, path: Path, flags: Mapping[str, bool]) -> dict[st
         flag = str(key).replace("_", "-")
         if flag not in flags:
             raise UsageError(f"{path}: no key {suggest(flag, flags)}")
+        if isinstance(value, bool) and flag not in switches:
+            raise UsageError(
+                f"{path}: {flag}: takes a value, not yes or no; quote a word that is meant"
+            )
         if value is not None:
             values[flag] = _as_flag(f"{path}: {flag}", value, flags[flag])
     return values

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from fishertool.errors import HubError, InputError
+from fishertool.paths import expanded
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
@@ -11,7 +12,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tikt
 
 def may_be(source: str) -> bool:
     """Whether it is a folder, or looks like a Hub id."""
-    return Path(source).expanduser().is_dir() or HUB_ID.fullmatch(source) is not None
+    return expanded(source).is_dir() or HUB_ID.fullmatch(source) is not None
 
 
 def resolve(source: str) -> Path:
@@ -19,7 +20,7 @@ def resolve(source: str) -> Path:
 
     Raises InputError if it is neither, HubError if it cannot be had.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import __version__
+from fishertool.paths import expanded
 
 SCHEMA = "fishertool.report/1"
 NAMES_A_PLACE = (
@@ -119,7 +120,7 @@ def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_files(source: str) -> list[Files]:
     """A local data file with its SHA-256; nothing for a Hub dataset."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -135,6 +136,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is the report of some run, which another may replace."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("schema") == SCHEMA
 
 
 def schema() -> dict[str, Any]:

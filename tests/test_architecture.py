@@ -13,7 +13,7 @@ import fishertool
 PACKAGE = Path(fishertool.__file__).parent
 
 # What each part may import of ours; a part is a folder or a top-level file.
-CHECKPOINTS = {"errors", "checkpoint", "progress", "report"}
+CHECKPOINTS = {"errors", "paths", "checkpoint", "progress", "report"}
 LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
 PURE = {"factorization", "merging", "pruning"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
@@ -22,20 +22,21 @@ MAY_IMPORT = {
     "__init__": {"plugin"},
     "plugin": set[str](),
     "errors": set[str](),
+    "paths": set[str](),
     "progress": set[str](),
     "memory": set[str](),
     "registry": {"errors"},
     "selection": {"errors"},
-    "report": {"errors", ""},
+    "report": {"errors", "paths", ""},
     "config": {"errors", "recipe", "registry"},
-    "hub": {"errors"},
-    "calibration": {"errors", "calibration"},
+    "hub": {"errors", "paths"},
+    "calibration": {"errors", "paths", "calibration"},
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
     "merging": {"errors", "registry", "fisher", "merging"},
     "factorization": {"errors", "registry", "fisher", "factorization"},
     "pruning": {"errors", "registry", "fisher", "pruning"},
-    "recipe": {"errors", "registry", "recipe"},
+    "recipe": {"errors", "paths", "registry", "recipe"},
     "sidecar": {"errors", "checkpoint", "fisher"},
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation"},
@@ -57,6 +58,7 @@ LAZILY = {
         "estimation",
         "progress",
         "recipe",
+        "report",
         "surgery",
     },
 }
@@ -77,6 +79,7 @@ WITHOUT_TORCH = {
     "memory",
     "config",
     "errors",
+    "paths",
     "report",
     "selection",
     "registry",

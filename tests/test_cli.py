@@ -14,6 +14,7 @@ from conftest import Cli, ModelMaker
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError
+from fishertool.report import is_report
 
 VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate")
 
@@ -65,13 +66,62 @@ def test_usage_errors_are_one_line_and_exit_2(cli: Cli, arguments: list[str], to
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("place", ["file/new/r.json", "."])
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("file/new/r.json", "is no place for a file"),
+        (".", "is no place for a file"),
+        ("file", "is there, and is no report"),
+    ],
+)
 def test_a_report_that_could_not_be_written_is_refused_at_once(
-    cli: Cli, verb: str, place: str, tmp_path: Path
+    cli: Cli, verb: str, place: str, told: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text('{"model_type": "bert"}')
     result = cli(verb, "--report", place)
-    assert (result.code, f"--report {place}: is no place for a file" in result.err) == (2, True)
+    assert (result.code, f"--report {place}: {told}" in result.err) == (2, True)
+
+
+def test_a_report_is_replaced_and_its_folder_made(cli: Cli, make_model: ModelMaker) -> None:
+    model = make_model("m")
+    flags = ("--method", "magnitude", "--sparsity", 0.5, "--dry-run", "--report", "new/r.json")
+    for _ in range(2):
+        result = cli("prune", model, *flags, "--out", "o")
+        assert result.code == 0, result.err
+    assert is_report(Path("new/r.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        ("~nobody/x --method svd --keep 0.5", 3, "~nobody/x: no such folder"),
+        ("m --method svd --keep 0.5 --seed 9999999999999999999", 2, "--seed"),
+        ("m --method svd --keep 0.5 --device meta", 2, "--device meta: computes nothing"),
+        ("m --method svd --keep 0.5 --learning-rate 1", 2, "--learning-rate: needs --finetune"),
+        ("m --method svd --keep 0.5 --max-length 9", 2, "--max-length: without --data"),
+        ("m --method svd --keep 0.5 --evaluate-on ~nobody/x.jsonl", 3, "x.jsonl: no such file"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_in_one_line(
+    cli: Cli, make_model: ModelMaker, flags: str, code: int, told: str
+) -> None:
+    make_model("m")
+    result = cli("factorize", *flags.split(), "--out", "o")
+    assert (result.code, told in result.err) == (code, True), result.err
+    assert result.err.count("\n") == 1 and not Path("o").exists()
+
+
+def test_an_output_whose_name_is_not_utf8_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    result = cli("prune", make_model("m"), "--method", "magnitude", "--sparsity", 0.5,
+                 "--out", "o\udcff")  # fmt: skip
+    assert (result.code, "is not UTF-8" in result.err) == (2, True), result.err
+
+
+def test_yes_is_no_value_of_a_flag_that_takes_one(cli: Cli, make_model: ModelMaker) -> None:
+    make_model("m")
+    Path("c.yml").write_text("method: svd\nkeep: yes\nquiet: true\n")
+    result = cli("factorize", "m", "--config", "c.yml", "--out", "o")
+    assert (result.code, "c.yml: keep: takes a value" in result.err) == (2, True), result.err
 
 
 def test_methods_lists_every_setting(cli: Cli) -> None:

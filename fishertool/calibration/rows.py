@@ -10,6 +10,7 @@ from typing import Any
 
 from fishertool.calibration.data import DataOptions
 from fishertool.errors import HubError, InputError
+from fishertool.paths import expanded
 
 BUILDERS = {
     ".json": "json",
@@ -42,7 +43,7 @@ def check_data_source(options: DataOptions) -> Path | None:
 
     Raises InputError naming the file, if it is none that can be read.
     """
-    path = Path(options.data).expanduser()
+    path = expanded(options.data)
     if path.suffix.lower() not in BUILDERS and not path.exists():
         return None
     if not path.is_file():

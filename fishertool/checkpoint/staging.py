@@ -20,6 +20,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: int) -> None:
     """Refuse, before any work, an output that exists, overlaps an input, or would not fit."""
     place = out.resolve()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--out {str(place)!r}: is not UTF-8, as names of files must be") from None
     check_apart(out, inputs)
     if out.is_symlink() or (place.exists() and not place.is_dir()):
         raise OutputExistsError(f"{out}: exists and is not a folder; choose another name")

@@ -8,7 +8,6 @@ import typer
 from fishertool.cli.app import app
 from fishertool.cli.flags import (
     AllowNonfinite,
-    BatchSize,
     ChatColumn,
     Config,
     Device,
@@ -34,10 +33,12 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     data_options,
+    flags_of_data,
     importing,
     methods_flag,
     option,
     pairs,
+    refuse,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
@@ -116,7 +117,9 @@ def factorize(
     label_column: LabelColumn = "label",
     num_examples: NumExamples = None,
     max_length: MaxLength = None,
-    batch_size: BatchSize = 8,
+    batch_size: Annotated[
+        int, option("--batch-size", min=1, help="Examples a training step; and at once to measure.")
+    ] = 8,
     shuffle: Shuffle = False,
     seed: Seed = 0,
     include: Include = None,
@@ -148,6 +151,11 @@ def factorize(
         chosen["sides"] = sides
     if (finetune_steps is None) != (data is None):
         raise UsageError("--finetune-steps and --data, what to train on, go together")
+
+    if finetune_steps is None:
+        refuse(context, {"learning_rate"}, "needs --finetune-steps")
+    if data is None and evaluate_on is None:
+        refuse(context, flags_of_data(), "without --data or --evaluate-on there is nothing to read")
 
     finetune = None
     if finetune_steps is not None and data is not None:

@@ -35,7 +35,8 @@ def set_defaults(context: typer.Context, content: Any, path: Path) -> None:
         flag: getattr(parameter, "multiple", False) or parameter.nargs != 1
         for flag, parameter in parameters.items()
     }
-    values = parse_config(content, path, several)
+    switches = [flag for flag, one in parameters.items() if getattr(one, "is_flag", False)]
+    values = parse_config(content, path, several, switches)
     context.default_map = {str(parameters[flag].name): value for flag, value in values.items()}
 
 
@@ -50,6 +51,10 @@ def report_place(path: Path | None) -> Path | None:
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir() or not there.is_dir():
             raise UsageError(f"--report {path}: is no place for a file")
+        from fishertool.report import is_report
+
+        if path.exists() and not is_report(path):
+            raise UsageError(f"--report {path}: is there, and is no report; choose another name")
     return path
 
 
@@ -273,4 +278,4 @@ SelectFrom = Annotated[
     int | None, option("--select-from", min=1, help="Rows in the pool of --select [default: all].")
 ]
 Shuffle = Annotated[bool, option("--shuffle", help="Shuffle before --num-examples, by --seed.")]
-Seed = Annotated[int, option("--seed", min=0)]
+Seed = Annotated[int, option("--seed", min=0, max=2**63 - 1)]

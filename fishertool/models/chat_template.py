@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fishertool.checkpoint.reader import load_json
 from fishertool.errors import InputError, UsageError
+from fishertool.paths import expanded
 
 FILE = "chat_template.jinja"
 AUTO = "auto"
@@ -23,7 +24,7 @@ def choose_template(choice: str, folders: Iterable[Path]) -> str:
         return found.most_common(1)[0][0]
     if "{{" in choice or "{%" in choice:
         return choice
-    path = Path(choice).expanduser()
+    path = expanded(choice)
     if not path.is_file():
         raise UsageError(
             f"chat_template {choice!r} is neither auto, nor a file, nor the text of a template"

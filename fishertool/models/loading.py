@@ -234,6 +234,8 @@ def check_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if torch.device(device).type == "meta":
+        raise UsageError("--device meta: computes nothing")
     return device
 
 

@@ -1,7 +1,6 @@
 """Models as recipes name them."""
 
-from pathlib import Path
-
+from fishertool.paths import expanded
 from fishertool.recipe.document import Value
 
 
@@ -33,7 +32,7 @@ def _parse_path(value: Value) -> str:
 
 def place_of(reference: str) -> str:
     """Alike for all spellings of one folder, or of one with one adapter; a Hub id as it is."""
-    if Path(reference).expanduser().is_dir():
-        return str(Path(reference).expanduser().resolve())
+    if expanded(reference).is_dir():
+        return str(expanded(reference).resolve())
     base, plus, adapter = reference.partition("+")
     return f"{place_of(base)}+{place_of(adapter)}" if plus else reference

@@ -16,6 +16,7 @@ from fishertool.errors import UsageError
 from fishertool.models.chat_template import choose_template
 from fishertool.models.sources import folders_of, public_reference
 from fishertool.models.vocabulary import Vocabulary
+from fishertool.paths import expanded
 from fishertool.recipe.resolve import Matches, Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
@@ -189,7 +190,7 @@ def _named_places(recipe: Recipe, inputs: Inputs) -> list[Path]:
     if recipe.tokenizer is not None and hub.may_be(recipe.tokenizer.source):
         named.append(recipe.tokenizer.source)
     files = [
-        Path(one).expanduser()
+        expanded(one)
         for one in (recipe.where, recipe.chat_template)
         if one and "{" not in one  # the text of a template is no file
     ]
