@@ -82,6 +82,10 @@ def recover(
     with _training(model, seed) as trained:
         _train(model.module, trained, kept, map(collated, batches), steps, learning_rate, advance)
     after = _mean_loss(model.module, collated(chosen))
+    if not math.isfinite(after):
+        raise InputError(
+            f"recovery: the loss is not finite after step {steps}; lower the learning rate"
+        )
     return Recovery(steps, len(chosen), sum(one.numel() for one in trained), before, after)
 
 
