@@ -79,7 +79,7 @@ def test_bad_flags_are_told_before_any_work(
 @pytest.mark.parametrize(
     ("kind", "dtype", "rate", "told"),
     [
-        ("llama", torch.float16, "1e6", "does not fit F16 after training; take a smaller --learn"),
+        ("llama", torch.float16, "1e6", "is not finite as float16 after training; lower the learn"),
         ("bert", torch.float32, "1e37", "recovery: the loss is not finite after step 1; lower"),
     ],
 )

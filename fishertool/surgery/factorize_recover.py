@@ -9,15 +9,15 @@ import torch
 from fishertool import calibration
 from fishertool.calibration import CalibrationData, DataOptions
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import TORCH, all_finite
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.stream import pieces
 from fishertool.checkpoint.writer import CheckpointWriter
-from fishertool.errors import InputError, UsageError
+from fishertool.errors import UsageError
 from fishertool.models.loading import load_model
 from fishertool.models.names import parameters_by_disk_name
-from fishertool.models.recovery import Recovery, recover
+from fishertool.models.recovery import Recovery, check_trained, recover
 from fishertool.models.tasks import task_of
 
 FACTORS = (".down", ".up")
@@ -89,11 +89,7 @@ def recover_factors(
             for tensor in tensors:
                 if tensor.name in factors:
                     values = parameters[tensor.name].to("cpu", TORCH[tensor.dtype])
-                    if not all_finite(values):
-                        raise InputError(
-                            f"recovery: {tensor.name} does not fit {tensor.dtype} after training; "
-                            "take a smaller --learning-rate"
-                        )
+                    check_trained(tensor.name, values)
                     writer.write(tensor.name, values)
                     continue
                 for piece in pieces([tensor]):
