@@ -49,6 +49,33 @@ def test_uniform_ranks_keep_the_share(keep: float, multiple: int) -> None:
     assert ranks.uniform(SIDES, 1.0) == dict.fromkeys(SIDES)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_allocation_exceeds_its_budget(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sides = torch.randint(1, 40, (6, 2), generator=generator).tolist()
+    shapes = {str(number): (a, b) for number, (a, b) in enumerate(sides)}
+    values = {name: torch.rand(min(shape), generator=generator).sort(descending=True).values
+              for name, shape in shapes.items()}  # fmt: skip
+    multiple = 1 + seed % 3
+    least, whole = ranks.least(shapes, multiple), ranks.total(shapes, dict.fromkeys(shapes))
+    for budget in {*range(least, whole, max((whole - least) // 7, 1)), whole}:
+        for chosen in (
+            ranks.under_budget_uniformly(shapes, budget, multiple),
+            ranks.under_budget_by_energy(values, shapes, budget, multiple),
+            ranks.under_budget_globally(values, shapes, budget, multiple),
+        ):
+            assert set(chosen) == set(shapes)
+            assert least <= ranks.total(shapes, chosen) <= budget
+
+
+def test_under_a_budget_all_share_what_small_matrices_take_too_much_of() -> None:
+    shapes = {"small": (1, 9), "large": (40, 40), "other": (40, 40)}  # 9 stays dense
+    assert ranks.uniform(shapes, 0.5) == {"small": None, "large": 10, "other": 10}
+    assert ranks.under_budget_uniformly(shapes, 1609) == {"small": None, "large": 10, "other": 10}
+    assert ranks.under_budget_uniformly(shapes, 1608) == {"small": None, "large": 9, "other": 9}
+    assert ranks.under_budget_uniformly(shapes, 3209) == dict.fromkeys(shapes)
+
+
 def test_ranks_by_energy_keep_it_with_no_term_too_many() -> None:
     chosen = ranks.by_energy(spectra(), SIDES, 0.9)
     for name, values in spectra().items():
@@ -102,9 +129,12 @@ def test_the_global_allocation_is_near_the_best_of_all(share: float) -> None:
 
 
 def test_a_budget_below_the_least_ranks_is_refused() -> None:
+    match = "a budget of 10 parameters is below the 103"
     for allocate in (ranks.under_budget_by_energy, ranks.under_budget_globally):
-        with pytest.raises(ValueError, match="a budget of 10 parameters is below the 103"):
+        with pytest.raises(ValueError, match=match):
             allocate(spectra(), SIDES, 10)
+    with pytest.raises(ValueError, match=match):
+        ranks.under_budget_uniformly(SIDES, 10)
 
 
 def test_a_matrix_of_zeros_takes_the_least() -> None:

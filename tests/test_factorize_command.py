@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from conftest import Cli, Estimate, ModelMaker
+from conftest import Cli, Estimate, ModelMaker, make_text
 from safetensors.torch import load_file
 from test_merge_command import files_of, weights_of
+from test_sentence import make_sentence_model
 from torch import Tensor
 
 import fishertool
@@ -209,8 +210,25 @@ def test_every_method_and_allocation_meets_the_budget(
         return
     by_name = {row["allocate"]: row["kl"] for row in evaluation["candidates"]}
     assert set(by_name) == {"uniform", "energy", "global"}
+    assert evaluation["chosen_by"] == "kl"
     assert by_name[summary["allocate"]] == min(by_name.values())
     assert evaluation["metrics"]["kl"] == pytest.approx(min(by_name.values()), rel=0.01, abs=1e-6)
+
+
+def test_an_embedding_models_allocation_is_chosen_by_its_vectors(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_sentence_model(make_model)
+    pairs = [{"query": make_text(n, 6), "positive": make_text(n + 9, 8)} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    flags = ("--method", "svd", "--keep", "0.5", "--allocate", "auto", "--out", "o", "--json")
+    result = cli("factorize", model, *flags, "--evaluate-on", "pairs.jsonl")
+    assert result.code == 0, result.err
+    evaluation = result.report["evaluation"]
+    by_name = {row["allocate"]: row["mean_cosine"] for row in evaluation["candidates"]}
+    assert evaluation["chosen_by"] == "mean_cosine"
+    assert by_name[result.report["summary"]["allocate"]] == max(by_name.values())
+    assert min(by_name.values()) < max(by_name.values()) < 1
 
 
 def test_what_is_measured_is_what_evaluate_measures(
@@ -280,6 +298,14 @@ def test_the_target_is_of_the_whole_model(cli: Cli, make_model: ModelMaker, tmp_
         assert result.code == 0, result.err
         after = sum(tensor.numel() for tensor in weights_of(tmp_path / allocate).values())
         assert whole - 2300 < after <= whole - 1500
+    least = int(
+        cli(*flags, "--target-parameters", 1, "--out", "x").err.split()[-1].replace(",", "")
+    )
+    for allocate in ("uniform", "energy", "global"):  # what is told to be possible is
+        more = ("--target-parameters", least, "--allocate", allocate)
+        result = cli(*flags, *more, "--out", f"least {allocate}", "--json")
+        assert result.code == 0, result.err
+        assert result.report["summary"]["parameters_after"] == least
     for target, told in ((whole, "which is no more"), (10, "already take")):
         result = cli(*flags, "--target-parameters", target, "--out", "x")
         assert result.code == 2
@@ -381,10 +407,12 @@ def test_factors_are_trained_and_nothing_else_is(
     assert files_of(tmp_path / "again") == files_of(tmp_path / "after")
 
 
-def test_ranks_whose_model_is_not_finite_are_the_last_choice() -> None:
+@pytest.mark.parametrize("criterion", ["kl", "mean_cosine"])
+def test_ranks_whose_model_is_not_finite_are_the_last_choice(criterion: str) -> None:
     measured = iter([math.nan, 0.5, math.nan])
-    judge = cast(Judge, SimpleNamespace(measure=lambda rows: {"kl": next(measured)}))
+    judge = cast(Judge, SimpleNamespace(measure=lambda rows: {criterion: next(measured)}))
     plan = cast(FactorizePlan, SimpleNamespace(shapes={}))
     candidates: dict[str, Ranks] = {"uniform": {}, "energy": {}, "global": {}}
-    best, rows = best_allocation(plan, candidates, cast(Any, None), judge, lambda count: None)
-    assert best == "energy" and len(rows) == 3
+    best, tried = best_allocation(plan, candidates, cast(Any, None), judge, lambda count: None)
+    assert best == "energy" and len(tried["candidates"]) == 3
+    assert tried["chosen_by"] == criterion

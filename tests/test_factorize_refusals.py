@@ -76,6 +76,55 @@ def test_bad_flags_are_told_before_any_work(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rate", "told"),
+    [
+        ("llama", torch.float16, "1e6", "is not finite as float16 after training; lower the learn"),
+        ("bert", torch.float32, "1e37", "recovery: the loss is not finite after step 1; lower"),
+    ],
+)
+def test_factors_that_training_has_spoilt_are_not_written(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path,
+    kind: str, dtype: torch.dtype, rate: str, told: str,
+) -> None:  # fmt: skip
+    model = make_model("m", kind, dtype=dtype)
+    flags = ("--finetune-steps", 1, "--learning-rate", rate, "--data", data, "--out", "o", "-q")
+    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", *flags)
+    assert result.code == 3
+    assert told in result.err
+    assert len(result.err.splitlines()) == 1
+    if dtype == torch.float16:
+        assert ".down.weight" in result.err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags", [("--evaluate-on",), ("--finetune-steps", 1, "--data")])
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--keep", "1")])
+def test_data_are_looked_for_before_any_work(
+    cli: Cli, tmp_path: Path, flags: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    keep = () if "--keep" in more else ("--keep", "0.5")
+    result = cli("factorize", "no model", "--method", "svd", *keep, *more, "--out", "o",
+                 *flags, "typo.jsonl")  # fmt: skip
+    assert result.code == 3
+    assert result.err == "fishertool: typo.jsonl: no such file\n"
+
+
+def test_data_to_train_on_are_read_before_any_work(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("m")
+    flags = ("factorize", model, "--method", "svd", "--out", "o", "--finetune-steps", 1)
+    result = cli(*flags, "--keep", "1", "--data", data)
+    assert result.code == 0, result.err
+    assert "nothing was trained: no matrix has factors" in result.err
+    monkeypatch.setattr("fishertool.commands.factorize.staged", None)
+    (tmp_path / "others.jsonl").write_text('{"words": "the cat"}\n')
+    result = cli(*flags, "--keep", "0.5", "--overwrite", "--data", "others.jsonl")
+    assert result.code == 3, result.err
+    assert "others.jsonl" in result.err and "'text'" in result.err
+
+
 def test_a_sidecar_that_does_not_serve_is_refused(
     cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
 ) -> None:

@@ -354,6 +354,20 @@ def test_steps_go_geometrically_and_never_bring_a_weight_back(
     assert all(torch.equal(last[name], value) for name, value in seen[-1].items())
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "neurons"])
+def test_weights_that_recovery_has_spoilt_are_not_written(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, pattern: str
+) -> None:
+    model = make_model("half", "llama", dtype=torch.float16)
+    flags = ("--method", "magnitude", "--sparsity", 0.5, "--data", data, "--out", "o", "-q")
+    more = ("--pattern", pattern, "--recover-steps", 1, "--recover-learning-rate", 1e6)
+    result = cli("prune", model, *flags, *more)
+    assert result.code == 3
+    assert "is not finite as float16 after training; lower the learning rate" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_recovery_trains_what_stays_and_nothing_else(
     cli: Cli, model: Path, data: Path, tmp_path: Path
 ) -> None:

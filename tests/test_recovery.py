@@ -266,6 +266,8 @@ def test_refusals(make_model: ModelMaker) -> None:
     with pytest.raises(InputError, match="data: has no labels to train on"):
         unlabelled = replace(data_of(EXAMPLES), labelled=False)
         recover(model, task, unlabelled, steps=1, learning_rate=1e-3)
+    with pytest.raises(InputError, match="not finite after step 1; lower the learning rate"):
+        run(load(make_model("b"))[0], task, steps=1, learning_rate=1e37)
     with torch.no_grad():
         model.module.get_parameter("classifier.weight").fill_(torch.inf)
     with pytest.raises(InputError, match="not finite at step 1; lower the learning rate"):

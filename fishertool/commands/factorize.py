@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fishertool.calibration import DataOptions
+from fishertool.calibration import CalibrationData, DataOptions, check_data_source
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import Layout, parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
@@ -28,7 +28,7 @@ from fishertool.report import (
 from fishertool.searching.ranks import Judge, best_allocation
 from fishertool.surgery.factorize_plan import FORMATS, FactorizePlan, Refined, plan_factorize
 from fishertool.surgery.factorize_ranks import Budget
-from fishertool.surgery.factorize_recover import Finetuning, recover_factors
+from fishertool.surgery.factorize_recover import Finetuning, recover_factors, training_data
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
 from fishertool.surgery.factorize_write import write_factorized
@@ -42,6 +42,7 @@ UNMEASURED = (
     "nothing was measured: a small weighted error does not mean a small loss; "
     "--evaluate-on measures both on held-out data"
 )
+UNTRAINED = "nothing was trained: no matrix has factors; --finetune-steps needs a smaller budget"
 
 
 def factorize(
@@ -91,6 +92,9 @@ def factorize(
             "--finetune-steps trains factors, which --format dense has not; write them as low-rank, "
             "then `fishertool densify`"
         )
+    data = [options for options in (finetune and finetune.data, evaluate_on) if options]
+    for options in data:
+        check_data_source(options)
     device = check_device(device)
     report.options["set"] = chosen.settings
     if finetune is not None:
@@ -110,8 +114,9 @@ def factorize(
         torch.set_num_threads(threads)
         if evaluate_on is not None:
             judge = Judge(plan, evaluate_on, batch_size, device, trust_remote_code)
+        texts = finetune and training_data(plan.checkpoint, finetune, trust_remote_code)
         with staged(out, overwrite) as folder:
-            ranks, cut, name, rows = _ranks(plan, folder, judge, report, threads, device, track)
+            ranks, cut, name, tried = _ranks(plan, folder, judge, report, threads, device, track)
             total = sum(tensor.elements for tensor in plan.checkpoint.infos().values())
             with report.phase("write"), track("Writing", total, "weights") as advance:
                 layout, digests, figures = write_factorized(
@@ -121,15 +126,17 @@ def factorize(
             report.tensors = rows_of(plan, ranks, figures)
             if isinstance(cut, KeptTerms):
                 cut.discard()
-            _evaluate(report, folder, judge, rows)
-            if finetune is not None and plan.low_rank(ranks):
+            _evaluate(report, folder, judge, tried)
+            if finetune and texts and plan.low_rank(ranks):
                 digests = _finetune(
-                    report, folder, layout, finetune, judge, device, trust_remote_code, track
+                    report, folder, layout, finetune, texts, judge, device, trust_remote_code, track
                 )
+            elif finetune:
+                report.warnings.append(UNTRAINED)
             with report.phase("digest"):
                 report.inputs = _input_files(plan, model, fisher)
-            for options in (finetune and finetune.data, evaluate_on):
-                report.inputs += data_files(options.data) if options else []
+            for options in data:
+                report.inputs += data_files(options.data)
             report.output = checkpoint_output(layout, digests, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -160,11 +167,12 @@ def _ranks(
     threads: int,
     device: str,
     track: Track,
-) -> tuple[Ranks, Cutter, str, list[dict[str, Any]]]:
+) -> tuple[Ranks, Cutter, str, dict[str, Any]]:
     """Every matrix's rank, where its factors come from, the allocation, and what was tried."""
     shapes, budget = plan.shapes, plan.budget
+    tried: dict[str, Any] = {"candidates": []}
     if not budget.needs_spectra:
-        return budget.known(shapes, plan.others), decomposing(plan, device), budget.name, []
+        return budget.known(shapes, plan.others), decomposing(plan, device), budget.name, tried
     scratch = folder / "terms"
     scratch.mkdir()
     elements = sum(matrix.elements for matrix in plan.matrices)
@@ -173,11 +181,10 @@ def _ranks(
     cut = KeptTerms(plan, scratch, spectra, device)
     candidates = budget.candidates(spectra, shapes, plan.others)
     name = next(iter(candidates))
-    rows: list[dict[str, Any]] = []
     if judge is not None and len(candidates) > 1:
         with report.phase("allocate"), track("Measuring", len(candidates), "models") as advance:
-            name, rows = best_allocation(plan, candidates, cut, judge, advance)
-    return candidates[name], cut, name, rows
+            name, tried = best_allocation(plan, candidates, cut, judge, advance)
+    return candidates[name], cut, name, tried
 
 
 def _finetune(
@@ -185,6 +192,7 @@ def _finetune(
     folder: Path,
     layout: Layout,
     how: Finetuning,
+    texts: CalibrationData,
     judge: Judge | None,
     device: str,
     trust_remote_code: bool,
@@ -192,8 +200,8 @@ def _finetune(
 ) -> list[FileDigest]:
     """Train the factors, and measure again."""
     with report.phase("finetune"), track("Training", how.steps, "steps") as advance:
-        digests, recovery, texts = recover_factors(
-            folder, layout, how, device, trust_remote_code, advance
+        digests, recovery = recover_factors(
+            folder, layout, how, texts, device, trust_remote_code, advance
         )
     report.summary["recovery"] = asdict(recovery)
     report.warnings += texts.warnings()
@@ -208,7 +216,7 @@ def _evaluate(
     report: Report,
     folder: Path,
     judge: Judge | None,
-    candidates: list[dict[str, Any]],
+    tried: Mapping[str, Any],
 ) -> None:
     """Measure what was written, or say that nothing was."""
     if judge is None:
@@ -217,7 +225,7 @@ def _evaluate(
     with report.phase("evaluate"):
         metrics = judge.of_written(folder)
         others = judge.of_original()
-    report.evaluation = {"metrics": metrics, "against": others, "candidates": candidates}
+    report.evaluation = {"metrics": metrics, "against": others, **tried}
     report.calibration = judge.data.describe()
     report.warnings += judge.data.warnings()
 

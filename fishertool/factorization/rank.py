@@ -5,7 +5,7 @@ it stays dense, and has no rank (None). Ranks are multiples of `multiple`, and o
 Budgets are parameters of all matrices together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -70,6 +70,17 @@ def uniform(shapes: Shapes, keep: float, multiple: int = 1) -> Ranks:
     }
 
 
+def under_budget_uniformly(shapes: Shapes, budget: int, multiple: int = 1) -> Ranks:
+    """As `uniform`, with the budget's share; with less, where least ranks and matrices that stay
+    dense take more than theirs.
+
+    Raises ValueError for a budget below `least`.
+    """
+    _check_budget(shapes, budget, multiple)
+    share = budget / total(shapes, dict.fromkeys(shapes))
+    return _largest(lambda keep: uniform(shapes, keep, multiple), share, shapes, budget)
+
+
 def by_energy(
     spectra: Mapping[str, Tensor], shapes: Shapes, energy: float, multiple: int = 1
 ) -> Ranks:
@@ -86,12 +97,7 @@ def under_budget_by_energy(
     """
     _check_budget(shapes, budget, multiple)
     kept = _kept(spectra)
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        fits = total(shapes, _reaching(kept, shapes, middle, multiple)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return _reaching(kept, shapes, low, multiple)
+    return _largest(lambda share: _reaching(kept, shapes, share, multiple), 1.0, shapes, budget)
 
 
 def under_budget_globally(
@@ -162,6 +168,18 @@ def _reaching(kept: Mapping[str, Tensor], shapes: Shapes, energy: float, multipl
         rank = -(-rank // multiple) * multiple
         ranks[name] = settle(rank, shapes[name], multiple)
     return ranks
+
+
+def _largest(ranks_at: Callable[[float], Ranks], top: float, shapes: Shapes, budget: int) -> Ranks:
+    """Ranks at the largest share, of 0 to `top`, that fits the budget; at 0 they do."""
+    low, high = 0.0, top
+    if total(shapes, ranks_at(top)) <= budget:
+        return ranks_at(top)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        fits = total(shapes, ranks_at(middle)) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return ranks_at(low)
 
 
 def _check_budget(shapes: Shapes, budget: int, multiple: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.calibration import CalibrationData
+from fishertool.checkpoint.dtypes import all_finite
 from fishertool.errors import InputError
 from fishertool.fisher.batches import Batch, logits_of, micro_batches
 from fishertool.models.loading import LoadedModel
@@ -82,7 +83,20 @@ def recover(
     with _training(model, seed) as trained:
         _train(model.module, trained, kept, map(collated, batches), steps, learning_rate, advance)
     after = _mean_loss(model.module, collated(chosen))
+    if not math.isfinite(after):
+        raise InputError(
+            f"recovery: the loss is not finite after step {steps}; lower the learning rate"
+        )
     return Recovery(steps, len(chosen), sum(one.numel() for one in trained), before, after)
+
+
+def check_trained(name: str, values: Tensor) -> None:
+    """Raises InputError if these, of a trained tensor as it is to be stored, have NaN or Inf."""
+    if not all_finite(values):
+        raise InputError(
+            f"recovery: tensor {name}: is not finite as {str(values.dtype).removeprefix('torch.')} "
+            "after training; lower the learning rate"
+        )
 
 
 def _batches(data: CalibrationData, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.evaluation.measure import check_measured, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
 from fishertool.factorization.rank import Ranks, total
 from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
@@ -22,6 +22,9 @@ from fishertool.surgery.factorize_plan import FactorizePlan
 from fishertool.surgery.factorize_terms import Cutter
 from fishertool.surgery.factorize_write import factorized_rows
 from fishertool.surgery.matrix import Matrix
+
+CRITERIA = ("kl", "mean_cosine")
+"""How near predictions, or vectors, are to the original's; every measured task has one."""
 
 
 class Judge:
@@ -95,12 +98,15 @@ def best_allocation(
     cut: Cutter,
     judge: Judge,
     advance: Advance,
-) -> tuple[str, list[dict[str, Any]]]:
-    """The candidate whose predictions stay nearest to the original's, and all that was measured."""
+) -> tuple[str, dict[str, Any]]:
+    """The candidate that stays nearest to the original, and for the report all that was measured
+    and the criterion: the first of CRITERIA that was."""
     rows: list[dict[str, Any]] = []
     for name, ranks in candidates.items():
         metrics = judge.measure(factorized_rows(plan, ranks, cut))
         rows.append({"allocate": name, "parameters": total(plan.shapes, ranks), **metrics})
         advance(1)
-    best = min(rows, key=lambda row: inf if isnan(row["kl"]) else row["kl"])
-    return best["allocate"], rows
+    criterion = next(one for one in CRITERIA if one in rows[0])
+    sign = -1 if HIGHER_IS_BETTER[criterion] else 1
+    best = min(rows, key=lambda row: inf if isnan(row[criterion]) else sign * row[criterion])
+    return best["allocate"], {"candidates": rows, "chosen_by": criterion}

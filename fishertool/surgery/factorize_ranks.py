@@ -66,8 +66,8 @@ class Budget:
     def needs_spectra(self) -> bool:
         return self.energy is not None or self.allocate not in (None, "uniform")
 
-    def kept_of(self, shapes: Shapes, others: int) -> float:
-        """The share of these matrices that may stay, `others` being the model's other parameters.
+    def kept_of(self, shapes: Shapes, others: int) -> int:
+        """The parameters of these matrices that may stay, `others` being the model's other parameters.
 
         Raises UsageError for a budget that cannot be met.
         """
@@ -86,7 +86,7 @@ class Budget:
                 f"{flag}: leaves {max(budget, 0):,} parameters for what is factorized, and ranks "
                 f"of {self.multiple} already take {needed:,}{less}"
             )
-        return budget / whole
+        return budget
 
     def check_rank(self, shapes: Shapes) -> None:
         """Refuse a rank above a side. Raises UsageError naming the matrix."""
@@ -101,7 +101,7 @@ class Budget:
         """Ranks that follow from shapes alone. Raises UsageError as `kept_of` does."""
         if self.rank is not None:
             return ranks.fixed(shapes, self.rank, self.multiple)
-        return ranks.uniform(shapes, self.kept_of(shapes, others), self.multiple)
+        return ranks.under_budget_uniformly(shapes, self.kept_of(shapes, others), self.multiple)
 
     def candidates(
         self, spectra: Mapping[str, Tensor], shapes: Shapes, others: int
@@ -109,11 +109,10 @@ class Budget:
         """By allocation: one, or for `auto` all of them."""
         if self.energy is not None:
             return {"energy": ranks.by_energy(spectra, shapes, self.energy, self.multiple)}
-        kept = self.kept_of(shapes, others)
-        budget = int(kept * ranks.total(shapes, dict.fromkeys(shapes)))
+        budget = self.kept_of(shapes, others)
         found: dict[str, Ranks] = {}
         if self.allocate == "auto":
-            found["uniform"] = ranks.uniform(shapes, kept, self.multiple)
+            found["uniform"] = ranks.under_budget_uniformly(shapes, budget, self.multiple)
         for name, allocate in SHARED.items():
             if self.allocate in (name, "auto"):
                 found[name] = allocate(spectra, shapes, budget, self.multiple)

@@ -14,6 +14,7 @@ from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.fisher.sums import Computed
+from fishertool.models.recovery import check_trained
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
@@ -49,7 +50,9 @@ def write_pruned(
             else:
                 source = pruned if piece.name in zeros else plan.checkpoint
                 values = source.read(piece.name, piece.start, piece.stop)
-            if not plan.allow_nonfinite:
+            if not plan.allow_nonfinite and piece.name in trained:
+                check_trained(piece.name, values)
+            elif not plan.allow_nonfinite:
                 check_finite(plan.checkpoint, piece.name, values)
             writer.write(piece.name, values, piece.start)
             return int((values == 0).sum()) if piece.name in zeros else 0

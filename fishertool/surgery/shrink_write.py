@@ -11,6 +11,7 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH, torch_name
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.models.recovery import check_trained
 from fishertool.models.units import Cut
 from fishertool.progress import Advance
 from fishertool.pruning.parts.units import features_of
@@ -52,7 +53,9 @@ def write_shrunk(
                     if info.name in cuts:
                         values = _cut(values, *cuts[info.name])
                 values = values.to(TORCH[info.dtype])
-                if not allow_nonfinite:
+                if not allow_nonfinite and info.name in trained:
+                    check_trained(info.name, values)
+                elif not allow_nonfinite:
                     check_finite(checkpoint, info.name, values)
                 writer.write(info.name, values.contiguous())
                 advance(info.elements)
