@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TEMPLATED, Cli, ModelMaker, make_tokenizer
+from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_tokenizer
+from safetensors.torch import save_file
 from test_factorize_command import rows_of
 from test_merge_command import weights_of
 from tiny import ARCHITECTURES
@@ -43,15 +44,21 @@ def test_experts_are_listed_as_skipped_or_factorized_one_by_one(
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d")
 
 
-def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_path: Path) -> None:
+def save_stacks(folder: Path) -> Path:
+    """A GPT-OSS, whose experts are one tensor on disk."""
     config = transformers.GptOssConfig(
         vocab_size=23, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
         pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    transformers.GptOssForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+    return folder
+
+
+def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_path: Path) -> None:
+    save_stacks(tmp_path / "m")
     flags = ("factorize", tmp_path / "m", "--method", "svd", "--keep", "0.5", "--json")
     result = cli(*flags, "--format", "dense", "--out", "d")
     assert result.code == 0, result.err
@@ -65,6 +72,70 @@ def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_pa
     result = cli(*flags, "--out", "l")
     assert result.code == 0, result.err
     assert name in rows_of(result, "keep")
+
+
+@pytest.mark.parametrize("kinds", ["diagonal", "diagonal,factored"])
+def test_a_diagonal_tells_of_stacks_whatever_lies_beside_it(
+    cli: Cli, estimated: Estimate, tmp_path: Path, kinds: str
+) -> None:
+    model = save_stacks(tmp_path / "m")
+    flags = ("--fisher", estimated(model, kinds), "--keep", "0.5", "--format", "dense", "--json")
+    result = cli("factorize", model, "--method", "fwsvd", *flags, "--out", "o")
+    assert result.code == 0, result.err
+    assert "model.layers.0.mlp.experts.down_proj[2]" in rows_of(result)
+    assert "model.layers.0.self_attn.q_proj.weight" in rows_of(result)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "linear"),
+    [
+        (
+            transformers.XLNetConfig(vocab_size=23, d_model=16, n_layer=1, n_head=2, d_inner=32),
+            "rel_attn.q", "ff.layer_1.weight",
+        ),
+        (
+            transformers.Wav2Vec2Config(
+                vocab_size=23, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=32, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 8),
+                num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            ),
+            "conv_layers.1.conv.weight", "attention.q_proj.weight",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["dense", "low-rank"])
+def test_other_tensors_of_three_dimensions_are_no_experts(
+    cli: Cli,
+    tmp_path: Path,
+    config: transformers.PreTrainedConfig,
+    name: str,
+    linear: str,
+    form: str,
+) -> None:
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "m")
+    flags = ("--method", "svd", "--keep", "0.5", "--format", form, "--out", "o", "--json")
+    result = cli("factorize", tmp_path / "m", *flags)
+    assert result.code == 0, result.err
+    (kept,) = [row for key, row in rows_of(result, "keep").items() if key.endswith(name)]
+    assert kept["why"] == "no linear weight"
+    assert any(key.endswith(linear) for key in rows_of(result))
+    assert not any("[" in key for key in rows_of(result))
+
+
+def test_a_tied_copy_on_disk_is_neither_written_nor_counted(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_model("m", "llama", tied=True)
+    weights = weights_of(model)
+    total = sum(tensor.numel() for tensor in weights.values())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for number, more in enumerate([(), ("--include", "*q_proj*"), ("--exclude", "*q_proj*")]):
+        flags = ("--method", "svd", "--keep", "0.5", "--out", f"o{number}", "--json", *more)
+        result = cli("factorize", model, *flags)
+        assert result.code == 0, result.err
+        assert result.report["summary"]["parameters_before"] == total
+        assert "lm_head.weight" not in weights_of(tmp_path / f"o{number}")
 
 
 def test_a_sentence_transformers_folder_stays_one(

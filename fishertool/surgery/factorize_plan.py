@@ -124,8 +124,12 @@ def plan_factorize(
     check_not_quantized(checkpoint)
     folder = None if fisher is None else hub.resolve(fisher)
     statistics = open_statistics(opened, folder, chosen.methods, checkpoint)
-    layers = layers_of(checkpoint, trust_remote_code)
     copies = tied_names(checkpoint)
+    layers = {
+        name: layer
+        for name, layer in layers_of(checkpoint, trust_remote_code).items()
+        if name not in copies
+    }
     selected, kept = _choose(checkpoint, layers, form, include, exclude)
     matrices: list[Matrix] = []
     for name in checkpoint:
@@ -195,7 +199,10 @@ def _choose(
 
 def _serves_stacks(chosen: Refined, statistics: Statistics) -> bool:
     """Sums and moments of a stack on disk are not by expert."""
-    return all(statistics.kind_of(name) == "diagonal" for name in chosen.inputs)
+    return not chosen.inputs or (
+        "diagonal" in statistics.kinds
+        and all("diagonal" in SUFFICES[name] for name in chosen.inputs)
+    )
 
 
 def _matrices(checkpoint: Checkpoint, layer: Layer) -> list[Matrix]:
