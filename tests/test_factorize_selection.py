@@ -1,15 +1,15 @@
 """What `fishertool factorize` takes for a matrix: experts, stacks of them, embeddings, a pipeline's."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_tokenizer
+from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_text, make_tokenizer, write_rows
 from safetensors.torch import save_file
 from test_factorize_command import rows_of
-from test_merge_command import weights_of
+from test_merge_command import files_of, weights_of
+from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 
 from fishertool.factorization.svd import svd
@@ -138,27 +138,32 @@ def test_a_tied_copy_on_disk_is_neither_written_nor_counted(
         assert "lm_head.weight" not in weights_of(tmp_path / f"o{number}")
 
 
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
 def test_a_sentence_transformers_folder_stays_one(
-    cli: Cli, make_model: ModelMaker, tmp_path: Path
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, transformer: str
 ) -> None:
-    model = make_model("m", head="Model")
-    (model / "1_Pooling").mkdir()
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
-    ]
-    (model / "modules.json").write_text(json.dumps(modules))
-    (model / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "--json")
+    model = make_sentence_model(make_model, transformer=transformer)
+    rows = [{"query": make_text(n, 2), "positive": make_text(n, 5)} for n in range(8)]
+    write_rows("pairs.jsonl", rows)
+    flags = ("--evaluate-on", "pairs.jsonl", "--finetune-steps", 2, "--data", "pairs.jsonl")
+    base = ("factorize", model, "--method", "svd", "--keep", "0.5", "--json")
+    result = cli(*base, *flags, "--out", "o")
     assert result.code == 0, result.err
-    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
+    assert set(files_of(tmp_path / "o")) == set(files_of(model))
+    for name in ("modules.json", "1_Pooling/config.json", Path(transformer, "tokenizer.json")):
         assert (tmp_path / "o" / name).read_bytes() == (model / name).read_bytes()
     assert "encoder.layer.0.attention.self.query.weight" in rows_of(result)
+    assert "before_recovery" in result.report["evaluation"]
+    result = cli("evaluate", "o", "--data", "pairs.jsonl", "--against", model, "--json")
+    assert result.code == 0, result.err
+
+
+def test_modules_that_are_not_served_do_not_matter_to_weights(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    model = make_sentence_model(make_model, more=("Odd",))
+    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "-q")
+    assert result.code == 0, result.err
 
 
 def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.linalg import LinAlgError
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.header import TensorInfo

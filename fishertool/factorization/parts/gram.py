@@ -19,8 +19,8 @@ class Weighting:
     """A symmetric positive weighting of one side of a matrix: none, a number an index, or a matrix.
 
     `square` is None, [side] or [side, side]; `floor` that of its entries or eigenvalues relative to
-    their mean, where a root is taken. With a floor of 0 inverses are pseudo-inverses. Raises ValueError for one that is zero everywhere, negative
-    or not finite.
+    their mean, where a root is taken. With a floor of 0 inverses are pseudo-inverses. Raises
+    ValueError for one that is zero everywhere, negative or not finite.
     """
 
     def __init__(self, square: Tensor | None, floor: float = FLOOR):
