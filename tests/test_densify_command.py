@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import Cli, ModelMaker
 from safetensors.torch import load_file, save_file
+from test_merge_command import files_of
 from test_sentence import make_sentence_model
 from tiny import make_low_rank
 
@@ -97,10 +98,46 @@ def test_shards_in_and_out(cli: Cli, make_model: ModelMaker) -> None:
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_sentence_transformers_folder(cli: Cli, make_model: ModelMaker) -> None:
-    make_low_rank(make_sentence_model(make_model), Path("low"))
-    assert cli("densify", "low", "out", "-q").code == 0
-    assert {"modules.json", "1_Pooling"} <= {path.name for path in Path("out").iterdir()}
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_sentence_transformers_folder(cli: Cli, make_model: ModelMaker, transformer: str) -> None:
+    dense, low = make_sentence_model(make_model, transformer=transformer), Path("low")
+    shutil.copytree(dense, low)
+    shutil.rmtree(low / transformer)
+    make_low_rank(dense / transformer, low / transformer)
+    result = cli("densify", low, "out", "-q")
+    assert result.code == 0, result.err
+    assert set(files_of(Path("out"))) == set(files_of(dense))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "factorize dense --method svd --keep 0.5 --out out",
+        "prune dense --method magnitude --sparsity 0.5 --out out",
+        "prune dense --method magnitude --pattern neurons --sparsity 0.5 --out out",
+        "merge dense dense --out out",
+        "densify low out",
+    ],
+)
+def test_code_that_config_names_is_left_out_and_told(
+    cli: Cli, make_model: ModelMaker, flags: str
+) -> None:
+    dense = make_model("dense")
+    (dense / "own.py").touch()
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "own.Own"}
+    (dense / "config.json").write_text(json.dumps(config))
+    make_low_rank(dense, Path("low"))
+    result = cli(*flags.split())
+    assert result.code == 0, result.err
+    assert "config.json names code of the model's own (auto_map), which is never" in result.err
+    assert not Path("out/own.py").exists()
+    # Where there is no architecture of this name without it, densify cannot go on.
+    config = json.loads(Path("low/config.json").read_text()) | {"model_type": "own"}
+    Path("low/config.json").write_text(json.dumps(config))
+    result = cli("densify", "low", "other")
+    assert result.code == 3
+    assert "which densify does not run; load it in transformers" in result.err
 
 
 def test_evaluate_finds_no_difference(cli: Cli, make_model: ModelMaker, data: Path) -> None:

@@ -12,6 +12,7 @@ from fishertool.factorization.asvd import asvd
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.kronecker import kronecker
 from fishertool.factorization.method import Decomposition
+from fishertool.factorization.parts.gram import Weighting, decompose
 from fishertool.factorization.svd import svd
 from fishertool.factorization.tfwsvd import tfwsvd
 from fishertool.factorization.whitened import whitened
@@ -220,10 +221,36 @@ def test_singular_statistics_are_no_obstacle() -> None:
             plain = weight - torch.matmul(*svd(weight).truncate(4))
             assert float(error.norm()) < 100 * float(weight.norm()), name
             assert found.square_norm(error) <= found.square_norm(plain) * (1 + 1e-9), name
+        for name, settings in (("fwsvd", {}), ("fwsvd", {"sides": "both"}), ("asvd", {})):
+            found = run(name, weight, given, floor=0.0, **settings)
+            assert all(one.isfinite().all() for one in found.truncate(4)), name
     # Inputs of rank 3 leave nothing to lose at rank 3.
     found = whitened(weight, given["inputs"])
     error = weight - torch.matmul(*found.truncate(3))
     assert float(found.square_norm(error)) < 1e-8 * float(found.square_norm(weight))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_a_floor_dead_dimensions_are_left_out(shape: tuple[int, int], whole: bool) -> None:
+    weight, squares = random(*shape, seed=0), []
+    for side in shape:
+        alive = random(side, seed=side).exp()
+        alive[1] = 0
+        turn = torch.linalg.qr(random(side, side, seed=1))[0]
+        squares.append(turn @ alive.diag() @ turn.T if whole else alive.diag())
+    given = squares if whole else [square.diagonal() for square in squares]
+    found = decompose(weight, *(Weighting(square, floor=0.0) for square in given))
+    roots = [u @ s.clamp(min=0).sqrt().diag() @ u.T for s, u in map(torch.linalg.eigh, squares)]
+    u, s, v = torch.linalg.svd(roots[0] @ weight @ roots[1], full_matrices=False)
+    best = u[:, :2] @ s[:2].diag() @ v[:2]
+    left, right = found.truncate(2)
+    torch.testing.assert_close(roots[0] @ left @ right @ roots[1], best, rtol=1e-6, atol=1e-6)
+    # Nothing is made up of what the smaller side, whose root is inverted, does not weigh.
+    side = 0 if shape[0] <= shape[1] else 1
+    dead = torch.eye(shape[side]).double() - squares[side] @ torch.linalg.pinv(squares[side])
+    lost = dead @ left if side == 0 else right @ dead
+    assert float(lost.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "svd"])

@@ -139,6 +139,10 @@ def test_a_sidecar_that_does_not_serve_is_refused(
         result = cli("factorize", target, "--method", method, *base, sidecar)
         assert result.code == 3
         assert told in result.err
+    (tmp_path / "empty").mkdir()
+    result = cli("factorize", model, "--method", "svd", *base, tmp_path / "empty")
+    assert result.code == 3
+    assert "method svd reads none; leave --fisher out" in result.err
     part = tmp_path / "part"
     flags = ("--data", tmp_path / "data.jsonl", "--include", "*query*", "--out", part, "-q")
     assert cli("estimate-fisher", model, *flags).code == 0
@@ -166,6 +170,17 @@ def test_a_fisher_of_nothing_is_refused(
     assert not (tmp_path / "o").exists()
     result = cli("factorize", model, "--method", "whitened", *flags[2:], "-q")
     assert result.code == 0, result.err
+
+
+def test_a_statistic_that_settings_swamp_is_refused(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, tmp_path: Path
+) -> None:
+    model = make_model("m")
+    flags = ("--fisher", estimated(model, "kronecker"), "--keep", "0.5", "--out", "o")
+    result = cli("factorize", model, *flags, "--method", "kronecker", "--set", "damping=1e300")
+    assert result.code == 3
+    assert "the eigenvalues of method kronecker do not converge" in result.err
+    assert not (tmp_path / "o").exists()
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(

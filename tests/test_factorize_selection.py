@@ -1,14 +1,15 @@
 """What `fishertool factorize` takes for a matrix: experts, stacks of them, embeddings, a pipeline's."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import TEMPLATED, Cli, ModelMaker, make_tokenizer
+from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_text, make_tokenizer, write_rows
+from safetensors.torch import save_file
 from test_factorize_command import rows_of
-from test_merge_command import weights_of
+from test_merge_command import files_of, weights_of
+from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 
 from fishertool.factorization.svd import svd
@@ -43,15 +44,21 @@ def test_experts_are_listed_as_skipped_or_factorized_one_by_one(
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d")
 
 
-def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_path: Path) -> None:
+def save_stacks(folder: Path) -> Path:
+    """A GPT-OSS, whose experts are one tensor on disk."""
     config = transformers.GptOssConfig(
         vocab_size=23, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
         pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    transformers.GptOssForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+    return folder
+
+
+def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_path: Path) -> None:
+    save_stacks(tmp_path / "m")
     flags = ("factorize", tmp_path / "m", "--method", "svd", "--keep", "0.5", "--json")
     result = cli(*flags, "--format", "dense", "--out", "d")
     assert result.code == 0, result.err
@@ -67,27 +74,96 @@ def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_pa
     assert name in rows_of(result, "keep")
 
 
-def test_a_sentence_transformers_folder_stays_one(
+@pytest.mark.parametrize("kinds", ["diagonal", "diagonal,factored"])
+def test_a_diagonal_tells_of_stacks_whatever_lies_beside_it(
+    cli: Cli, estimated: Estimate, tmp_path: Path, kinds: str
+) -> None:
+    model = save_stacks(tmp_path / "m")
+    flags = ("--fisher", estimated(model, kinds), "--keep", "0.5", "--format", "dense", "--json")
+    result = cli("factorize", model, "--method", "fwsvd", *flags, "--out", "o")
+    assert result.code == 0, result.err
+    assert "model.layers.0.mlp.experts.down_proj[2]" in rows_of(result)
+    assert "model.layers.0.self_attn.q_proj.weight" in rows_of(result)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "linear"),
+    [
+        (
+            transformers.XLNetConfig(vocab_size=23, d_model=16, n_layer=1, n_head=2, d_inner=32),
+            "rel_attn.q", "ff.layer_1.weight",
+        ),
+        (
+            transformers.Wav2Vec2Config(
+                vocab_size=23, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=32, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 8),
+                num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            ),
+            "conv_layers.1.conv.weight", "attention.q_proj.weight",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["dense", "low-rank"])
+def test_other_tensors_of_three_dimensions_are_no_experts(
+    cli: Cli,
+    tmp_path: Path,
+    config: transformers.PreTrainedConfig,
+    name: str,
+    linear: str,
+    form: str,
+) -> None:
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "m")
+    flags = ("--method", "svd", "--keep", "0.5", "--format", form, "--out", "o", "--json")
+    result = cli("factorize", tmp_path / "m", *flags)
+    assert result.code == 0, result.err
+    (kept,) = [row for key, row in rows_of(result, "keep").items() if key.endswith(name)]
+    assert kept["why"] == "no linear weight"
+    assert any(key.endswith(linear) for key in rows_of(result))
+    assert not any("[" in key for key in rows_of(result))
+
+
+def test_a_tied_copy_on_disk_is_neither_written_nor_counted(
     cli: Cli, make_model: ModelMaker, tmp_path: Path
 ) -> None:
-    model = make_model("m", head="Model")
-    (model / "1_Pooling").mkdir()
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
-    ]
-    (model / "modules.json").write_text(json.dumps(modules))
-    (model / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "--json")
+    model = make_model("m", "llama", tied=True)
+    weights = weights_of(model)
+    total = sum(tensor.numel() for tensor in weights.values())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for number, more in enumerate([(), ("--include", "*q_proj*"), ("--exclude", "*q_proj*")]):
+        flags = ("--method", "svd", "--keep", "0.5", "--out", f"o{number}", "--json", *more)
+        result = cli("factorize", model, *flags)
+        assert result.code == 0, result.err
+        assert result.report["summary"]["parameters_before"] == total
+        assert "lm_head.weight" not in weights_of(tmp_path / f"o{number}")
+
+
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_a_sentence_transformers_folder_stays_one(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, transformer: str
+) -> None:
+    model = make_sentence_model(make_model, transformer=transformer)
+    rows = [{"query": make_text(n, 2), "positive": make_text(n, 5)} for n in range(8)]
+    write_rows("pairs.jsonl", rows)
+    flags = ("--evaluate-on", "pairs.jsonl", "--finetune-steps", 2, "--data", "pairs.jsonl")
+    base = ("factorize", model, "--method", "svd", "--keep", "0.5", "--json")
+    result = cli(*base, *flags, "--out", "o")
     assert result.code == 0, result.err
-    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json"):
+    assert set(files_of(tmp_path / "o")) == set(files_of(model))
+    for name in ("modules.json", "1_Pooling/config.json", Path(transformer, "tokenizer.json")):
         assert (tmp_path / "o" / name).read_bytes() == (model / name).read_bytes()
     assert "encoder.layer.0.attention.self.query.weight" in rows_of(result)
+    assert "before_recovery" in result.report["evaluation"]
+    result = cli("evaluate", "o", "--data", "pairs.jsonl", "--against", model, "--json")
+    assert result.code == 0, result.err
+
+
+def test_modules_that_are_not_served_do_not_matter_to_weights(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    model = make_sentence_model(make_model, more=("Odd",))
+    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "-q")
+    assert result.code == 0, result.err
 
 
 def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:

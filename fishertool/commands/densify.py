@@ -11,7 +11,7 @@ from torch import Tensor
 from fishertool import hub
 from fishertool.checkpoint.companions import (
     Companions,
-    copy_companions,
+    copy_from_folders,
     find_companions,
     write_json,
 )
@@ -33,22 +33,26 @@ from fishertool.models.low_rank import (
     product,
 )
 from fishertool.models.names import empty_model
+from fishertool.models.sentence import weights_folder
 from fishertool.progress import Advance, Track, silent
 from fishertool.report import Files, Report, environment, options_of, public_name
-from fishertool.surgery.output import checkpoint_output
+from fishertool.surgery.output import checkpoint_output, code_left_out
 
 
 @dataclass(frozen=True)
 class _Plan:
     """All that is decided before the first tensor is read."""
 
+    top: Path
+    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
     checkpoint: Checkpoint
     factors: Mapping[str, tuple[Factors, bool]]
     """By the dense weight's name; and whether that is [in, out]."""
     sources: Mapping[str, str]
     """Output tensors that are copied, and their names in the input."""
     layout: Layout
-    companions: Companions
+    companions: dict[Path, Companions]
+    """By folder."""
     allow_nonfinite: bool
 
     def outputs(self) -> list[TensorInfo]:
@@ -73,9 +77,10 @@ def densify(
     report = Report("densify", options_of(locals()), environment=environment(threads, "cpu"))
     with ExitStack() as opened:
         with report.phase("check"):
-            checkpoint = opened.enter_context(open_checkpoint(hub.resolve(model)))
-            plan = _plan(checkpoint, parse_size(max_shard_size), allow_nonfinite)
-            check_output(out, [checkpoint.folder], overwrite, plan.layout.nbytes)
+            top = hub.resolve(model)
+            checkpoint = opened.enter_context(open_checkpoint(weights_folder(top)))
+            plan = _plan(top, checkpoint, parse_size(max_shard_size), allow_nonfinite)
+            check_output(out, [top], overwrite, plan.layout.nbytes)
         report.tensors = _rows(plan)
         report.summary = _summary(plan)
         if dry_run:
@@ -91,12 +96,13 @@ def densify(
             with report.phase("digest"):
                 files = list(map(asdict, checkpoint.digests()))
                 report.inputs = [Files(public_name(model), "model", files)]
-            report.output = checkpoint_output(plan.layout, digests, plan.companions)
+            report.output = checkpoint_output(plan.layout, digests, plan.companions[top])
+            report.warnings += code_left_out(checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
 
-def _plan(checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -> _Plan:
+def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -> _Plan:
     folder, config = checkpoint.folder, checkpoint.config()
     if not is_low_rank(config):
         quantized = config.get("quantization_config")
@@ -109,7 +115,15 @@ def _plan(checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -
             )
         )
     found = factors_of(checkpoint, config["quantization_config"])
-    model = empty_model(checkpoint)
+    try:
+        model = empty_model(checkpoint)
+    except InputError as error:
+        if "auto_map" not in config:
+            raise
+        raise InputError(
+            f"{folder / 'config.json'}: names code of the model's own (auto_map), which densify does "
+            "not run; load it in transformers with trust_remote_code, and dequantize it there"
+        ) from error
     if model is None:
         raise InputError(
             f"{folder / 'config.json'}: its architecture is not in transformers, so how its dense "
@@ -138,11 +152,14 @@ def _plan(checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfinite: bool) -
             sources[new] = name
             outputs.append(replace(info, name=new))
     layout = lay_out(outputs, max_shard_bytes)
-    return _Plan(checkpoint, factors, sources, layout, find_companions(folder), allow_nonfinite)
+    companions = {place: find_companions(place) for place in dict.fromkeys([top, folder])}
+    return _Plan(top, checkpoint, factors, sources, layout, companions, allow_nonfinite)
 
 
 def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[FileDigest]:
-    with CheckpointWriter(folder, plan.layout) as writer:
+    place = folder / plan.checkpoint.folder.relative_to(plan.top)
+    place.mkdir(parents=True, exist_ok=True)
+    with CheckpointWriter(place, plan.layout) as writer:
 
         def one(piece: Piece) -> None:
             writer.write(piece.name, _piece(plan, piece), piece.start)
@@ -151,8 +168,8 @@ def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[Fi
         digests = writer.finish()
     config = plan.checkpoint.config()
     del config["quantization_config"]
-    write_json(folder / "config.json", config)
-    copy_companions(plan.checkpoint.folder, plan.companions, folder)
+    write_json(place / "config.json", config)
+    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
     return digests
 
 

@@ -32,7 +32,7 @@ from fishertool.surgery.factorize_recover import Finetuning, recover_factors, tr
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
 from fishertool.surgery.factorize_write import write_factorized
-from fishertool.surgery.output import checkpoint_output
+from fishertool.surgery.output import checkpoint_output, code_left_out
 
 METHODS = "fishertool.factorization"
 BASE_RSS_BYTES = 400_000_000
@@ -107,7 +107,9 @@ def factorize(
             )  # fmt: skip
             inputs = [plan.checkpoint, *(tensors for tensors, _ in plan.statistics.kinds.values())]
             needed = _needed_bytes(plan, copies=1 if finetune is None else 2)
-            check_output(out, [one.folder for one in inputs], overwrite, sum(needed.values()))
+            check_output(
+                out, [plan.top, *(one.folder for one in inputs)], overwrite, sum(needed.values())
+            )
         if dry_run:
             return _forecast(report, plan, needed, threads, out)
         judge = None
@@ -126,10 +128,18 @@ def factorize(
             report.tensors = rows_of(plan, ranks, figures)
             if isinstance(cut, KeptTerms):
                 cut.discard()
-            _evaluate(report, folder, judge, tried)
+            _evaluate(report, plan.place(folder), judge, tried)
             if finetune and texts and plan.low_rank(ranks):
                 digests = _finetune(
-                    report, folder, layout, finetune, texts, judge, device, trust_remote_code, track
+                    report,
+                    plan.place(folder),
+                    layout,
+                    finetune,
+                    texts,
+                    judge,
+                    device,
+                    trust_remote_code,
+                    track,
                 )
             elif finetune:
                 report.warnings.append(UNTRAINED)
@@ -137,7 +147,8 @@ def factorize(
                 report.inputs = _input_files(plan, model, fisher)
             for options in data:
                 report.inputs += data_files(options.data)
-            report.output = checkpoint_output(layout, digests, plan.companions)
+            report.output = checkpoint_output(layout, digests, plan.companions[plan.top])
+            report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 

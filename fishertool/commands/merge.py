@@ -28,7 +28,7 @@ from fishertool.surgery.merge_lora import open_lora, write_lora
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
 from fishertool.surgery.merge_predict import check_optimal, gather_forms
 from fishertool.surgery.merge_write import write_merge
-from fishertool.surgery.output import checkpoint_output
+from fishertool.surgery.output import checkpoint_output, code_left_out
 
 METHODS = "fishertool.merging"
 FREE = "optimal-free"
@@ -155,6 +155,7 @@ def _write(
     told = {name: {"predicted_loss": found} for name, found in written.passed.predicted.items()}
     report.tensors = merge_report.rows(plan, told if predict else {})
     report.output = checkpoint_output(plan.layout, written.files, plan.companions)
+    report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
     report.summary["predicted_loss"] = written.passed.predicted_loss
 
 

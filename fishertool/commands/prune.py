@@ -29,7 +29,7 @@ from fishertool.report import (
     options_of,
     public_name,
 )
-from fishertool.surgery.output import checkpoint_output
+from fishertool.surgery.output import checkpoint_output, code_left_out
 from fishertool.surgery.prune_plan import PrunePlan, check_bank, mask_name, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
@@ -191,6 +191,7 @@ def prune(
             if data is not None:
                 report.inputs += data_files(data.data)
             report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
+            report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             shutil.rmtree(work)
     return report

@@ -74,7 +74,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
 def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | None:
     dimensions = len(origin.shape)
     if parameter.dim() == 3:
-        return {3: "experts", 2: "expert"}.get(dimensions)
+        return {3: "experts", 2: "expert"}.get(dimensions) if _has_experts(owner) else None
     if dimensions != 2 or not origin.name.endswith(".weight"):
         return None
     if isinstance(owner, nn.Embedding):
@@ -82,3 +82,9 @@ def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | No
     if is_linear(owner):
         return "linear" if origin.shape == tuple(parameter.shape) else "part"
     return None
+
+
+def _has_experts(owner: nn.Module) -> bool:
+    """Other parameters of three dimensions are kernels of convolutions, or have one for heads."""
+    # The attribute is set on every class that transformers can compute as grouped experts.
+    return type(owner).__name__.endswith("Experts") or hasattr(owner, "is_transposed")

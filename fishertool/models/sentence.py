@@ -79,6 +79,11 @@ def transformer_folder(folder: Path) -> Path:
     return folder if pipeline is None else pipeline.transformer
 
 
+def weights_folder(folder: Path) -> Path:
+    """The same for what reads only weights, to which modules that are not served do not matter."""
+    return folder if any(folder.glob("*.safetensors")) else transformer_folder(folder)
+
+
 class SentenceScorer(nn.Module):
     """A transformer and what follows it, as a model of which document belongs to a query.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fishertool import hub
@@ -15,6 +16,7 @@ from fishertool.errors import InputError, UsageError
 from fishertool.factorization.rank import Ranks
 from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
+from fishertool.models.sentence import weights_folder
 from fishertool.registry import Method
 from fishertool.selection import select
 from fishertool.surgery.factorize_ranks import Budget
@@ -56,6 +58,8 @@ class Refined:
 class FactorizePlan:
     """All that is decided before the first tensor is read."""
 
+    top: Path
+    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
     checkpoint: Checkpoint
     chosen: Refined
     statistics: Statistics
@@ -66,13 +70,18 @@ class FactorizePlan:
     layers: dict[str, Layer]
     kept: dict[str, str]
     """Every other tensor, and why it stays."""
-    companions: Companions
+    companions: dict[Path, Companions]
+    """By folder."""
     allow_nonfinite: bool
     max_shard_bytes: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {matrix.key: matrix.shape for matrix in self.matrices}
+
+    def place(self, folder: Path) -> Path:
+        """Where in an output's folder its checkpoint lies."""
+        return folder / self.checkpoint.folder.relative_to(self.top)
 
     @property
     def others(self) -> int:
@@ -120,12 +129,17 @@ def plan_factorize(
     trust_remote_code: bool,
 ) -> FactorizePlan:
     """Open everything, choose the matrices, and hold the sidecar and the budget against them."""
-    checkpoint = opened.enter_context(open_checkpoint(hub.resolve(source)))
+    top = hub.resolve(source)
+    checkpoint = opened.enter_context(open_checkpoint(weights_folder(top)))
     check_not_quantized(checkpoint)
-    folder = None if fisher is None else hub.resolve(fisher)
-    statistics = open_statistics(opened, folder, chosen.methods, checkpoint)
-    layers = layers_of(checkpoint, trust_remote_code)
+    sidecar = None if fisher is None else hub.resolve(fisher)
+    statistics = open_statistics(opened, sidecar, chosen.methods, checkpoint)
     copies = tied_names(checkpoint)
+    layers = {
+        name: layer
+        for name, layer in layers_of(checkpoint, trust_remote_code).items()
+        if name not in copies
+    }
     selected, kept = _choose(checkpoint, layers, form, include, exclude)
     matrices: list[Matrix] = []
     for name in checkpoint:
@@ -142,8 +156,9 @@ def plan_factorize(
         raise UsageError(f"nothing is selected: {'; '.join(why) or 'all is left out'}")
     statistics.check(chosen.inputs, matrices)
     plan = FactorizePlan(
-        checkpoint, chosen, statistics, budget, form, matrices, layers, kept,
-        find_companions(checkpoint.folder), allow_nonfinite, max_shard_bytes,
+        top, checkpoint, chosen, statistics, budget, form, matrices, layers, kept,
+        {folder: find_companions(folder) for folder in dict.fromkeys([top, checkpoint.folder])},
+        allow_nonfinite, max_shard_bytes,
     )  # fmt: skip
     if budget.is_shared:
         budget.kept_of(plan.shapes, plan.others)
@@ -195,7 +210,10 @@ def _choose(
 
 def _serves_stacks(chosen: Refined, statistics: Statistics) -> bool:
     """Sums and moments of a stack on disk are not by expert."""
-    return all(statistics.kind_of(name) == "diagonal" for name in chosen.inputs)
+    return not chosen.inputs or (
+        "diagonal" in statistics.kinds
+        and all("diagonal" in SUFFICES[name] for name in chosen.inputs)
+    )
 
 
 def _matrices(checkpoint: Checkpoint, layer: Layer) -> list[Matrix]:

@@ -30,8 +30,10 @@ class Statistics:
     def __init__(self, kinds: dict[str, tuple[Checkpoint, FisherHeader]]):
         self.kinds = kinds
 
-    def kind_of(self, wanted: str) -> str:
-        """Which of the open kinds gives an input."""
+    def kind_of(self, wanted: str, matrix: Matrix) -> str:
+        """Which of the open kinds gives an input; of an expert in a stack only the diagonal does."""
+        if matrix.expert is not None:
+            return "diagonal"
         return next(kind for kind in SUFFICES[wanted] if kind in self.kinds)
 
     def read(self, wanted: str, matrix: Matrix) -> Tensor:
@@ -39,7 +41,7 @@ class Statistics:
 
         Raises InputError for values that are not finite or, of a Fisher, negative.
         """
-        kind = self.kind_of(wanted)
+        kind = self.kind_of(wanted, matrix)
         tensors, header = self.kinds[kind]
         name = matrix.name
         if wanted == "inputs":
@@ -63,25 +65,29 @@ class Statistics:
     def check(self, wanted: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Refuse, from headers, matrices that these inputs are not there for, or all zero."""
         for one in wanted:
-            kind = self.kind_of(one)
-            tensors, header = self.kinds[kind]
-            lost = [matrix.name for matrix in matrices if matrix.name not in header.statistics]
-            if lost:
-                raise InputError(
-                    f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "
-                    "leave these out with --exclude, or estimate it of them"
-                )
-            if one != "inputs" and (  # whose moment has no sum in the header
-                zero := sorted(
-                    {m.name for m in matrices if not header.statistics[m.name].total > 0}
-                )
-            ):
-                raise InputError(
-                    f"{tensors.folder}: the {kind} Fisher of {some(zero)} is zero everywhere: the "
-                    "data did not reach it; leave it out with --exclude, or estimate on other data"
-                )
+            by_kind: dict[str, list[Matrix]] = {}
             for matrix in matrices:
-                self._check_sides(one, tensors, header, matrix)
+                by_kind.setdefault(self.kind_of(one, matrix), []).append(matrix)
+            for kind, told in by_kind.items():
+                self._check_kind(one, kind, told)
+
+    def _check_kind(self, wanted: str, kind: str, matrices: Sequence[Matrix]) -> None:
+        tensors, header = self.kinds[kind]
+        lost = [matrix.name for matrix in matrices if matrix.name not in header.statistics]
+        if lost:
+            raise InputError(
+                f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "
+                "leave these out with --exclude, or estimate it of them"
+            )
+        if wanted != "inputs" and (  # whose moment has no sum in the header
+            zero := sorted({m.name for m in matrices if not header.statistics[m.name].total > 0})
+        ):
+            raise InputError(
+                f"{tensors.folder}: the {kind} Fisher of {some(zero)} is zero everywhere: the "
+                "data did not reach it; leave it out with --exclude, or estimate on other data"
+            )
+        for matrix in matrices:
+            self._check_sides(wanted, tensors, header, matrix)
 
     def _check_sides(
         self, wanted: str, tensors: Checkpoint, header: FisherHeader, matrix: Matrix
@@ -123,6 +129,12 @@ def open_statistics(
             if not usable:
                 raise InputError(f"{folder}: {need}, which this has not; estimate it with --kind")
             wanted.append(usable[0])
+    if folder is not None and not wanted:
+        names = " and ".join(method.name for method in methods)
+        raise InputError(
+            f"{folder}: has neither a diagonal nor a factored Fisher, and of others method {names} "
+            "reads none; leave --fisher out"
+        )
     kinds_open: dict[str, tuple[Checkpoint, FisherHeader]] = {}
     for kind in dict.fromkeys(wanted):
         assert folder is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.header import TensorInfo
@@ -61,6 +62,11 @@ def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor,
             raise InputError(
                 f"{plan.checkpoint.where(matrix.key)}: {error}; leave it out with --exclude, or "
                 "estimate on other data"
+            ) from error
+        except LinAlgError as error:
+            raise InputError(
+                f"{plan.checkpoint.where(matrix.key)}: the eigenvalues of method {method.name} do "
+                "not converge; take other settings with --set, or leave it out with --exclude"
             ) from error
         return found
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_companions, write_config, write_json
+from fishertool.checkpoint.companions import copy_from_folders, write_config, write_json
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import Layout
@@ -38,7 +38,9 @@ def write_factorized(
     layout, factored = plan.layout(ranks), plan.low_rank(ranks)
     matrices = {matrix.key: matrix for matrix in plan.matrices}
     figures: dict[str, dict[str, Any]] = {}
-    with CheckpointWriter(folder, layout) as writer:
+    place = plan.place(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    with CheckpointWriter(place, layout) as writer:
 
         def one(piece: Piece) -> None:
             matrix = matrices.get(piece.name)
@@ -62,8 +64,8 @@ def write_factorized(
 
         stream(_work(plan), one, threads, advance)
         digests = writer.finish()
-    _write_config(plan, layout, folder, {m.module: rank for m, rank in factored.values()})
-    copy_companions(plan.checkpoint.folder, plan.companions, folder)
+    _write_config(plan, layout, place, {m.module: rank for m, rank in factored.values()})
+    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
     return layout, digests, figures
 
 

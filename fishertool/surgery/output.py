@@ -1,11 +1,14 @@
 """What a transformation wrote, as its report tells it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from fishertool.checkpoint.companions import Companions
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import Layout
+from fishertool.checkpoint.source import TensorSource
+from fishertool.errors import some
 from fishertool.report import Output
 
 
@@ -21,3 +24,15 @@ def checkpoint_output(
         list(companions.copied),
         list(companions.left_out),
     )
+
+
+def code_left_out(checkpoint: TensorSource, companions: Mapping[Path, Companions]) -> list[str]:
+    """What to tell of a checkpoint whose config.json names code beside it: that is never copied."""
+    found = companions[checkpoint.folder]
+    code = [name for name in found.left_out if name.endswith(".py")]
+    if not code or "auto_map" not in checkpoint.config():
+        return []
+    return [
+        f"config.json names code of the model's own (auto_map), which is never copied: {some(code)}; "
+        "where it is to be loaded with this code, read that and put it beside the output"
+    ]

@@ -19,7 +19,7 @@ from fishertool.models.loading import load_model
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Report, data_files, public_name
-from fishertool.surgery.output import checkpoint_output
+from fishertool.surgery.output import checkpoint_output, code_left_out
 from fishertool.surgery.prune_trial import UNMEASURED, Trial, open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
@@ -107,6 +107,7 @@ def shrink(
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
             report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
+            report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 

@@ -19,8 +19,8 @@ class Weighting:
     """A symmetric positive weighting of one side of a matrix: none, a number an index, or a matrix.
 
     `square` is None, [side] or [side, side]; `floor` that of its entries or eigenvalues relative to
-    their mean, where a root is taken. Raises ValueError for one that is zero everywhere, negative
-    or not finite.
+    their mean, where a root is taken. With a floor of 0 inverses are pseudo-inverses. Raises
+    ValueError for one that is zero everywhere, negative or not finite.
     """
 
     def __init__(self, square: Tensor | None, floor: float = FLOOR):
@@ -53,15 +53,18 @@ class Weighting:
         if self.square is None:
             return matrix
         if self.square.dim() == 1:
-            return self.square.pow(power)[:, None] * matrix
+            return _pseudo_power(self.square, power)[:, None] * matrix
         values, vectors = self._eigen
-        return vectors @ (values.pow(power)[:, None] * (vectors.T @ matrix))
+        return vectors @ (_pseudo_power(values, power)[:, None] * (vectors.T @ matrix))
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         assert self.square is not None
         values, vectors = torch.linalg.eigh(self.square)
-        return values.clamp(min=self._least), vectors
+        if self._least:
+            return values.clamp(min=self._least), vectors
+        noise = len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return values.where(values > noise, 0.0), vectors
 
 
 def decompose(
@@ -118,6 +121,10 @@ def _sides(
         return near.inverse_root_times(first), first.T @ rooted
 
     return values.flip(0).clamp(min=0).sqrt(), sides
+
+
+def _pseudo_power(values: Tensor, power: float) -> Tensor:
+    return values.pow(power).where(values > 0, 0.0)
 
 
 def _upper_half(left: Tensor, right: Tensor) -> Tensor:
