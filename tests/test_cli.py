@@ -82,9 +82,15 @@ def test_a_report_that_could_not_be_written_is_refused_at_once(
     assert (result.code, f"--report {place}: {told}" in result.err) == (2, True)
 
 
-def test_a_report_is_replaced_and_its_folder_made(cli: Cli, make_model: ModelMaker) -> None:
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_report_is_replaced_and_its_folder_made(
+    cli: Cli, make_model: ModelMaker, empty: bool
+) -> None:
     model = make_model("m")
     flags = ("--method", "magnitude", "--sparsity", 0.5, "--dry-run", "--report", "new/r.json")
+    if empty:  # as mktemp leaves one
+        Path("new").mkdir()
+        Path("new/r.json").touch()
     for _ in range(2):
         result = cli("prune", model, *flags, "--out", "o")
         assert result.code == 0, result.err

@@ -53,7 +53,7 @@ def report_place(path: Path | None) -> Path | None:
             raise UsageError(f"--report {path}: is no place for a file")
         from fishertool.report import is_report
 
-        if path.exists() and not is_report(path):
+        if path.is_file() and path.stat().st_size and not is_report(path):
             raise UsageError(f"--report {path}: is there, and is no report; choose another name")
     return path
 
