@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from fishertool.checkpoint.reader import check_link, load_json, parse_json
+from fishertool.checkpoint.json_files import check_link, load_json, parse_json
 from fishertool.errors import InputError
 
 LOADED = (

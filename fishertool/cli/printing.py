@@ -1,7 +1,8 @@
 """What a command prints: a table or one JSON document on stdout, talk on stderr."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ def tell(message: str) -> None:
         for letter in " ".join(message.split())
     )
     print(f"fishertool: {line}", file=sys.stderr)
+
+
+@contextmanager
+def telling_if_stopped(told: str | None) -> Iterator[None]:
+    """Say this if Ctrl-C or SIGTERM stops what is done inside."""
+    try:
+        yield
+    except BaseException as error:
+        stop: BaseException | None = error
+        while isinstance(stop, Exception):  # it may have come of breaking into a journal's locking
+            stop = stop.__context__
+        if stop is None:
+            raise
+        if told is not None:
+            tell(told)
+        raise stop from None
 
 
 def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) -> None:

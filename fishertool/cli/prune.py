@@ -1,6 +1,5 @@
 """`fishertool prune`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +48,7 @@ from fishertool.cli.flags import (
     refuse,
     thread_count,
 )
-from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
 from fishertool.errors import UsageError
 
 PRUNING_METHODS = "fishertool.pruning"
@@ -219,7 +218,7 @@ def prune(
         without = "without --data there is nothing to use it on"
         refuse(context, {*flags_of_data(), *USES_OF_DATA}, without)
     options = None if data is None else data_options(context, data)
-    try:
+    with telling_if_stopped("the same command goes on from what is done" if resume else None):
         report = command(
             model,
             out,
@@ -256,8 +255,4 @@ def prune(
             device=device,
             track=track_on_stderr(quiet),
         )
-    except BaseException as error:
-        if resume and not isinstance(error, Exception):  # Ctrl-C or SIGTERM
-            print("fishertool: the same command goes on from what is done", file=sys.stderr)
-        raise
     finish(report, as_json, quiet, report_file)

@@ -1,6 +1,5 @@
 """`fishertool search`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from fishertool.cli.flags import (
     option,
     thread_count,
 )
-from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
 
 
 @app.command()
@@ -110,7 +109,8 @@ def search(
     """
     from fishertool.commands.search import search as command
 
-    try:
+    told = None if worker or dry_run else "--resume goes on from what is measured"
+    with telling_if_stopped(told):
         report = command(
             recipe,
             out,
@@ -136,18 +136,4 @@ def search(
             device=device,
             track=track_on_stderr(quiet),
         )
-    except BaseException as error:
-        stop = _interrupt_behind(error)
-        if stop is None:
-            raise
-        if not (worker or dry_run):
-            print("fishertool: --resume goes on from what is measured", file=sys.stderr)
-        raise stop from None
     finish(report, as_json, quiet, report_file)
-
-
-def _interrupt_behind(error: BaseException | None) -> BaseException | None:
-    """Ctrl-C or SIGTERM, also where an error came of its breaking into a journal's locking."""
-    while isinstance(error, Exception):
-        error = error.__context__
-    return error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.json_files import load_json
 from fishertool.errors import InputError, some
 
 UNIT = re.compile(r"(\\[dw.-]|\[[\w.-]+\]|[\w.-])([+*]?)")

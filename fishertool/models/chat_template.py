@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.json_files import load_json
 from fishertool.errors import InputError, UsageError
 from fishertool.paths import expanded
 

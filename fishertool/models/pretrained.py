@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.json_files import load_json
 from fishertool.errors import InputError
 from fishertool.models.sentence import transformer_folder
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fishertool.checkpoint.reader import load_json, open_checkpoint, parse_json
+from fishertool.checkpoint.json_files import load_json, parse_json
+from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
 
 SCALE = 20.0

@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fishertool import hub
-from fishertool.checkpoint.reader import load_json, open_checkpoint
+from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
 from fishertool.models.adapted import AdaptedCheckpoint

@@ -10,8 +10,8 @@ from torch import Tensor
 from fishertool.checkpoint.companions import copy_from_folders, write_config, write_json
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.layout import Layout
-from fishertool.checkpoint.reader import load_json
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter

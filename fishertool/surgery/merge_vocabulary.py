@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fishertool.checkpoint.companions import write_json
-from fishertool.checkpoint.reader import load_json
+from fishertool.checkpoint.json_files import load_json
 from fishertool.models.token_donors import Donor
 from fishertool.models.token_rows import TokenAligned
 from fishertool.models.vocabulary import Vocabulary, match_vocabularies

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.companions import write_json
-from fishertool.checkpoint.reader import load_json, open_checkpoint
+from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.progress import Track
 from fishertool.surgery.prune_plan import PrunePlan

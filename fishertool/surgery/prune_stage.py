@@ -12,8 +12,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.layout import lay_out
-from fishertool.checkpoint.reader import Checkpoint, load_json
+from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError

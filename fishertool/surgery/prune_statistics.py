@@ -177,24 +177,23 @@ class Statistics:
         if self._whole is None or self._whole[0] != recipe.damping:
             names = [one.name for one in matrices]
             gradients: Gradients = StoredGradients(self.kinds["rank-one"][0], names)
-            masks = {one.name: one.upright(~held).flatten()
-                     for one in matrices if (held := gone(one)) is not None}  # fmt: skip
+            held = {one: gone(one) for one in matrices}
+            masks = {
+                one.name: one.upright(~mask).flatten()
+                for one, mask in held.items()
+                if mask is not None
+            }
             if masks:
                 gradients = MaskedGradients(gradients, masks)
             fisher = RankOneFisher(gradients, recipe.damping * self._scale(matrices), None)
             values = fisher.inverse_diagonal()
             self._count(fisher)
-            self._whole = (
-                recipe.damping,
-                {
-                    one.name: one.upright(
-                        values[fisher.spans[one.name]].reshape(
-                            one.shape[::-1] if one.turned else one.shape
-                        )
-                    )
-                    for one in matrices
-                },
-            )
+
+            def upright(one: Matrix) -> Tensor:
+                on_disk = one.shape[::-1] if one.turned else one.shape
+                return one.upright(values[fisher.spans[one.name]].reshape(on_disk))
+
+            self._whole = recipe.damping, {one.name: upright(one) for one in matrices}
         return self._whole[1]
 
     def _inverse_blocks(

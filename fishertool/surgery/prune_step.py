@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.reader import Checkpoint, load_json, open_checkpoint
+from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError
 from fishertool.progress import Advance
 from fishertool.pruning.magnitude import magnitude
