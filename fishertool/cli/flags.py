@@ -1,6 +1,7 @@
 """Every flag that verbs have in common, declared once; and reading what was given."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
@@ -123,15 +124,22 @@ def thread_count(threads: int | None) -> int:
 
 @contextlib.contextmanager
 def importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Iterator[None]:
-    """Around the import of a command: importing torch takes seconds and one core of several."""
-    folders = [Path(source) for source in sources if not dry_run and thread_count(threads) > 1]
-    if not any(map(Path.is_dir, folders)):
-        yield
-        return
-    from fishertool.checkpoint.digest import head_start
+    """Around the import of a command: importing torch takes seconds and one core of several.
 
-    with head_start(folders):
-        yield
+    A tenth of them is the collector's, which finds nothing to free in what was just imported.
+    """
+    folders = [Path(source) for source in sources if not dry_run and thread_count(threads) > 1]
+    gc.disable()
+    try:
+        if not any(map(Path.is_dir, folders)):
+            yield
+            return
+        from fishertool.checkpoint.digest import head_start
+
+        with head_start(folders):
+            yield
+    finally:
+        gc.enable()
 
 
 def option(*names: str, help: str = "", **more: Any) -> Any:  # noqa: A002

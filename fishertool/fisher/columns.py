@@ -11,7 +11,7 @@ from fishertool.errors import InputError
 
 READ_ELEMENTS = 1 << 23
 """Asked of a source at a time: each member gives a run long enough for a disk."""
-PIECE_ELEMENTS = 1 << 18
+PIECE_ELEMENTS = 1 << 19
 """Computed with at a time: few enough to stay in a core's cache."""
 
 
