@@ -5,6 +5,7 @@ Multi-objective Optimization" (arXiv 2407.00487).
 """
 
 from collections.abc import Callable
+from math import log
 from threading import Lock
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch.quasirandom import SobolEngine
 
 from fishertool.searching.acquisition import are_new, expected_gain, maximum, worth
 from fishertool.searching.pareto import reference_of, strongest
+from fishertool.searching.recombination import neighbours
 from fishertool.searching.recombination import recombine as offspring_of
 from fishertool.searching.screening import fisher_information
 from fishertool.searching.surrogate import fit, standardized
@@ -23,7 +25,11 @@ POOL = 2
 STRONG = 5
 OFFSPRING = 32
 DRAWS = 256
-SPOILT = 0.1
+NEIGHBOURS = 16
+"""Starts of the climb beside each strong point. From points drawn anywhere it ends in corners."""
+COMPARABLE = 0.5
+"""Share of the best candidate's expected gain from which the surrogate's screening chooses."""
+SPOILT = 0.05
 """Share of the evaluations that may be so bad that they do not count."""
 
 _ONE_AT_A_TIME = Lock()  # BoTorch's settings and Python's warning filters are the process's
@@ -56,9 +62,10 @@ def propose(
     recombine  a candidate is crossed with the five strongest evaluated points by differential
                evolution. It has 32 offspring, and the one expected to gain most takes its place;
                the paper's has one, whatever that is worth.
-    screen     twice `count` candidates are found, and those with the least Fisher information of
-               the surrogate's are kept, the least known; or, by a function [candidate, dimension]
-               -> [candidate], those that it scores highest. None: `count` are found and kept.
+    screen     twice `count` candidates are found, and of those expected to gain half as much as
+               the `count` best, or more, the ones with the least Fisher information of the
+               surrogate's are kept, the least known; or, by a function [candidate, dimension] ->
+               [candidate], of all those that it scores highest. None: `count` are found and kept.
 
     With both off and no distances this is plain Bayesian search. The values are standardized
     before anything else, and the hypervolume is counted from `search_reference` of them; the
@@ -84,11 +91,11 @@ def propose(
 def search_reference(values: Tensor) -> Tensor:
     """What a search counts the hypervolume of more points from: [objective].
 
-    In each objective the worse of `reference_of` the values and their lower tenth. A point that
+    In each objective the worse of `reference_of` the values and their lower twentieth. A point that
     dominates nearly all others makes the front a corner; counted from the front's nadir, nothing
     away from it would gain.
     """
-    return torch.minimum(reference_of(values), values.quantile(SPOILT, 0))
+    return torch.minimum(reference_of(values), values.quantile(SPOILT, 0, interpolation="higher"))
 
 
 def _propose(
@@ -116,7 +123,8 @@ def _propose(
     for _ in range(count if screen is None else POOL * count):
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         sobol = SobolEngine(points.shape[1], scramble=True, seed=seeds[0])  # type: ignore[no-untyped-call]
-        drawn = snap(sobol.draw(DRAWS, dtype=torch.float64))
+        anywhere = sobol.draw(DRAWS, dtype=torch.float64)
+        drawn = snap(torch.cat([anywhere, neighbours(strong, NEIGHBOURS, generator)]))
         gain = expected_gain(model, points, values, found, reference, seeds[1])
         taken = torch.cat([points, found])
         best = maximum(gain, drawn, taken, snap)
@@ -131,5 +139,11 @@ def _propose(
     candidates = found[len(pending) :]
     if screen is None:
         return candidates
-    scores = -fisher_information(model, candidates) if screen == "surrogate" else screen(candidates)
+    if screen == "surrogate":
+        gain = expected_gain(model, points, values, pending, reference, seeds[1])
+        gains = worth(gain, candidates, points)
+        least = gains.topk(min(count, len(gains))).values[-1] + log(COMPARABLE)
+        scores = torch.where(gains >= least, -fisher_information(model, candidates), -torch.inf)
+    else:
+        scores = screen(candidates)
     return candidates[scores.argsort(descending=True, stable=True)[:count].sort().values]

@@ -1,4 +1,4 @@
-"""Weak-to-strong recombination: candidates take over coordinates of strong configurations."""
+"""Points made of strong configurations: offspring of candidates with them, and neighbours."""
 
 import torch
 from torch import Tensor
@@ -25,3 +25,14 @@ def recombine(candidates: Tensor, strong: Tensor, generator: torch.Generator) ->
     crossed = torch.rand(count, dimensions, dtype=torch.float64, generator=generator) < CR
     certain = torch.randint(dimensions, (count, 1), generator=generator)
     return torch.where(crossed.scatter(1, certain, True), mutant, candidates)
+
+
+def neighbours(strong: Tensor, each: int, generator: torch.Generator) -> Tensor:
+    """`each` points beside every strong one, of which one coordinate is drawn anew, uniformly.
+
+    strong [configuration, dimension] -> [configuration x each, dimension]
+    """
+    near = strong.repeat_interleave(each, 0)
+    which = torch.randint(near.shape[1], (len(near), 1), generator=generator)
+    drawn = torch.rand(len(near), 1, dtype=near.dtype, generator=generator)
+    return near.scatter(1, which, drawn)

@@ -44,8 +44,9 @@ def fit(points: Tensor, values: Tensor) -> ModelListGP:
     Hvarfner, Hellsten and Nardi 2024 (arXiv 2402.02229), and deviation 1; with their sqrt(3) a
     scale is most likely a twentieth of its median, and every one of ten points would be its own
     hill. The noise has a wide prior: an objective may be exact or vary by a tenth of its range,
-    and taking small effects for noise hides the coordinates that matter less. A constant
-    objective, and one whose fit fails, keeps where the fit begins.
+    and taking small effects for noise hides the coordinates that matter less. All are sought by
+    their logarithms: beside the gradient of a small noise itself, length scales would stay where
+    they begin. A constant objective, and one whose fit fails, keeps where the fit begins.
     """
     with quiet():
         return ModelListGP(*(_fit(points, column) for column in values.T[..., None]))
@@ -54,7 +55,7 @@ def fit(points: Tensor, values: Tensor) -> ModelListGP:
 def _fit(points: Tensor, values: Tensor) -> SingleTaskGP:
     noise = GaussianLikelihood(
         noise_prior=LogNormalPrior(*NOISE),
-        noise_constraint=GreaterThan(LEAST_NOISE, transform=None, initial_value=FIRST_NOISE),
+        noise_constraint=GreaterThan(LEAST_NOISE, torch.exp, torch.log, FIRST_NOISE),
     )
     dimensions = points.shape[1]
     lengths = LogNormalPrior(2**0.5 + log(dimensions) / 2, LENGTH_DEVIATION)
@@ -62,7 +63,7 @@ def _fit(points: Tensor, values: Tensor) -> SingleTaskGP:
         2.5,
         ard_num_dims=dimensions,
         lengthscale_prior=lengths,
-        lengthscale_constraint=GreaterThan(LEAST_LENGTH, None, initial_value=lengths.mode),
+        lengthscale_constraint=GreaterThan(LEAST_LENGTH, torch.exp, torch.log, lengths.mode),
     )
     model = SingleTaskGP(points, values, None, noise, kernel, outcome_transform=None)
     if not bool((values != values[0]).any()):
