@@ -28,7 +28,8 @@ DRAWS = 256
 NEIGHBOURS = 16
 """Starts of the climb beside each strong point. From points drawn anywhere it ends in corners."""
 COMPARABLE = 0.5
-"""Share of the best candidate's expected gain from which the surrogate's screening chooses."""
+"""Share of the expected gain of the best `count` that a candidate needs to be screened by how
+little is known of it."""
 SPOILT = 0.05
 """Share of the evaluations that may be so bad that they do not count."""
 
