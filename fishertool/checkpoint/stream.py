@@ -57,7 +57,7 @@ def collect(
 ) -> None:
     """Call `function` for every piece, and `take` with what it returned, in the order of work.
 
-    At most `threads + 1` pieces are in memory. The function must touch nothing but its own piece:
+    At most `2 * threads` pieces are under way. The function must touch nothing but its own piece:
     then results do not depend on `threads`. The first error stops the work and is raised.
     """
     intra_op = torch.get_num_threads()
@@ -71,7 +71,7 @@ def collect(
             waiting: deque[tuple[Piece, Future[T]]] = deque()
             try:
                 for piece in work:
-                    if len(waiting) > threads:
+                    if len(waiting) == 2 * threads:
                         _finish(waiting, take)
                     waiting.append((piece, pool.submit(function, piece)))
                 while waiting:

@@ -78,14 +78,21 @@ def merge_piece(
     if target.action in ("keep-first", "equal"):
         take = _kept if target.action == "keep-first" else _equal
         return take(plan, target, piece), None
-    part = reader(plan, target, trusted=look is not None and look.read)(piece)
+    averaged = target.action != "merge" or plan.method.function is linear
+    # An average of what is not finite is not finite, and then `_fitting` says whose fault it is.
+    trusted = look.read if look else averaged and target.base is None
+    part = reader(plan, target, trusted=trusted)(piece)
     dtype, stored = computed_in(plan, target), TORCH[target.info.dtype]
     if target.action == "merge" and plan.factors:
         merged = _merge_matrices(plan, target, part.to(dtype)).to(stored)
     else:
         function = _function(plan, target, piece, part, look)
-        merged = torch.cat([function(block.to(dtype)).to(stored) for block in part.blocks()])
-    return _fitting(plan, target, merged), part
+        merged, done = torch.empty(part.models[0].shape, dtype=stored), 0
+        for block in part.blocks():
+            rows = function(block.to(dtype))
+            merged[done : done + len(rows)] = rows
+            done += len(rows)
+    return _fitting(plan, target, merged, part.models), part
 
 
 def _function(
@@ -210,8 +217,13 @@ def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
     return values
 
 
-def _fitting(plan: MergePlan, target: Target, rounded: Tensor) -> Tensor:
+def _fitting(
+    plan: MergePlan, target: Target, rounded: Tensor, models: Sequence[Tensor] = ()
+) -> Tensor:
+    """What was rounded, if it is finite; `models` are what it was made from, if they may be to blame."""
     if not plan.allow_nonfinite and not all_finite(rounded):
+        for (number, name), model in zip(target.sources, models, strict=False):
+            check_finite(plan.inputs.sources[number], name, model)
         raise InputError(
             f"{plan.first.folder}: tensor {target.info.name}: the merged values do not fit "
             f"{target.info.dtype}; lower the weights, or go on with --allow-nonfinite"

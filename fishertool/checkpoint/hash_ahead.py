@@ -1,0 +1,95 @@
+"""SHA-256 of whole files by processes of their own, begun before anything heavy is imported.
+
+A thread would have to wait for the interpreter, which an import seldom lets go of.
+"""
+
+import atexit
+import hashlib
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import NoReturn
+
+BITE_BYTES = 64 << 20
+"""What of a file is in the memory of one process."""
+
+Identity = tuple[int, ...]
+
+_processes: dict[Identity, "_Process"] = {}
+
+
+def hash_ahead(paths: Sequence[Path], processes: int) -> None:
+    """Begin to hash these files, in their order, in so many processes.
+
+    To be called while the process has one thread only, of which a fork is safe. Does nothing
+    where a process cannot fork. The processes end with their last file, or with this one.
+    """
+    shares = [paths[first::processes] for first in range(min(processes, len(paths)))]
+    for share in shares if hasattr(os, "fork") else []:
+        process = _Process({identity(path.stat()): path for path in share})
+        _processes.update(dict.fromkeys(process.files, process))
+        atexit.register(process.stop)
+
+
+def hashed_ahead(file: Identity) -> "_Process | None":
+    """Who hashes this file, if one does; its bytes need not be shown to another."""
+    return _processes.get(file)
+
+
+def identity(stat: os.stat_result) -> Identity:
+    """Of a file's content, as far as its inode tells."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class _Process:
+    def __init__(self, files: dict[Identity, Path]):
+        self.files = files
+        self._told: dict[Identity, str] = {}
+        reading, writing = os.pipe()
+        self._number = os.fork()
+        if self._number == 0:
+            _run(files, writing)
+        os.close(writing)
+        self._lines = os.fdopen(reading)
+
+    def sha256(self, file: Identity) -> str | None:
+        """Waits for it; None if the process could not read the file, or is no more."""
+        for hashed, line in zip(list(self.files)[len(self._told) :], self._lines, strict=False):
+            self._told[hashed] = line.strip()
+            if hashed == file:
+                break
+        return self._told.get(file) or None
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self._number, signal.SIGKILL)
+            os.waitpid(self._number, 0)
+
+
+def _run(files: dict[Identity, Path], writing: int) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        parent = os.getppid()
+        for expected, path in files.items():
+            found = ""
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                if identity(os.fstat(file.fileno())) == expected:
+                    found = _hash(file.fileno(), expected[2], parent)
+            os.write(writing, f"{found}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def _hash(descriptor: int, size: int, parent: int) -> str:
+    total = hashlib.sha256()
+    for start in range(0, size, BITE_BYTES):
+        if os.getppid() != parent:
+            os._exit(0)
+        bite = min(BITE_BYTES, size - start)
+        with mmap(descriptor, bite, access=ACCESS_READ, offset=start) as mapped:
+            total.update(mapped)
+    return total.hexdigest()
