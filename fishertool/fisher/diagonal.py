@@ -50,7 +50,11 @@ class Diagonal:
 
         def of(name: str) -> Tensor:
             total = complete(name, self.sums[name])
-            return (total / examples).float().reshape(self._shapes[name])
+            mean = torch.empty_like(total, dtype=torch.float32)
+            step = tile_rows(*total.shape)
+            for start in range(0, len(total), step):  # no float64 copy of an embedding
+                mean[start : start + step] = total[start : start + step] / examples
+            return mean.reshape(self._shapes[name])
 
         return Computed(self.sums, of)
 
