@@ -11,6 +11,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FISHERTOOL_CACHE"] = ""
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

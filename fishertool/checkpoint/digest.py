@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from fishertool.checkpoint.hash_ahead import hashed_ahead, identity
+from fishertool.checkpoint.hash_ahead import hashed_ahead
+from fishertool.checkpoint.known_digests import identity, recall, remember
 
 BUFFER_BYTES = 4 << 20
 PENDING_BYTES = 64 << 20
@@ -23,13 +24,14 @@ class RunningDigest:
 
     A piece that comes early waits (at most `PENDING_BYTES` of them do); what never came in turn
     is read from the file in `finish`. So any order gives the right digest, and file order gives
-    it without reading anything twice. Thread-safe. Of a file that another process hashes nothing
-    is hashed here, unless that fails.
+    it without reading anything twice. Thread-safe. A file that is known from an earlier run, or
+    that another process hashes, is not hashed here.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._file = identity(path.stat())
+        self._known = recall(self._file)
         self._elsewhere = hashed_ahead(self._file)
         self._hash, self._position = hashlib.sha256(), 0
         self._pending: dict[int, bytes] = {}
@@ -38,7 +40,7 @@ class RunningDigest:
 
     def feed(self, offset: int, data: memoryview) -> None:
         """Take the bytes at `offset`; afterwards the caller may change them."""
-        if self._elsewhere is not None:
+        if self._known or self._elsewhere:
             return
         with self._lock:
             if offset > self._position and self._pending_bytes + len(data) <= PENDING_BYTES:
@@ -56,14 +58,23 @@ class RunningDigest:
                 self._update(waited)
 
     def finish(self) -> FileDigest:
-        if self._elsewhere is not None and (found := self._elsewhere.sha256(self._file)):
-            return FileDigest(self.path.name, self._file[2], found)
+        file = identity(self.path.stat())
+        read = file == self._file  # and not written, or changed since it was opened
+        sha256 = self._known if read else None
+        if sha256 is None:
+            sha256 = self._elsewhere.sha256(file) if read and self._elsewhere else None
+            sha256 = sha256 or self._finish()
+            if read:
+                remember(file, sha256)
+        return FileDigest(self.path.name, file.size, sha256)
+
+    def _finish(self) -> str:
         with self._lock, self.path.open("rb") as file:
             self._pending.clear()
             file.seek(self._position)
             while data := file.read(BUFFER_BYTES):
                 self._update(data)
-        return FileDigest(self.path.name, self._position, self._hash.hexdigest())
+        return self._hash.hexdigest()
 
     def _update(self, data: memoryview | bytes) -> None:
         self._hash.update(data)

@@ -13,23 +13,25 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NoReturn
 
+from fishertool.checkpoint.known_digests import Identity, identity, recall
+
 BITE_BYTES = 64 << 20
 """What of a file is in the memory of one process."""
-
-Identity = tuple[int, ...]
 
 _processes: dict[Identity, "_Process"] = {}
 
 
 def hash_ahead(paths: Sequence[Path], processes: int) -> None:
-    """Begin to hash these files, in their order, in so many processes.
+    """Begin to hash these files, in their order, in so many processes; not those known already.
 
     To be called while the process has one thread only, of which a fork is safe. Does nothing
     where a process cannot fork. The processes end with their last file, or with this one.
     """
-    shares = [paths[first::processes] for first in range(min(processes, len(paths)))]
+    files = {identity(path.stat()): path for path in paths}
+    new = [(file, path) for file, path in files.items() if recall(file) is None]
+    shares = [dict(new[first::processes]) for first in range(min(processes, len(new)))]
     for share in shares if hasattr(os, "fork") else []:
-        process = _Process({identity(path.stat()): path for path in share})
+        process = _Process(share)
         _processes.update(dict.fromkeys(process.files, process))
         atexit.register(process.stop)
 
@@ -37,11 +39,6 @@ def hash_ahead(paths: Sequence[Path], processes: int) -> None:
 def hashed_ahead(file: Identity) -> "_Process | None":
     """Who hashes this file, if one does; its bytes need not be shown to another."""
     return _processes.get(file)
-
-
-def identity(stat: os.stat_result) -> Identity:
-    """Of a file's content, as far as its inode tells."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _Process:
@@ -78,7 +75,7 @@ def _run(files: dict[Identity, Path], writing: int) -> NoReturn:
             found = ""
             with suppress(OSError), path.open("rb", buffering=0) as file:
                 if identity(os.fstat(file.fileno())) == expected:
-                    found = _hash(file.fileno(), expected[2], parent)
+                    found = _hash(file.fileno(), expected.size, parent)
             os.write(writing, f"{found}\n".encode())
     finally:
         os._exit(0)

@@ -4,10 +4,12 @@
                                   [--methods linear ties] [--sizes "0.5 GB" "2.2 GB" "4.4 GB"]
 
 Llama shapes in 0.5, 2.2 and 4.4 GB (2.2 GB is 1.1B parameters), three shards each. In turn, each
-a process of its own, page cache warm: fishertool; mergekit at 2.2 GB (if its command is given: it
-wants an environment of its own); and the floor, reading both inputs and writing a copy of one
-with fsync. All read the same recipe; ties has a base. Agreement with mergekit is checked on the
-outputs. Then a mixture of experts of 20,000 small tensors: how long its plan takes, and the merge.
+a process of its own, page cache warm: fishertool, which hashes all that it reads and writes;
+fishertool again, which remembers the digests of its inputs from a run before; mergekit at 2.2 GB
+(if its command is given: it wants an environment of its own); and the floor, reading both inputs
+and writing a copy of one with fsync. All read the same recipe; ties has a base. Agreement with
+mergekit is checked on the outputs. Then a mixture of experts of 20,000 small tensors: how long its
+plan takes, and the merge.
 """
 
 import argparse
@@ -160,10 +162,13 @@ def measure(work: Path, method: str, mergekit: Path | None, runs: int) -> dict[s
     models, base = [work / "first", work / "second"], work / "base"
     recipe = work / "recipe.yml"
     write_recipe(recipe, method, models, base)
-    outs = {name: work / name for name in ("fishertool", "mergekit", "floor")}
-    ours = [sys.executable, "-m", "fishertool", "merge", "--config", str(recipe)]
+    outs = {name: work / name for name in ("fishertool", "again", "mergekit", "floor")}
+    ours = [sys.executable, "-m", "fishertool", "merge", "--config", str(recipe), "--out"]
+    again = ["env", f"FISHERTOOL_CACHE={work}", *ours, str(outs["again"])]
+    run(again)
     commands = {
-        "fishertool": [*ours, "--out", str(outs["fishertool"])],
+        "fishertool": ["env", "FISHERTOOL_CACHE=", *ours, str(outs["fishertool"])],
+        "again": again,
         "floor": [sys.executable, "-c", FLOOR, *map(str, (*models, outs["floor"]))],
     }
     if mergekit:
