@@ -14,7 +14,7 @@ from fishertool.factorization.kronecker import kronecker
 from fishertool.factorization.method import Decomposition
 from fishertool.factorization.parts.gram import Weighting, decompose
 from fishertool.factorization.svd import svd
-from fishertool.factorization.tfwsvd import tfwsvd
+from fishertool.factorization.tfwsvd import _step, tfwsvd
 from fishertool.factorization.whitened import whitened
 from fishertool.registry import find_method, method_names
 
@@ -149,6 +149,25 @@ def test_refinement_starts_where_it_is_told_and_each_iteration_helps() -> None:
     assert errors[1] < 0.9 * errors[0]
     none = tfwsvd(weight, given["fisher"], start, iterations=0)
     assert torch.equal(none.truncate(2).left, start.truncate(2).left)
+
+
+def test_elementwise_steps_end_in_every_rows_least_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 7), (5, 7), (3, 7))
+    residual, fisher, basis = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    fisher = fisher**4
+    fisher[1], fisher[:, 2] = 0, 0
+    monkeypatch.setattr("fishertool.factorization.tfwsvd.INNER", 40)
+    steps = _step(residual, fisher, basis)
+    for row in (0, 2, 3, 4):
+        root = fisher[row].sqrt()
+        exact = torch.linalg.lstsq((basis * root).T, residual[row] * root).solution
+        torch.testing.assert_close(steps[row], exact, rtol=1e-8, atol=1e-10)
+    assert not steps[1].any()
 
 
 def test_elementwise_weights_of_rank_one_are_the_two_sided_case() -> None:

@@ -8,9 +8,9 @@ from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.method import Decomposition, Factors
 
 RIDGE = 1e-9
-"""Of the mean diagonal entry of all rows' systems; steps are towards the last solution, so that
-the objective never rises."""
-TILE_ELEMENTS = 1 << 23
+"""Of what a preconditioner's diagonal has on average."""
+INNER = 4
+"""Conjugate gradient steps: on fine-tuned models as good as solving to the end, to four digits."""
 
 
 def tfwsvd(
@@ -25,9 +25,11 @@ def tfwsvd(
 
         min sum_ij F_ij (W - left @ right)_ij^2
 
-    No closed form exists. Each iteration solves for all rows of left, then for all columns of
-    right; it costs out in rank^2 operations. Iterations end after `iterations`, or when one lowers
-    the objective by less than `tolerance` of it. The start is fwsvd's of both sides, unless given.
+    No closed form exists. Each iteration improves all rows of left, then all columns of right, by
+    conjugate gradients preconditioned by the closed form that a Fisher of rank one would have; the
+    objective never rises, and it costs about 40 out in rank operations. Iterations end after
+    `iterations`, or when one lowers the objective by less than `tolerance` of it. The start is
+    fwsvd's of both sides, unless given.
 
     Shapes: weight and fisher [out, in]. Raises ValueError for a Fisher that is zero everywhere,
     negative or not finite. Source: Hua et al. 2022, arXiv 2211.09718.
@@ -63,17 +65,37 @@ def _alternate(
 def _step(residual: Tensor, fisher: Tensor, basis: Tensor) -> Tensor:
     """What to add to the coefficients of every row, to fit its residual by the basis.
 
+        min over X of sum_ij F_ij (residual - X basis)_ij^2
+
+    The rows' systems are solved side by side. Were F rows x columns^T / total, each would be the
+    same matrix but for a factor, which is the preconditioner.
+
     Shapes: residual, fisher [row, width], basis [rank, width] -> [row, rank].
     """
-    rank, width = basis.shape
-    ridge = RIDGE * float((fisher @ basis.square().T).mean())
-    ridge = max(ridge, torch.finfo(basis.dtype).tiny)
-    tile = max(1, TILE_ELEMENTS // (rank * width))
-    diagonal = ridge * torch.eye(rank, dtype=basis.dtype, device=basis.device)
-    steps = []
-    for start in range(0, len(residual), tile):
-        f, rest = fisher[start : start + tile], residual[start : start + tile]
-        systems = (basis * f[:, None, :]) @ basis.T + diagonal
-        sides = ((f * rest) @ basis.T)[..., None]
-        steps.append(torch.cholesky_solve(sides, torch.linalg.cholesky(systems))[..., 0])
-    return torch.cat(steps)
+    rows, columns = fisher.sum(1, keepdim=True), fisher.sum(0)
+    rows = rows.clamp(min=RIDGE * float(rows.mean()))
+    shared = (basis * columns) @ basis.T / fisher.sum()
+    ridge = max(RIDGE * float(shared.diagonal().mean()), torch.finfo(basis.dtype).tiny)
+    cholesky = torch.linalg.cholesky(shared + ridge * torch.eye(len(basis)).to(shared))
+
+    def preconditioned(gradient: Tensor) -> Tensor:
+        return torch.cholesky_solve(gradient.T, cholesky).T / rows
+
+    step = residual.new_zeros(len(residual), len(basis))
+    gradient = (fisher * residual) @ basis.T
+    direction = towards = preconditioned(gradient)
+    slope = (gradient * towards).sum(1, keepdim=True)
+    for _ in range(INNER):
+        curved = (fisher * (direction @ basis)) @ basis.T
+        length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
+        step += length * direction
+        gradient -= length * curved
+        towards, before = preconditioned(gradient), slope
+        slope = (gradient * towards).sum(1, keepdim=True)
+        direction = towards + _ratio(slope, before) * direction
+    return step
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Zero where a row has nothing left to gain."""
+    return torch.where(below > 0, above / below, 0.0)

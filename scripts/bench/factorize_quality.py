@@ -46,7 +46,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened": ("whitened", {}),
     "kronecker": ("kronecker", {}),
 }
-ONLY_UNIFORM = ("tfwsvd",)
 LABELS = {"classifier": "expected", "lm": "sampled"}
 SCORES = {"classifier": "accuracy", "lm": "perplexity"}
 MAX_LENGTH = {"classifier": 48, "lm": 64}
@@ -75,10 +74,9 @@ def results(
     with ExitStack() as opened, tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary) / "terms"
         scratch.mkdir()
-        allocate = "uniform" if row in ONLY_UNIFORM else "auto"
         plans = {
             keep: plan_factorize(
-                opened, str(model), str(sidecar), chosen, Budget(keep, allocate=allocate),
+                opened, str(model), str(sidecar), chosen, Budget(keep, allocate="auto"),
                 "low-rank", (), (), 1 << 40, False, False,
             )
             for keep in keeps
@@ -96,15 +94,12 @@ def results(
         yield {"keep": 1.0, "allocate": "original", **test.of_original()}
         for keep, one in plans.items():
             candidates = one.budget.candidates(spectra, plan.shapes, plan.others)
-            if allocate == "uniform":
-                candidates = {"uniform": one.budget.known(plan.shapes, plan.others)}
             measured: dict[str, dict[str, Any]] = {
                 allocation: test.measure(factorized_rows(plan, ranks, cut))
                 for allocation, ranks in candidates.items()
             }
-            if allocate == "auto":
-                best, _ = best_allocation(plan, candidates, cut, validation, lambda count: None)
-                measured["auto"] = measured[best] | {"chosen": best}
+            best, _ = best_allocation(plan, candidates, cut, validation, lambda count: None)
+            measured["auto"] = measured[best] | {"chosen": best}
             for allocation, metrics in measured.items():
                 yield {"keep": keep, "allocate": allocation, **metrics}
         cut.discard()
