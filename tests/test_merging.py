@@ -220,6 +220,8 @@ def test_only_the_proportion_of_the_weights_counts(anchored: bool) -> None:
         ("fisher", [1.0, -0.3], {}, "weight -0.3 is negative"),
         ("fisher", [1.0, 1.0], {"floor": -1}, "floor -1.0 is negative"),
         ("fisher", [1.0, 1.0], {"anchor": -1}, "anchor -1.0 is negative"),
+        ("fisher", [1.0, 1.0], {"power": -1}, "power -1.0 is negative"),
+        ("multislerp", [1.0, 1.0], {"eps": -1}, "eps -1.0 is negative"),
         ("regmean", [1.0, -0.3], {}, "weight -0.3 is negative"),
         ("regmean", [1.0, 1.0], {"damping": -1}, "damping -1.0 is negative"),
         ("regmean", [1.0, 1.0], {"damping": "nan"}, "damping nan is negative"),

@@ -54,7 +54,7 @@ def fisher(
 
     A weight trimmed from tau_i speaks for the base as strongly as it spoke for theta_i.
 
-    Shapes: every model, Fisher and the result alike. Raises ValueError for a weight, floor or
+    Shapes: every model, Fisher and the result alike. Raises ValueError for a weight, power, floor or
     anchor below zero, and for an anchor, trim or lambda without a base. Source: Matena and Raffel
     2022, arXiv 2111.09832; `power` 0.5 as in arXiv 2509.11167, lambda as in arXiv 2504.18992.
     """
@@ -62,7 +62,7 @@ def fisher(
         for name, changed in (("anchor", anchor), ("trim", trim != 1), ("lambda", lambda_ != 1)):
             if changed:
                 raise ValueError(f"fisher {name} needs a base")
-    refuse_negative(weight=weights, floor=floor or 0.0, anchor=anchor or 0.0)
+    refuse_negative(weight=weights, power=power, floor=floor or 0.0, anchor=anchor or 0.0)
     if floor is None:
         floor = RELATIVE_FLOOR if base is None else 0.0
     scales = [{"mean": one.mean, "l2": one.l2, "none": 1.0}[normalization] for one in fishers]

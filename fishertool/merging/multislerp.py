@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishertool.merging.method import Passes
+from fishertool.merging.method import Passes, refuse_negative
 from fishertool.merging.parts.sphere import combine, gram
 
 
@@ -28,8 +28,9 @@ def multislerp(
     mergekit projects to the plane that touches the sphere at m / |m|, averages, and projects
     back; as that average is zero, the result is the same.
 
-    Shapes: every model, the base and the result alike. Source: C. Goddard 2025, Multi-SLERP
-    (goddard.blog); name, parameters and meaning as mergekit's `multislerp`.
+    Shapes: every model, the base and the result alike. Raises ValueError for an eps below zero.
+    Source: C. Goddard 2025, Multi-SLERP (goddard.blog); name, parameters and meaning as mergekit's
+    `multislerp`.
     """
     return combine(models, whole, base)
 
@@ -38,6 +39,7 @@ def whole(
     weights: Sequence[float], elements: int, *, normalize_weights: bool = True, eps: float = 1e-8
 ) -> Passes[list[float]]:
     """The models' coefficients."""
+    refuse_negative(eps=eps)
     products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)
     if normalize_weights and shares.sum():
