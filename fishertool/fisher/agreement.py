@@ -27,26 +27,24 @@ class Agreement:
         self._named = named
         self._factors = factors
         self._all = _rms(list(exact.values()))
+        self._own = {name: _rms([value]) for name, value in exact.items()}
         self.differing = {name for name, value in exact.items() if bool(value.any())}
         """At first, all that have a gradient: one that is never handed on is missed, however small."""
 
     def consume(self, name: str, parts: Sequence[Gradient]) -> None:
         self.differing.discard(name)
-        shape = rows_of(self._named[name])
+        named, exact, dtype = self._named[name], self._exact.get(name), dtype_of(parts)
         for n, factor in enumerate(self._factors):
-            found = torch.zeros(shape, dtype=dtype_of(parts), device=self._named[name].device)
+            if exact is None:
+                error = torch.zeros(rows_of(named), dtype=dtype, device=named.device)
+            else:
+                error = (exact.reshape(rows_of(named)) * -factor).to(dtype)
             for part in parts:
-                part.add_rows(found, n, 0)
-            error = found / factor
-            if name in self._exact:
-                error -= self._exact[name].reshape(shape)
-            if not self._small(name, error):
+                part.add_rows(error, n, 0)
+            # Beside the tensor's own gradient, or beside all of them where it has next to none.
+            bound = TOLERANCE * (self._own.get(name, 0.0) + 1e-3 * self._all)
+            if not _rms([error]) <= bound * abs(factor):
                 self.differing.add(name)
-
-    def _small(self, name: str, error: Tensor) -> bool:
-        """Beside the tensor's own gradient, or beside all of them where it has next to none."""
-        own = _rms([self._exact[name]]) if name in self._exact else 0.0
-        return _rms([error]) <= TOLERANCE * (own + 1e-3 * self._all)
 
 
 def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
