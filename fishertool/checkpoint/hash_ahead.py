@@ -69,7 +69,8 @@ class _Process:
 def _run(files: dict[Identity, Path], writing: int) -> NoReturn:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         parent = os.getppid()
         for expected, path in files.items():
             found = ""
