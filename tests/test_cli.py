@@ -13,7 +13,7 @@ from conftest import Cli, ModelMaker
 
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
-from fishertool.errors import InputError
+from fishertool.errors import InputError, UsageError
 from fishertool.report import is_report
 
 VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate")
@@ -231,6 +231,42 @@ def test_signals_leave_nothing_behind(
     )
     assert done.returncode == code, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_back_as_another_error_is_still_one(
+    number: signal.Signals, code: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from an import that was broken off, whose libraries report an ImportError."""
+
+    def broken_off(*args: object, **options: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(evaluate_module, "evaluate", broken_off)
+    before = signal.getsignal(number)
+    result = cli("evaluate", "model", "--data", "d.jsonl")
+    assert result.code == code
+    assert "nothing half-written is left" in result.err
+    assert "bug" not in result.err
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_interrupt_stays_ignored(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a job in the background."""
+
+    def interrupted(*args: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise UsageError("went on")
+
+    monkeypatch.setattr(evaluate_module, "evaluate", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "went on" in cli("evaluate", "model", "--data", "d.jsonl").err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_closed_pipe_is_no_bug(make_model: ModelMaker, data: Path) -> None:

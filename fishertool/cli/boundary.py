@@ -25,7 +25,8 @@ from fishertool.cli.printing import tell
 from fishertool.errors import FishertoolError, UsageError
 from fishertool.memory import keep_freed_memory
 
-INTERRUPTED, TERMINATED, BUG, IO_FAILURE = 130, 143, 1, 5
+INTERRUPTED, BUG, IO_FAILURE = 130, 1, 5
+STOPS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", 143)}
 
 
 class Terminated(BaseException):
@@ -45,7 +46,16 @@ def run() -> NoReturn:
 
 def main(arguments: list[str]) -> int:
     """Run one command line and return its exit code; see fishertool.errors for the codes."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    previous = {number: signal.getsignal(number) for number in STOPS}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     keep_freed_memory()
     try:
         code = app(arguments, prog_name="fishertool", standalone_mode=False)
@@ -53,31 +63,38 @@ def main(arguments: list[str]) -> int:
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written is left", INTERRUPTED)
-    except Terminated:
-        return _fail("terminated; nothing half-written is left", TERMINATED)
-    except FishertoolError as error:
-        return _fail(str(error), error.exit_code)
-    except MemoryError:
-        return _fail("out of memory; lower --batch-size or --threads", IO_FAILURE)
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # whoever read stdout has left; say no more into it
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        if not stopped and not isinstance(error, KeyboardInterrupt):
+            return _failed(error)
+        # A signal may come back as another error: of an import that was broken off, say.
+        how, code = STOPS[signal.Signals(stopped[0] if stopped else signal.SIGINT)]
+        return _fail(f"{how}; nothing half-written is left", code)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _failed(error: BaseException) -> int:
+    """Tell of an error in one line."""
+    match error:
+        case FishertoolError():
+            return _fail(str(error), error.exit_code)
+        case MemoryError():
+            return _fail("out of memory; lower --batch-size or --threads", IO_FAILURE)
+        case OSError(errno=errno.EPIPE):  # whoever read stdout has left; say no more into it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return IO_FAILURE
-        where = f"{error.filename}: " if error.filename else ""
-        full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return _fail(f"{where}{error.strerror or error}{full}", IO_FAILURE)
-    except Exception as error:  # the boundary: nothing below knows how to tell a user
-        if hasattr(error, "format_message"):  # a usage error of the command-line parser
-            return _fail(f"{error.format_message()} (see --help)", UsageError.exit_code)
-        return _fail(
-            f"a bug in fishertool, please report it: {type(error).__name__}: {error} "
-            "(FISHERTOOL_DEBUG=1 shows where)",
-            BUG,
-        )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            return _fail(f"{where}{error.strerror or error}{full}", IO_FAILURE)
+    if hasattr(error, "format_message"):  # a usage error of the command-line parser
+        return _fail(f"{error.format_message()} (see --help)", UsageError.exit_code)
+    return _fail(
+        f"a bug in fishertool, please report it: {type(error).__name__}: {error} "
+        "(FISHERTOOL_DEBUG=1 shows where)",
+        BUG,
+    )
 
 
 def _fail(message: str, code: int) -> int:
@@ -85,7 +102,3 @@ def _fail(message: str, code: int) -> int:
         traceback.print_exc()
     tell(message)
     return code
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
