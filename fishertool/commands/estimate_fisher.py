@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -13,16 +12,15 @@ from fishertool.checkpoint.staging import REPORT_FILE, check_output, resumable, 
 from fishertool.errors import UsageError
 from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.forecast import bytes_of, forecast
+from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish, write_part
-from fishertool.estimation.partial import Job
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
 from fishertool.estimation.settings import Settings, check_settings
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
-from fishertool.estimation.work import Unit, Work, divide
+from fishertool.estimation.work import Unit
 from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
-from fishertool.fisher.batches import Batch
-from fishertool.fisher.estimate import Estimator, Pass, estimate
+from fishertool.fisher.estimate import Pass
 from fishertool.fisher.kinds import Gathering
 from fishertool.models.loading import check_device, check_spreading
 from fishertool.progress import Advance, Track, silent
@@ -97,9 +95,9 @@ def estimate_fisher(
             loaded = load_subject(subject, settings, workers, device_map, not allow_nonfinite)
         report.environment["device"] = ", ".join(loaded.model.devices)
         report.warnings += loaded.warnings
-        work = _divide(loaded, settings)
+        work = divided(loaded, settings)
         mine = workers.units_of(work, share)
-        job = _job(loaded, settings, work, share.of)
+        job = job_of(loaded, settings, work, share.of)
         place = resumable(out)
         if workers.first:
             saved = SAVED if checkpoint_every is not None or resume else None
@@ -176,61 +174,14 @@ def _run(
     """Do what is left of this worker's share."""
     until = settings.until_relative_error
 
-    def batch_of(examples: Sequence[int]) -> Batch:
-        return loaded.batch(examples)
-
     def after_unit(done: Pass) -> bool:
         saver.after_unit()
         if until is None:
             return False
         return workers.relative_error(worker, worker.gathering.traces) <= until
 
-    estimate(
-        loaded.module,
-        loaded.parameters,
-        batch_of,
-        mine[worker.units :],
-        worker.gathering.statistics,
-        probe=loaded.probe,
-        longer=loaded.longer,
-        inputs=worker.gathering.inputs,
-        labels=loaded.labels,
-        draws=settings.draws,
-        seed=loaded.subject.data.seed,
-        estimator=cast(Estimator, settings.estimator),
-        shards=workers.shards,
-        skip_nonfinite=settings.skip_nonfinite,
-        done=worker.done,
-        after=after_unit,
-        advance=advance,
-    )
-
-
-def _divide(loaded: LoadedSubject, settings: Settings) -> Work:
-    examples = loaded.texts.examples
-    return divide(
-        [example.size for example in examples],
-        [len(example.texts) for example in examples],
-        size=settings.examples_a_batch,
-        group=settings.group,
-        shuffle_by=None if settings.until_relative_error is None else loaded.subject.data.seed,
-    )
-
-
-def _job(loaded: LoadedSubject, settings: Settings, work: Work, workers: int) -> Job:
-    about = {"labels": loaded.labels, "seed": loaded.subject.data.seed}
-    return Job(
-        header=loaded.header(settings),
-        kinds=settings.kinds,
-        shapes={name: list(value.shape) for name, value in loaded.parameters.items()},
-        wanted=loaded.subject.wanted,
-        bank_dtype=settings.bank_dtype,
-        workers=workers,
-        units=len(work.units),
-        batches_sha256=work.sha256(),
-        calibration=loaded.texts.describe() | about,
-        labelled=loaded.texts.labelled,
-    )
+    left = mine[worker.units :]
+    run(loaded, settings, worker, left, advance, shards=workers.shards, after=after_unit)
 
 
 def _count(units: Sequence[Unit]) -> int:

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishertool.estimation.bank import Bank, members_of, open_bank
+from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish
-from fishertool.estimation.partial import Job
 from fishertool.estimation.settings import Settings
 from fishertool.estimation.subject import LoadedSubject
-from fishertool.estimation.work import divide
 from fishertool.estimation.worker import Worker
 from fishertool.fisher.estimate import estimate
 from fishertool.fisher.kinds import Gathering
@@ -23,25 +22,8 @@ def write_statistics(
     loaded: LoadedSubject, settings: Settings, folder: Path, advance: Advance
 ) -> None:
     """A sidecar of the model as it is now, in `folder`, which is there."""
-    examples = loaded.texts.examples
-    work = divide(
-        [example.size for example in examples],
-        [len(example.texts) for example in examples],
-        size=settings.examples_a_batch,
-        group=settings.group,
-    )
-    job = Job(
-        header=loaded.header(settings),
-        kinds=settings.kinds,
-        shapes={name: list(value.shape) for name, value in loaded.parameters.items()},
-        wanted=loaded.subject.wanted,
-        bank_dtype=settings.bank_dtype,
-        workers=1,
-        units=len(work.units),
-        batches_sha256=work.sha256(),
-        calibration=loaded.texts.describe(),
-        labelled=loaded.texts.labelled,
-    )
+    work = divided(loaded, settings)
+    job = job_of(loaded, settings, work)
     bank: Bank | None = None
     with ExitStack() as opened:
         if "rank-one" in settings.kinds:
@@ -53,30 +35,15 @@ def write_statistics(
             settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
         )
         worker = Worker(job, 0, gathering, bank.members if bank else ())
-        estimate(
-            loaded.module,
-            loaded.parameters,
-            loaded.batch,
-            work.units,
-            gathering.statistics,
-            probe=loaded.probe,
-            longer=loaded.longer,
-            inputs=gathering.inputs,
-            labels=loaded.labels,
-            seed=loaded.subject.data.seed,
-            done=worker.done,
-            advance=advance,
-        )
+        run(loaded, settings, worker, work.units, advance)
         writer, report = bank.writer if bank else None, Report("estimate-fisher", {})
         finish(folder, worker, writer, report, shard_bytes=ONE_SHARD, check=True)
 
 
 def loss_of(loaded: LoadedSubject) -> float:
     """Mean of -log p(target) over all that is scored."""
-    examples = loaded.texts.examples
-    sizes = [example.size for example in examples]
-    work = divide(sizes, [len(example.texts) for example in examples], size=None)
-    return estimate(loaded.module, {}, loaded.batch, work.units, [], probe=loaded.probe).loss
+    units = divided(loaded, Settings()).units
+    return estimate(loaded.module, {}, loaded.batch, units, [], probe=loaded.probe).loss
 
 
 def split(loaded: LoadedSubject, share: float) -> tuple[LoadedSubject, LoadedSubject]:
