@@ -43,7 +43,9 @@ from fisher_case import LENGTHS, SHAPES, Case, build
 from fisher_peers import PEERS, floor, installed
 from torch import Tensor
 
+from fishertool.calibration.data import PROBE_TOKENS
 from fishertool.estimation.settings import BANK_DTYPES
+from fishertool.estimation.subject import PADDING
 from fishertool.estimation.work import divide
 from fishertool.fisher.estimate import Estimator, estimate
 from fishertool.fisher.gradient_bank import GradientBank
@@ -73,6 +75,10 @@ def ours(
     parameters = dict(case.model.named_parameters())
     sizes = [example.size for example in case.examples]
     work = divide(sizes, [1] * len(sizes), size=size)
+    # Tried out on a short example, and beside a longer one, as the command does.
+    short, long = (pick(case.examples, key=lambda one: one.size) for pick in (min, max))
+    tried = [short.cut(PROBE_TOKENS), long.cut(PROBE_TOKENS + PADDING)]
+    case = replace(case, examples=[*case.examples, *tried])
 
     def gather(bank: GradientBank | None) -> None:
         gathering = Gathering(kinds, case.model, parameters, bank)
@@ -82,7 +88,8 @@ def ours(
             case.batch,
             work.units,
             gathering.statistics,
-            probe=sizes.index(min(sizes)),
+            probe=len(sizes),
+            longer=len(sizes) + 1,
             inputs=gathering.inputs,
             estimator=estimator,
         )
