@@ -170,6 +170,33 @@ def test_elementwise_steps_end_in_every_rows_least_squares(
     assert not steps[1].any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    "sparse", ["a row of one", "many rows of one", "columns of one", "nearly all", "tiny rest"]
+)
+def test_elementwise_steps_on_sparse_fishers_never_rise_nor_blow_up(
+    sparse: str, scale: float
+) -> None:
+    """A row of fewer weights that count than the rank has many solutions, and no step past one."""
+    generator = torch.Generator().manual_seed(0)
+    weight, fisher = (torch.rand(60, 80, generator=generator, dtype=torch.float64) for _ in "wf")
+    rows = {"a row of one": 1, "many rows of one": 30, "tiny rest": 5}.get(sparse, 0)
+    fisher[:rows, 1:] = 1e-30 if sparse == "tiny rest" else 0
+    if sparse == "columns of one":
+        fisher[1:, :5] = 0
+    if sparse == "nearly all":
+        fisher[torch.rand(60, 80, generator=generator) < 0.99] = 0
+    fisher *= scale
+    errors = []
+    for iterations in range(6):
+        found = tfwsvd(weight, fisher, iterations=iterations, tolerance=0.0).truncate(20)
+        errors.append(float((fisher * (weight - found.left @ found.right).square()).sum()))
+        assert float(found.left.abs().max()) < 1e4
+        assert float(found.right.abs().max()) < 1e4
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+
+
 def test_elementwise_weights_of_rank_one_are_the_two_sided_case() -> None:
     weight, given = random(6, 7, seed=0), statistics((6, 7))
     given["fisher"] = given["rows"].outer(given["columns"]) / given["rows"].sum()

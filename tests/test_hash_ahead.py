@@ -27,7 +27,9 @@ ahead.hash_ahead(paths, int(sys.argv[1]))
 assert "torch" not in sys.modules
 {meanwhile}
 for path in paths:
-    digest, content = RunningDigest(path), path.read_bytes()
+    content = path.read_bytes()
+    with path.open("rb") as file:
+        digest = RunningDigest(path, file.fileno())
     digest.feed(0, memoryview(content)[:1000])
     found = digest.finish()
     assert (found.file, found.bytes) == (path.name, len(content))
@@ -35,8 +37,8 @@ for path in paths:
 """
 
 
-def run(paths: list[Path], meanwhile: str = "", processes: int = 2) -> list[str]:
-    script = SCRIPT.format(meanwhile=meanwhile)
+def run(paths: list[Path], meanwhile: str = "", processes: int = 2, before: str = "") -> list[str]:
+    script = before + SCRIPT.format(meanwhile=meanwhile)
     command = [sys.executable, "-c", script, str(processes), *map(str, paths)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
@@ -71,6 +73,15 @@ def test_digests_are_the_files(processes: int, files: list[Path]) -> None:
 def test_digests_are_of_what_is_there(meanwhile: str, files: list[Path]) -> None:
     found = run(files, meanwhile)
     assert found == [sha256(path) for path in files]
+
+
+def test_without_processes_all_goes_on(files: list[Path]) -> None:
+    """As where there may be no more of them."""
+    before = "import os\ndef fork(): raise BlockingIOError(11, 'no more')\nos.fork = fork\n"
+    assert run(files, before=before) == [sha256(path) for path in files]
+    assert run([*files[1:3], files[0].with_name("absent")], "paths = paths[:2]") == [
+        sha256(path) for path in files[1:3]
+    ]
 
 
 def test_what_was_hashed_is_not_hashed_again(files: list[Path]) -> None:
@@ -110,14 +121,20 @@ def _ended(process: int) -> bool:
 
 
 def test_shards_come_in_the_order_of_reading(tmp_path: Path) -> None:
-    for name in ("a/2", "a/1", "b/1", "b/3", "b/2"):
+    several = [f"model-0000{n}-of-00003" for n in (1, 2, 3)]
+    for name in (
+        "a/model",
+        "a/consolidated",
+        "a/rank-one",
+        *(f"b/{name}" for name in several[::2]),
+    ):
         path = tmp_path / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    os.mkfifo(tmp_path / "a" / "0.safetensors")
-    found = _shards([tmp_path / "a", tmp_path / "absent", tmp_path / "b"])
+    os.mkfifo(tmp_path / "b" / f"{several[1]}.safetensors")
+    found = _shards(tmp_path / name for name in ("a", "absent", "b", "x" * 300))
     names = [str(path.relative_to(tmp_path)).removesuffix(".safetensors") for path in found]
-    assert names == ["a/1", "b/1", "a/2", "b/2", "b/3"]
+    assert names == ["a/model", f"b/{several[0]}", f"b/{several[2]}"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -15,6 +15,7 @@ import transformers
 from conftest import VOCABULARY, Cli, ModelMaker
 from safetensors.torch import load_file, save_file
 
+from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.searching.weights import Judge
 
 MakePair = Callable[..., tuple[Path, Path]]
@@ -457,6 +458,22 @@ def test_allow_nonfinite_takes_them_as_they_come(
     BREAK["nan"][0](pair[1])
     assert cli("merge", *pair, "--out", "o", "--allow-nonfinite").code == 0
     assert weights_of(tmp_path / "o")[WORD][3].isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", sorted(FLOATING))
+def test_what_is_not_finite_is_refused_whatever_it_is_rounded_to(
+    dtype: str, value: float, cli: Cli, tmp_path: Path
+) -> None:
+    for name, tensor in (("a", torch.ones(4, 3).to(TORCH[dtype])), ("b", torch.ones(4, 3))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        if name == "b":
+            tensor[1, 2] = value
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    result = cli("merge", tmp_path / "a", tmp_path / "b", "--out", "o")
+    assert result.code == 3
+    assert f"{tmp_path / 'b' / 'model.safetensors'}: tensor w: has NaN or Inf" in result.err
 
 
 def test_a_result_that_does_not_fit_its_dtype_is_refused(

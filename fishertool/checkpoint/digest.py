@@ -1,12 +1,14 @@
 """SHA-256 of files while their bytes pass by."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 from fishertool.checkpoint.hash_ahead import hashed_ahead
 from fishertool.checkpoint.known_digests import identity, recall, remember
+from fishertool.errors import InputError
 
 BUFFER_BYTES = 4 << 20
 PENDING_BYTES = 64 << 20
@@ -28,11 +30,12 @@ class RunningDigest:
     that another process hashes, is not hashed here.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, descriptor: int | None = None):
+        """`descriptor` is what the file is read from; without one it is written."""
         self.path = path
-        self._file = identity(path.stat())
-        self._known = recall(self._file)
-        self._elsewhere = hashed_ahead(self._file)
+        self._file = None if descriptor is None else identity(os.fstat(descriptor))
+        self._known = self._file and recall(self._file)
+        self._elsewhere = self._file and hashed_ahead(self._file)
         self._hash, self._position = hashlib.sha256(), 0
         self._pending: dict[int, bytes] = {}
         self._pending_bytes = 0
@@ -58,15 +61,16 @@ class RunningDigest:
                 self._update(waited)
 
     def finish(self) -> FileDigest:
-        file = identity(self.path.stat())
-        read = file == self._file  # and not written, or changed since it was opened
-        sha256 = self._known if read else None
-        if sha256 is None:
-            sha256 = self._elsewhere.sha256(file) if read and self._elsewhere else None
-            sha256 = sha256 or self._finish()
-            if read:
-                remember(file, sha256)
-        return FileDigest(self.path.name, file.size, sha256)
+        """Raises InputError if the file is no longer the one that was read."""
+        file, stat = self._file, self.path.stat()
+        if file is not None and identity(stat).content != file.content:
+            raise InputError(f"{self.path}: changed while it was read; run this again")
+        if self._known is None:
+            found = self._elsewhere.sha256(file) if file and self._elsewhere else None
+            self._known = found or self._finish()
+            if file is not None:
+                remember(file, self._known)
+        return FileDigest(self.path.name, stat.st_size, self._known)
 
     def _finish(self) -> str:
         with self._lock, self.path.open("rb") as file:
@@ -83,4 +87,5 @@ class RunningDigest:
 
 def digest(path: Path) -> FileDigest:
     """The SHA-256 of a whole file."""
-    return RunningDigest(path).finish()
+    with path.open("rb") as file:
+        return RunningDigest(path, file.fileno()).finish()

@@ -7,7 +7,8 @@ import atexit
 import hashlib
 import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -17,23 +18,29 @@ from fishertool.checkpoint.known_digests import Identity, identity, recall
 
 BITE_BYTES = 64 << 20
 """What of a file is in the memory of one process."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _processes: dict[Identity, "_Process"] = {}
 
 
-def hash_ahead(paths: Sequence[Path], processes: int) -> None:
+def hash_ahead(paths: Iterable[Path], processes: int) -> None:
     """Begin to hash these files, in their order, in so many processes; not those known already.
 
     To be called while the process has one thread only, of which a fork is safe. Does nothing
     where a process cannot fork. The processes end with their last file, or with this one.
     """
-    files = {identity(path.stat()): path for path in paths}
+    if not hasattr(os, "fork") or threading.active_count() > 1:
+        return
+    files: dict[Identity, Path] = {}
+    for path in paths:
+        with suppress(OSError):
+            files[identity(path.stat())] = path
     new = [(file, path) for file, path in files.items() if recall(file) is None]
-    shares = [dict(new[first::processes]) for first in range(min(processes, len(new)))]
-    for share in shares if hasattr(os, "fork") else []:
-        process = _Process(share)
-        _processes.update(dict.fromkeys(process.files, process))
-        atexit.register(process.stop)
+    for share in (dict(new[first::processes]) for first in range(min(processes, len(new)))):
+        with suppress(OSError):  # too many processes
+            process = _Process(share)
+            _processes.update(dict.fromkeys(share, process))
+            atexit.register(process.stop)
 
 
 def hashed_ahead(file: Identity) -> "_Process | None":
@@ -46,10 +53,19 @@ class _Process:
         self.files = files
         self._told: dict[Identity, str] = {}
         reading, writing = os.pipe()
-        self._number = os.fork()
-        if self._number == 0:
-            _run(files, writing)
-        os.close(writing)
+        parent = os.getpid()
+        # A signal would else find this process's handlers in the new one.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            self._number = os.fork()
+            if self._number == 0:
+                _run(files, writing, parent, masked)
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            os.close(writing)
         self._lines = os.fdopen(reading)
 
     def sha256(self, file: Identity) -> str | None:
@@ -62,16 +78,17 @@ class _Process:
 
     def stop(self) -> None:
         with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self._number, signal.SIGKILL)
-            os.waitpid(self._number, 0)
+            if os.waitpid(self._number, os.WNOHANG)[0] == 0:
+                os.kill(self._number, signal.SIGKILL)
+                os.waitpid(self._number, 0)
 
 
-def _run(files: dict[Identity, Path], writing: int) -> NoReturn:
+def _run(files: dict[Identity, Path], writing: int, parent: int, mask: Iterable[int]) -> NoReturn:
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        parent = os.getppid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for expected, path in files.items():
             found = ""
             with suppress(OSError), path.open("rb", buffering=0) as file:

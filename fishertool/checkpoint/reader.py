@@ -34,8 +34,8 @@ class Shard:
     def __init__(self, path: Path, max_header_bytes: int):
         self.path = path
         self.header: Header = read_header(path, max_header_bytes)
-        self.digest = RunningDigest(path)
         self._file = path.open("rb")
+        self.digest = RunningDigest(path, self._file.fileno())
         self.digest.feed(0, memoryview(self._file.read(self.header.nbytes)))
 
     def read(self, start: int, size: int) -> Tensor:

@@ -52,11 +52,11 @@ def main(arguments: list[str]) -> int:
         stopped.append(number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    previous = {number: signal.getsignal(number) for number in STOPS}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, stop)
     keep_freed_memory()
+    previous = {number: signal.getsignal(number) for number in STOPS}
+    previous = {n: old for n, old in previous.items() if old not in (None, signal.SIG_IGN)}
+    for number in previous:
+        signal.signal(number, stop)
     try:
         code = app(arguments, prog_name="fishertool", standalone_mode=False)
         sys.stdout.flush()
@@ -64,9 +64,10 @@ def main(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        if not stopped and not isinstance(error, KeyboardInterrupt):
-            return _failed(error)
         # A signal may come back as another error: of an import that was broken off, say.
+        came_of_it = bool(stopped) and not isinstance(error, FishertoolError)
+        if not came_of_it and not isinstance(error, KeyboardInterrupt):
+            return _failed(error)
         how, code = STOPS[signal.Signals(stopped[0] if stopped else signal.SIGINT)]
         return _fail(f"{how}; nothing half-written is left", code)
     finally:

@@ -132,10 +132,11 @@ def importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Ite
     in what was just imported, would take a tenth of the time.
     """
     cores = thread_count(threads)
-    if cores > 1 and not dry_run and "torch" not in sys.modules:
+    first = os.environ.get("RANK") in (None, "", "0")  # the others of torchrun report nothing
+    if cores > 1 and first and not dry_run and "torch" not in sys.modules:
         from fishertool.checkpoint.hash_ahead import hash_ahead
 
-        hash_ahead(_shards(Path(source) for source in sources), cores - 1)
+        hash_ahead(_shards(Path(source) for source in sources), cores // 2)
     gc.disable()
     try:
         yield
@@ -144,8 +145,16 @@ def importing(sources: Iterable[str], threads: int | None, dry_run: bool) -> Ite
 
 
 def _shards(folders: Iterable[Path]) -> list[Path]:
-    """In the order in which they are read: the first of every folder, the second of every, ..."""
-    each = [sorted(filter(Path.is_file, folder.glob("*.safetensors"))) for folder in folders]
+    """In the order in which they are read: the first of every folder, the second of every, ...
+
+    By their names, as no index is read yet; a folder may hold other files, which are not read.
+    """
+    each: list[list[Path]] = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            single = folder / "model.safetensors"
+            several = sorted(folder.glob("model-?????-of-?????.safetensors"))
+            each.append([single] if single.is_file() else [*filter(Path.is_file, several)])
     return [path for row in zip_longest(*each) for path in row if path is not None]
 
 

@@ -42,7 +42,7 @@ def write_statistics(
 
 def loss_of(loaded: LoadedSubject) -> float:
     """Mean of -log p(target) over all that is scored."""
-    units = divided(loaded, Settings()).units
+    units = divided(loaded, Settings(batch_size="auto")).units
     return estimate(loaded.module, {}, loaded.batch, units, [], probe=loaded.probe).loss
 
 

@@ -10,7 +10,10 @@ from fishertool.factorization.method import Decomposition, Factors
 RIDGE = 1e-9
 """Of what a preconditioner's diagonal has on average."""
 INNER = 4
-"""Conjugate gradient steps: on fine-tuned models as good as solving to the end, to four digits."""
+"""Conjugate gradient steps: on fine-tuned models as good as solving to the end, to four digits; of
+a Fisher far from any of rank one, iterations gain less than they would by solving to the end."""
+DONE = 1e-18
+"""Of a row's first slope: from there on its gradient is rounding, with no step that follows it."""
 
 
 def tfwsvd(
@@ -50,16 +53,20 @@ def tfwsvd(
 def _alternate(
     wide: Tensor, fisher: Tensor, iterations: int, tolerance: float, factors: Factors
 ) -> Factors:
-    left, right = factors
-    before = float("inf")
+    def objective_of(factors: Factors) -> float:
+        return float((fisher * (wide - factors.left @ factors.right).square()).sum())
+
+    least = objective_of(factors)
     for _ in range(iterations):
-        left = left + _step(wide - left @ right, fisher, right)
-        right = right + _step((wide - left @ right).T, fisher.T, left.T).T
-        objective = float((fisher * (wide - left @ right).square()).sum())
+        left = factors.left + _step(wide - factors.left @ factors.right, fisher, factors.right)
+        right = factors.right + _step((wide - left @ factors.right).T, fisher.T, left.T).T
+        found = Factors(left, right)
+        objective, before = objective_of(found), least
+        if objective < before:
+            factors, least = found, objective
         if objective >= before * (1 - tolerance):
             break
-        before = objective
-    return Factors(left, right)
+    return factors
 
 
 def _step(residual: Tensor, fisher: Tensor, basis: Tensor) -> Tensor:
@@ -85,9 +92,10 @@ def _step(residual: Tensor, fisher: Tensor, basis: Tensor) -> Tensor:
     gradient = (fisher * residual) @ basis.T
     direction = towards = preconditioned(gradient)
     slope = (gradient * towards).sum(1, keepdim=True)
+    done = DONE * slope
     for _ in range(INNER):
         curved = (fisher * (direction @ basis)) @ basis.T
-        length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
+        length = _ratio(slope, (direction * curved).sum(1, keepdim=True)) * (slope > done)
         step += length * direction
         gradient -= length * curved
         towards, before = preconditioned(gradient), slope

@@ -26,8 +26,10 @@ class Agreement:
         self._exact = exact
         self._named = named
         self._factors = factors
-        self._all = _rms(list(exact.values()))
-        self._own = {name: _rms([value]) for name, value in exact.items()}
+        self._own = {name: _rms(value) for name, value in exact.items()}
+        count = sum(value.numel() for value in exact.values())
+        squares = (self._own[name] ** 2 * value.numel() for name, value in exact.items())
+        self._all = math.sqrt(sum(squares) / max(count, 1))
         self.differing = {name for name, value in exact.items() if bool(value.any())}
         """At first, all that have a gradient: one that is never handed on is missed, however small."""
 
@@ -43,7 +45,7 @@ class Agreement:
                 part.add_rows(error, n, 0)
             # Beside the tensor's own gradient, or beside all of them where it has next to none.
             bound = TOLERANCE * (self._own.get(name, 0.0) + 1e-3 * self._all)
-            if not _rms([error]) <= bound * abs(factor):
+            if not _rms(error) <= bound * abs(factor):
                 self.differing.add(name)
 
 
@@ -54,7 +56,6 @@ def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
     return bool(error <= torch.finfo(alone.dtype).eps ** 0.5 * size)
 
 
-def _rms(tensors: Sequence[Tensor]) -> float:
-    count = sum(tensor.numel() for tensor in tensors)
-    norms = (torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors)
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms) / max(count, 1))
+def _rms(tensor: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    return norm / math.sqrt(max(tensor.numel(), 1))

@@ -78,9 +78,7 @@ def merge_piece(
     if target.action in ("keep-first", "equal"):
         take = _kept if target.action == "keep-first" else _equal
         return take(plan, target, piece), None
-    averaged = target.action != "merge" or plan.method.function is linear
-    # An average of what is not finite is not finite, and then `_fitting` says whose fault it is.
-    trusted = look.read if look else averaged and target.base is None
+    trusted = look.read if look else _shows_what_is_not_finite(plan, target)
     part = reader(plan, target, trusted=trusted)(piece)
     dtype, stored = computed_in(plan, target), TORCH[target.info.dtype]
     if target.action == "merge" and plan.factors:
@@ -90,9 +88,19 @@ def merge_piece(
         merged, done = torch.empty(part.models[0].shape, dtype=stored), 0
         for block in part.blocks():
             rows = function(block.to(dtype))
+            assert rows.shape == block.models[0].shape
             merged[done : done + len(rows)] = rows
             done += len(rows)
     return _fitting(plan, target, merged, part.models), part
+
+
+def _shows_what_is_not_finite(plan: MergePlan, target: Target) -> bool:
+    """Whether the result, as stored, is not finite where an input is not; `_fitting` then says which.
+
+    An average's is, but for the one dtype to which infinities are rounded as its largest number.
+    """
+    average = target.action != "merge" or plan.method.function is linear
+    return average and target.base is None and target.info.dtype != "F8_E4M3"
 
 
 def _function(

@@ -89,7 +89,7 @@ def ours(
             work.units,
             gathering.statistics,
             probe=len(sizes),
-            longer=len(sizes) + 1,
+            longer=len(sizes) + 1 if tried[1].size > tried[0].size else None,
             inputs=gathering.inputs,
             estimator=estimator,
         )

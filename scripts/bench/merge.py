@@ -202,8 +202,8 @@ def measure_experts(work: Path) -> dict[str, object]:
     models = [work / "moe-a", work / "moe-b"]
     for seed, model in enumerate(models):
         make_experts(model, seed)
-    command = [sys.executable, "-m", "fishertool", "merge", *map(str, models)]
-    command += ["--out", str(work / "moe-out")]
+    command = ["env", "FISHERTOOL_CACHE=", sys.executable, "-m", "fishertool", "merge"]
+    command += [*map(str, models), "--out", str(work / "moe-out")]
     planned, merged = run([*command, "--dry-run", "-q"]), run([*command, "-q"])
     return {
         "plan_seconds": round(planned[0], 1),
