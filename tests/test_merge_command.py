@@ -487,6 +487,23 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(
     assert "do not fit F16" in result.err
 
 
+@pytest.mark.parametrize(("value", "code"), [(448.0, 0), (464.0, 0), (465.0, 3), (1e9, 3)])
+def test_what_a_small_float_has_no_room_for_is_refused(
+    value: float, code: int, cli: Cli, tmp_path: Path
+) -> None:
+    """torch rounds it to the largest number there is."""
+    zeros = torch.zeros(4, 3).to(torch.float8_e4m3fn)  # what is written is of the first's dtype
+    for name, tensor in (("a", zeros), ("b", torch.full((4, 3), value))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    result = cli("merge", tmp_path / "a", tmp_path / "b", "--weights", "0,1", "--out", "o")
+    assert result.code == code, result.err
+    assert ("do not fit F8_E4M3" in result.err) == (code == 3)
+    if code == 0:
+        assert (load_file(tmp_path / "o" / "model.safetensors")["w"].float() == 448).all()
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -50,6 +50,9 @@ TORCH = {
     "C64": torch.complex64,
 }
 
+E4M3_ROUNDS_DOWN = 464
+"""The largest number nearer to F8_E4M3's largest, 448, than to what would be the next."""
+
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 FLOATING = frozenset(name for name, dtype in TORCH.items() if dtype.is_floating_point)
@@ -73,6 +76,17 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     flat = tensor.reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def representable(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values, to be rounded to a dtype, with NaN for what it has no room for.
+
+    Of the floating dtypes only F8_E4M3 needs that: torch would store 448, its largest number.
+    """
+    if dtype is not torch.float8_e4m3fn or values.dtype is dtype:
+        return values
+    wide = values.double()
+    return torch.where(wide.abs() > E4M3_ROUNDS_DOWN, torch.nan, wide)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
+from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite, representable
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.source import TensorSource, check_finite
 from fishertool.checkpoint.stream import Piece, pieces
@@ -78,29 +78,23 @@ def merge_piece(
     if target.action in ("keep-first", "equal"):
         take = _kept if target.action == "keep-first" else _equal
         return take(plan, target, piece), None
-    trusted = look.read if look else _shows_what_is_not_finite(plan, target)
+    # An average of what is not finite is not finite, and then `_fitting` says whose fault it is.
+    averaged = target.action != "merge" or plan.method.function is linear
+    trusted = look.read if look else averaged and target.base is None
     part = reader(plan, target, trusted=trusted)(piece)
     dtype, stored = computed_in(plan, target), TORCH[target.info.dtype]
     if target.action == "merge" and plan.factors:
-        merged = _merge_matrices(plan, target, part.to(dtype)).to(stored)
+        whole = _merge_matrices(plan, target, part.to(dtype))
+        merged = representable(whole, stored).to(stored)
     else:
         function = _function(plan, target, piece, part, look)
         merged, done = torch.empty(part.models[0].shape, dtype=stored), 0
         for block in part.blocks():
             rows = function(block.to(dtype))
             assert rows.shape == block.models[0].shape
-            merged[done : done + len(rows)] = rows
+            merged[done : done + len(rows)] = representable(rows, stored)
             done += len(rows)
     return _fitting(plan, target, merged, part.models), part
-
-
-def _shows_what_is_not_finite(plan: MergePlan, target: Target) -> bool:
-    """Whether the result, as stored, is not finite where an input is not; `_fitting` then says which.
-
-    An average's is, but for the one dtype to which infinities are rounded as its largest number.
-    """
-    average = target.action != "merge" or plan.method.function is linear
-    return average and target.base is None and target.info.dtype != "F8_E4M3"
 
 
 def _function(
@@ -206,7 +200,8 @@ def _kept(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
     source = plan.inputs.sources[number]
     if target.info.dtype in FLOATING:
         values = _read_finite(plan, source, name, piece)
-        return _fitting(plan, target, values.to(TORCH[target.info.dtype]))
+        stored = TORCH[target.info.dtype]
+        return _fitting(plan, target, representable(values, stored).to(stored))
     return source.read(name, piece.start, piece.stop)
 
 
