@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fishertool.cli.flags import _shards
+from fishertool.cli.importing import shards_of
 
 SCRIPT = """
 import os, signal, sys, time
@@ -132,7 +132,7 @@ def test_shards_come_in_the_order_of_reading(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.touch()
     os.mkfifo(tmp_path / "b" / f"{several[1]}.safetensors")
-    found = _shards(tmp_path / name for name in ("a", "absent", "b", "x" * 300))
+    found = shards_of(tmp_path / name for name in ("a", "absent", "b", "x" * 300))
     names = [str(path.relative_to(tmp_path)).removesuffix(".safetensors") for path in found]
     assert names == ["a/model", f"b/{several[0]}", f"b/{several[2]}"]
 

@@ -16,9 +16,9 @@ from fishertool.cli.flags import (
     Quiet,
     ReportFile,
     Threads,
-    importing,
     thread_count,
 )
+from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
 
 

@@ -44,11 +44,11 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     data_options,
-    importing,
     is_given,
     option,
     thread_count,
 )
+from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 

@@ -34,13 +34,13 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
-    importing,
     methods_flag,
     option,
     pairs,
     refuse,
     thread_count,
 )
+from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
 
@@ -140,7 +140,7 @@ def factorize(
     Example: fishertool factorize MODEL --fisher F --keep 0.5 --evaluate-on test.jsonl --out OUT
     """
 
-    with importing([model, *([fisher] if fisher else [])], threads, dry_run):
+    with importing([model], threads, dry_run):
         from fishertool.commands.factorize import factorize as command
         from fishertool.surgery.factorize_recover import Finetuning
 

@@ -31,11 +31,11 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     data_options,
-    importing,
     methods_flag,
     option,
     thread_count,
 )
+from fishertool.cli.importing import importing
 from fishertool.cli.merge_recipe import (
     check_measuring,
     load_recipe_or_config,

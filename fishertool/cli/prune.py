@@ -41,13 +41,13 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
-    importing,
     methods_flag,
     option,
     pairs,
     refuse,
     thread_count,
 )
+from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
 from fishertool.errors import UsageError
 
@@ -205,8 +205,7 @@ def prune(
 
     Example: fishertool prune MODEL --method obs --data texts.jsonl --sparsity 0.7 --out OUT
     """
-    sidecars = [one for one in (fisher, general_fisher) if one]
-    with importing([model, *sidecars], threads, dry_run):
+    with importing([model], threads, dry_run):
         from fishertool.commands.prune import prune as command
 
     chosen: dict[str, Any] = dict(pairs("--set", settings))
