@@ -12,6 +12,7 @@ from fishertool.factorization.asvd import asvd
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.kronecker import kronecker
 from fishertool.factorization.method import Decomposition
+from fishertool.factorization.parts.eigen import Leading
 from fishertool.factorization.parts.gram import Weighting, decompose
 from fishertool.factorization.svd import svd
 from fishertool.factorization.tfwsvd import _step, tfwsvd
@@ -117,7 +118,7 @@ def test_closed_forms_reach_the_minimum_of_their_objective(
         reached = float(objective(weight - left @ right))
         assert reached <= brute_force(weight, rank, objective) + 1e-9 * whole
         # The singular values tell that error without forming it, and so does the method's norm.
-        tail = float(found.singular_values[rank:].square().sum())
+        tail = float(found.singular_values(min(shape))[rank:].square().sum())
         assert tail == pytest.approx(reached, rel=1e-6, abs=1e-9 * whole)
         assert float(found.square_norm(weight - left @ right)) == pytest.approx(reached, rel=1e-6)
 
@@ -276,6 +277,33 @@ def test_singular_statistics_are_no_obstacle() -> None:
     assert float(found.square_norm(error)) < 1e-8 * float(found.square_norm(weight))
 
 
+@pytest.mark.parametrize("kind", ["random", "of low rank", "the identity", "zeros", "graded"])
+@pytest.mark.parametrize("side", [1, 2, 63, 64])
+def test_leading_eigenvectors_are_those_of_the_whole_decomposition(side: int, kind: str) -> None:
+    rank = {"of low rank": max(1, side // 8), "zeros": 0}.get(kind, side)
+    factor = torch.eye(side).double() if kind == "the identity" else random(side, rank, seed=0)
+    if kind == "graded":
+        factor *= torch.logspace(0, -12, side).double()[:, None]
+    matrix = factor @ factor.T
+    values = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
+    scale = float(values[0]) or 1.0
+    for count in sorted({max(1, side // 8), max(1, side // 4), side // 4 + 1, side}):
+        found = Leading(matrix + torch.full_like(matrix, math.nan).tril(-1))
+        vectors = found.vectors(count)
+        assert vectors.shape == (side, count)
+        assert float((found.values(count) - values[:count]).abs().max()) < 1e-13 * scale
+        assert float((vectors.T @ vectors - torch.eye(count)).abs().max()) < 1e-12
+        residual = matrix @ vectors - vectors * found.values(count)
+        assert float(residual.abs().max()) < 1e-13 * scale
+        assert torch.equal(found.vectors(1), vectors[:, :1])  # of those that are kept
+
+
+def test_eigenvalues_that_do_not_converge_are_an_error() -> None:
+    for count in (1, 8):
+        with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            Leading(torch.full((8, 8), math.nan, dtype=torch.float64)).values(count)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("whole", [False, True])
 def test_without_a_floor_dead_dimensions_are_left_out(shape: tuple[int, int], whole: bool) -> None:
@@ -322,10 +350,10 @@ def test_the_two_sided_spectrum_is_in_units_of_the_fisher() -> None:
     # So that terms of different matrices compare: sum F_ij W_ij^2 of a Fisher of rank one.
     weight, given = random(5, 7, seed=0), statistics((5, 7))
     fisher = given["rows"].outer(given["columns"]) / given["rows"].sum()
-    both = fwsvd(weight, given["rows"], given["columns"], sides="both").singular_values
+    both = fwsvd(weight, given["rows"], given["columns"], sides="both").singular_values(5)
     assert float(both.square().sum()) == pytest.approx(float((fisher * weight.square()).sum()))
     even = given["columns"].expand(5, 7) / 5
-    one = fwsvd(weight, given["rows"], given["columns"]).singular_values
+    one = fwsvd(weight, given["rows"], given["columns"]).singular_values(5)
     assert float(one.square().sum()) == pytest.approx(float((even * weight.square()).sum()))
 
 

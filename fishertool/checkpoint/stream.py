@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fishertool.checkpoint.header import TensorInfo
 
@@ -61,26 +62,36 @@ def collect(
     then results do not depend on `threads`. The first error stops the work and is raised.
     """
     intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # one piece per thread is the parallelism
+    torch.set_num_threads(1)  # one piece per thread is the parallelism, of LAPACK's too
     try:
-        if threads == 1:
-            for piece in work:
-                take(piece, function(piece))
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="piece") as pool:
-            waiting: deque[tuple[Piece, Future[T]]] = deque()
-            try:
-                for piece in work:
-                    if len(waiting) == 2 * threads:
-                        _finish(waiting, take)
-                    waiting.append((piece, pool.submit(function, piece)))
-                while waiting:
-                    _finish(waiting, take)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with threadpool_limits(1, "blas"):
+            _collect(work, function, threads, take)
     finally:
         torch.set_num_threads(intra_op)
+
+
+def _collect(
+    work: Iterable[Piece],
+    function: Callable[[Piece], T],
+    threads: int,
+    take: Callable[[Piece, T], None],
+) -> None:
+    if threads == 1:
+        for piece in work:
+            take(piece, function(piece))
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="piece") as pool:
+        waiting: deque[tuple[Piece, Future[T]]] = deque()
+        try:
+            for piece in work:
+                if len(waiting) == 2 * threads:
+                    _finish(waiting, take)
+                waiting.append((piece, pool.submit(function, piece)))
+            while waiting:
+                _finish(waiting, take)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _finish(waiting: deque[tuple[Piece, Future[T]]], take: Callable[[Piece, T], None]) -> None:

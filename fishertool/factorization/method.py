@@ -13,7 +13,8 @@ inputs     A = E[x x^T] of the layer's input, [in, in]
 gradients  B = E[d d^T], d the gradient at the layer's output, [out, out]
 start      another method's decomposition, to be refined; a method that names it refines
 
-The result is in float64 and good for every rank: `truncate` cuts it. Nothing is written into the
+The result is in float64 and good for every rank: `truncate` cuts it, and only then are the terms
+computed. Nothing is written into the
 arguments. Raises ValueError for a statistic that is zero everywhere, negative or not finite.
 """
 
@@ -37,8 +38,13 @@ class Factors(NamedTuple):
 class Decomposition:
     """A matrix as a sum of outer products, those first that the method's norm finds largest."""
 
-    singular_values: Tensor
-    """[min(out, in)], descending, in the method's norm: the squares of those cut off are the error."""
+    length: int
+    """How many there are: min(out, in)."""
+    whole: float
+    """The squared norm of the matrix: the sum of all squared singular values."""
+    singular_values: Callable[[int], Tensor]
+    """So many of the first, descending, in the method's norm: the squares of those cut off are the
+    error."""
     terms: Callable[[int], Factors]
     """The sum of so many of the first."""
     square_norm: Callable[[Tensor], Tensor]
@@ -48,7 +54,7 @@ class Decomposition:
 
     def truncate(self, rank: int) -> Factors:
         """The factors of that rank. Raises ValueError for one that the terms do not reach."""
-        if not 1 <= rank <= len(self.singular_values):
-            raise ValueError(f"rank {rank} of {len(self.singular_values)} terms")
+        if not 1 <= rank <= self.length:
+            raise ValueError(f"rank {rank} of {self.length} terms")
         factors = self.terms(rank)
         return factors if self.refine is None else self.refine(factors)

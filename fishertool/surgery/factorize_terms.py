@@ -1,7 +1,8 @@
 """Where a matrix's factors come from: decomposed when asked for, or once, and kept on disk."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,26 +49,15 @@ def read_weight(plan: FactorizePlan, matrix: Matrix) -> Tensor:
 
 
 def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor, Decomposition]:
-    """The weight and its decomposition by the plan's method. Raises InputError for a statistic
-    that is zero everywhere."""
+    """The weight and its decomposition by the plan's method; what is not known until terms are
+    asked for raises in `explaining`."""
     weight = read_weight(plan, matrix).to(device)
     chosen = plan.chosen
     given = {name: plan.statistics.read(name, matrix).to(device) for name in chosen.inputs}
 
     def run(method: Method, **more: object) -> Decomposition:
         wanted = {name: value for name, value in given.items() if name in method.inputs}
-        try:
-            found: Decomposition = method.function(weight, **wanted, **more)
-        except ValueError as error:
-            raise InputError(
-                f"{plan.checkpoint.where(matrix.key)}: {error}; leave it out with --exclude, or "
-                "estimate on other data"
-            ) from error
-        except LinAlgError as error:
-            raise InputError(
-                f"{plan.checkpoint.where(matrix.key)}: the eigenvalues of method {method.name} do "
-                "not converge; take other settings with --set, or leave it out with --exclude"
-            ) from error
+        found: Decomposition = method.function(weight, **wanted, **more)
         return found
 
     if chosen.start is None:
@@ -76,14 +66,34 @@ def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor,
     return weight, run(chosen.method, start=start, **chosen.settings)
 
 
+@contextmanager
+def explaining(plan: FactorizePlan, matrix: Matrix) -> Iterator[None]:
+    """Raises InputError, which names the matrix, for a statistic that is zero everywhere and for
+    eigenvalues that do not converge."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            f"{plan.checkpoint.where(matrix.key)}: {error}; leave it out with --exclude, or "
+            "estimate on other data"
+        ) from error
+    except LinAlgError as error:
+        raise InputError(
+            f"{plan.checkpoint.where(matrix.key)}: the eigenvalues of method "
+            f"{plan.chosen.method.name} do not converge; take other settings with --set, or leave "
+            "it out with --exclude"
+        ) from error
+
+
 def decomposing(plan: FactorizePlan, device: str) -> Cutter:
     """Every matrix when it is asked for."""
 
     def cut(matrix: Matrix, rank: int) -> Cut:
-        weight, found = decompose(plan, matrix, device)
-        factors = found.truncate(rank)
+        with explaining(plan, matrix):
+            weight, found = decompose(plan, matrix, device)
+            factors = found.truncate(rank)
         if found.refine is None:
-            energy = kept_share(found.singular_values, rank)
+            energy = kept_share(found.singular_values(rank), found.whole)
         else:
             error = weight.double() - factors.left @ factors.right
             whole = float(found.square_norm(weight.double()))
@@ -109,8 +119,9 @@ def decompose_all(
 
         def one(piece: Piece) -> None:
             matrix = matrices[piece.name]
-            _, found = decompose(plan, matrix, device)
-            spectra[matrix.key] = found.singular_values.cpu()
+            with explaining(plan, matrix):
+                _, found = decompose(plan, matrix, device)
+                spectra[matrix.key] = found.singular_values(found.length).cpu()
             terms, dtype = largest_saving(matrix.shape), compute_dtype(matrix.dtype)
             if terms:
                 left, right = found.terms(terms)
@@ -135,7 +146,9 @@ class KeptTerms:
             return self._refined(matrix, rank)
         left = self._terms.read(f"{matrix.key}#left", 0, rank).T
         right = self._terms.read(f"{matrix.key}#right", 0, rank)
-        return Cut(Factors(left, right), kept_share(self._spectra[matrix.key], rank))
+        spectrum = self._spectra[matrix.key]
+        energy = kept_share(spectrum[:rank], float(spectrum.square().sum()))
+        return Cut(Factors(left, right), energy)
 
     def discard(self) -> None:
         self._terms.close()
@@ -146,13 +159,15 @@ def whole_piece(matrix: Matrix) -> Piece:
     return Piece(matrix.key, matrix.start, matrix.stop, matrix.elements)
 
 
-def kept_share(singular_values: Tensor, rank: int) -> float:
-    """Of the sum of squares, by the first of them.
+def kept_share(singular_values: Tensor, whole: float) -> float:
+    """Of a sum of squares, by these.
 
     >>> import torch
-    >>> kept_share(torch.tensor([3.0, 4.0]), 1)
+    >>> kept_share(torch.tensor([3.0]), 25.0)
     0.36
     """
-    energies = singular_values.double().square()
-    whole = float(energies.sum())
-    return round(float(energies[:rank].sum()) / whole, 12) if whole else 1.0
+    return (
+        round(min(1.0, float(singular_values.double().square().sum()) / whole), 12)
+        if whole
+        else 1.0
+    )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fishertool.factorization.method import Decomposition, Factors
+from fishertool.factorization.parts.eigen import Leading
 
 FLOOR = 1e-9
 """Of the mean eigenvalue of a weighting, for what is singular: far below anything measured, and
@@ -18,9 +19,10 @@ BLOCKS = 8
 class Weighting:
     """A symmetric positive weighting of one side of a matrix: none, a number an index, or a matrix.
 
-    `square` is None, [side] or [side, side]; `floor` that of its entries or eigenvalues relative to
-    their mean, where a root is taken. With a floor of 0 inverses are pseudo-inverses. Raises
-    ValueError for one that is zero everywhere, negative or not finite.
+    `square` is None, [side] or [side, side]; a root of it is any R with R^T R = square. `floor` is
+    that of its entries or eigenvalues relative to their mean, where a root is taken. With a floor
+    of 0 inverses are pseudo-inverses. Raises ValueError for one that is zero everywhere, negative
+    or not finite.
     """
 
     def __init__(self, square: Tensor | None, floor: float = FLOOR):
@@ -44,9 +46,17 @@ class Weighting:
         return self.square @ matrix if self.square.dim() > 1 else self.square[:, None] * matrix
 
     def root_times(self, matrix: Tensor) -> Tensor:
-        return self._power(0.5, matrix)
+        """R @ matrix in float64, whatever it is in."""
+        if self.square is not None and self.square.dim() == 1:
+            return self._power(0.5, matrix)  # converts as it multiplies
+        if self._cholesky is not None:
+            return self._cholesky.T @ matrix.double()
+        return self._power(0.5, matrix.double())
 
     def inverse_root_times(self, matrix: Tensor) -> Tensor:
+        if self._cholesky is not None:
+            solved: Tensor = torch.linalg.solve_triangular(self._cholesky.T, matrix, upper=True)
+            return solved
         return self._power(-0.5, matrix)
 
     def _power(self, power: float, matrix: Tensor) -> Tensor:
@@ -58,12 +68,22 @@ class Weighting:
         return vectors @ (_pseudo_power(values, power)[:, None] * (vectors.T @ matrix))
 
     @cached_property
+    def _cholesky(self) -> Tensor | None:
+        """The root that costs least, where nothing is below the floor or near it."""
+        if self.square is None or self.square.dim() == 1 or not self._least:
+            return None
+        factor, failed = torch.linalg.cholesky_ex(self.square)
+        sound = not int(failed) and float(factor.diagonal().min()) ** 2 > self._least
+        return factor if sound else None
+
+    @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         assert self.square is not None
-        values, vectors = torch.linalg.eigh(self.square)
+        found = Leading(self.square)
+        values, vectors = found.values(found.side), found.vectors(found.side)
         if self._least:
             return values.clamp(min=self._least), vectors
-        noise = len(values) * torch.finfo(values.dtype).eps * values[-1]
+        noise = len(values) * torch.finfo(values.dtype).eps * values[0]
         return values.where(values > noise, 0.0), vectors
 
 
@@ -83,15 +103,14 @@ def decompose(
     Shapes: weight [out, in]; R^2 [out] or [out, out]; C^2 [in] or [in, in]. In float64.
     """
     rows, columns = rows or Weighting(None), columns or Weighting(None)
-    wide = weight.double()
 
     def square_norm(error: Tensor) -> Tensor:
         return (rows.times(error) * columns.times(error.T).T).sum()
 
-    if wide.shape[0] <= wide.shape[1]:
-        values, left_and_right = _sides(wide, rows, columns)
+    if weight.shape[0] <= weight.shape[1]:
+        gram, left_and_right = _sides(weight, rows, columns)
     else:
-        values, right_and_left = _sides(wide.T, columns, rows)
+        gram, right_and_left = _sides(weight.T, columns, rows)
 
         def left_and_right(rank: int) -> tuple[Tensor, Tensor]:
             right, left = right_and_left(rank)
@@ -104,23 +123,25 @@ def decompose(
         ratio[(ratio == 0) | ~ratio.isfinite()] = 1.0
         return Factors(left * ratio, right / ratio[:, None])
 
-    return Decomposition(values, terms, square_norm)
+    def singular_values(count: int) -> Tensor:
+        return gram.values(count).sqrt()
+
+    return Decomposition(gram.side, gram.trace, singular_values, terms, square_norm)
 
 
 def _sides(
-    wide: Tensor, near: Weighting, far: Weighting
-) -> tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]:
-    """Singular values of a matrix [near, far] with near <= far, and by rank [near, rank] and
+    weight: Tensor, near: Weighting, far: Weighting
+) -> tuple[Leading, Callable[[int], tuple[Tensor, Tensor]]]:
+    """The Gram matrix of a matrix [near, far] with near <= far; by rank [near, rank] and
     [rank, far]."""
-    rooted = near.root_times(wide)
-    values, vectors = torch.linalg.eigh(_upper_half(rooted, far.times(rooted.T)), UPLO="U")
-    vectors = vectors.flip(1)
+    rooted = near.root_times(weight)
+    gram = Leading(_upper_half(rooted, far.times(rooted.T)))
 
     def sides(rank: int) -> tuple[Tensor, Tensor]:
-        first = vectors[:, :rank]
+        first = gram.vectors(rank)
         return near.inverse_root_times(first), first.T @ rooted
 
-    return values.flip(0).clamp(min=0).sqrt(), sides
+    return gram, sides
 
 
 def _pseudo_power(values: Tensor, power: float) -> Tensor:

@@ -1,0 +1,109 @@
+"""The leading eigenvectors of a symmetric matrix, at the cost of so many only."""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from scipy.linalg import cython_lapack
+from torch import Tensor
+
+FEW = 1 / 4
+"""Up to this share of all eigenvectors, they take less time one by one than all together."""
+LOWER = b"L"
+"""The upper half by rows is the lower one by columns, which is how LAPACK reads."""
+
+
+class Leading:
+    """Eigenvalues, largest first, and vectors of a positive semidefinite matrix, of which only the
+    upper half is read. The most that were asked for so far are kept."""
+
+    def __init__(self, upper: Tensor):
+        self.side = len(upper)
+        self.trace = float(upper.trace())
+        self._upper = upper
+        self._values, self._vectors = upper.new_zeros(0), upper.new_zeros(self.side, 0)
+
+    def values(self, count: int) -> Tensor:
+        """[count]. Raises LinAlgError where they do not converge."""
+        return self._first(count)[0]
+
+    def vectors(self, count: int) -> Tensor:
+        """[side, count]. Raises LinAlgError where the values do not converge."""
+        return self._first(count)[1]
+
+    def _first(self, count: int) -> tuple[Tensor, Tensor]:
+        if count > len(self._values):
+            values, vectors = _ascending(self._upper, count)
+            self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        return self._values[:count], self._vectors[:, :count]
+
+
+def _ascending(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """At least the last `count`. The LAPACK that torch was built with can compute all of them only,
+    and on some processors takes half as long again; it stays for what the other gives up."""
+    if upper.device.type == "cpu" and bool(upper.isfinite().all()):
+        compute = _some if count <= FEW * len(upper) else _all
+        if (found := compute(upper, count)) is not None:
+            return found
+    values, vectors = torch.linalg.eigh(upper, UPLO="U")
+    return values, vectors
+
+
+def _some(upper: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """By relatively robust representations (Dhillon and Parlett 2004)."""
+    side, values = len(upper), upper.new_empty(len(upper))
+    vectors = upper.new_empty(count, side)
+    support = torch.empty(2 * count, dtype=torch.int32)
+    failed = _call(
+        "dsyevr", b"V", b"I", LOWER, side, upper.contiguous().clone(), side, 0.0, 0.0,
+        side - count + 1, side, 0.0, 0, values, vectors, side, support,
+    )  # fmt: skip
+    return None if failed else (values[:count], vectors.T)
+
+
+def _all(upper: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """By divide and conquer."""
+    side, values = len(upper), upper.new_empty(len(upper))
+    vectors = upper.contiguous().clone()
+    failed = _call("dsyevd", b"V", LOWER, side, vectors, side, values)
+    return None if failed else (values, vectors.T)
+
+
+def _call(name: str, *arguments: bytes | int | float | Tensor) -> int:
+    """A routine of LAPACK with its two workspaces, asked for their sizes first; its `info`.
+
+    scipy's own functions hold the interpreter while they work, so that no two matrices could be
+    decomposed side by side.
+    """
+    info = ctypes.c_int()
+    known = [_pointer(argument) for argument in arguments]
+
+    def run(floats: Tensor, integers: Tensor, asked: int | None = None) -> None:
+        work = floats, asked or len(floats), integers, asked or len(integers)
+        _routine(name)(*known, *[_pointer(one) for one in work], ctypes.byref(info))
+
+    floats, integers = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
+    run(floats, integers, asked=-1)
+    run(floats.new_empty(int(floats)), integers.new_empty(int(integers)))
+    return info.value
+
+
+def _pointer(argument: bytes | int | float | Tensor) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, bytes):
+        return ctypes.c_char_p(argument)
+    if isinstance(argument, int):
+        return ctypes.byref(ctypes.c_int(argument))
+    return ctypes.byref(ctypes.c_double(argument))
+
+
+@cache
+def _routine(name: str) -> Any:
+    """From the table that scipy offers compiled code."""
+    capsule = cython_lapack.__pyx_capi__[name]
+    describe, find = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return ctypes.CFUNCTYPE(None)(find(capsule, describe(capsule)))
