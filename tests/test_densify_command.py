@@ -11,7 +11,7 @@ from conftest import Cli, ModelMaker
 from safetensors.torch import load_file, save_file
 from test_merge_command import files_of
 from test_sentence import make_sentence_model
-from tiny import make_low_rank
+from tiny import BLOCK_LINEARS, make_low_rank
 
 import fishertool
 
@@ -19,13 +19,20 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"), [("bert", {}), ("gpt2", {}), ("llama", {"tied": True}), ("t5", {})]
+    ("kind", "more", "select"),
+    [
+        ("bert", {}, BLOCK_LINEARS),
+        ("bert", {}, BLOCK_LINEARS + r"|embeddings\.weight"),
+        ("gpt2", {}, BLOCK_LINEARS),
+        ("llama", {"tied": True}, BLOCK_LINEARS),
+        ("t5", {}, BLOCK_LINEARS),
+    ],
 )
 def test_full_rank_gives_the_original_back(
-    cli: Cli, make_model: ModelMaker, kind: str, more: dict[str, bool]
+    cli: Cli, make_model: ModelMaker, kind: str, more: dict[str, bool], select: str
 ) -> None:
     dense = make_model("dense", kind, spread=0.1, **more)
-    ranks = make_low_rank(dense, Path("low"))
+    ranks = make_low_rank(dense, Path("low"), select)
     result = cli("densify", "low", "out", "--json")
     assert result.code == 0, result.err
     ours, theirs = load_file("out/model.safetensors"), load_file(dense / "model.safetensors")

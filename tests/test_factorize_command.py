@@ -21,7 +21,7 @@ from fishertool.factorization.kronecker import kronecker
 from fishertool.factorization.rank import Ranks
 from fishertool.factorization.svd import svd
 from fishertool.factorization.whitened import whitened
-from fishertool.models.low_rank import LowRankLinear
+from fishertool.models.low_rank_layers import LowRankLinear
 from fishertool.registry import method_names
 from fishertool.searching.ranks import Judge, best_allocation
 from fishertool.surgery.factorize_plan import FactorizePlan

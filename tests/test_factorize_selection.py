@@ -1,17 +1,19 @@
 """What `fishertool factorize` takes for a matrix: experts, stacks of them, embeddings, a pipeline's."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_text, make_tokenizer, write_rows
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_factorize_command import rows_of
 from test_merge_command import files_of, weights_of
 from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 
+import fishertool
 from fishertool.factorization.svd import svd
 
 
@@ -175,7 +177,49 @@ def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path)
     rank = rows_of(result)[name]["rank"]
     assert torch.linalg.matrix_rank(weights_of(tmp_path / "d")[name]) == rank
     assert result.report["summary"]["kept_of_linear"] == 1  # an embedding is no linear weight
-    result = cli(*flags, "--out", "l")
-    assert result.code == 2
-    assert "is an embedding" in result.err
-    assert "--format dense" in result.err
+    both = ("--include", "*.layer.*")
+    result = cli(*flags, *both, "--out", "l", "--json")
+    assert result.code == 0, result.err
+    config = json.loads(Path("l/config.json").read_text())["quantization_config"]
+    assert config["embeddings"] == ["bert.embeddings.word_embeddings"]
+    low = fishertool.load_model("l")
+    assert low.get_input_embeddings().rank == rank
+    result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--include", name, *both,
+                 "--format", "dense", "--out", "both", "-q")  # fmt: skip
+    assert result.code == 0, result.err
+    dense = transformers.AutoModelForSequenceClassification.from_pretrained("both")
+    ids = torch.tensor([[2, 5, 6, 7, 3]])
+    torch.testing.assert_close(low(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fwsvd", "tfwsvd"])
+def test_low_rank_embeddings_are_a_models_like_any(
+    cli: Cli, make_model: ModelMaker, data: Path, kind: str
+) -> None:
+    """Weighted, trained, measured against the dense model, and estimated of again."""
+    model, name = make_model("m", spread=0.3), "bert.embeddings.word_embeddings"
+    flags = ("--data", data, "-q")
+    assert cli("estimate-fisher", model, *flags, "--out", "f").code == 0
+    result = cli(
+        "factorize", model, "--method", kind, "--fisher", "f", "--keep", "0.5", "--include",
+        f"{name}.weight", "--finetune-steps", 2, "--data", data, "--evaluate-on", data,
+        "--out", "low", "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert {"kl", "loss"} <= result.report["evaluation"]["metrics"].keys()
+    result = cli("evaluate", "low", "--data", data, "--against", model, "--json")
+    assert result.code == 0, result.err
+    assert cli("estimate-fisher", "low", *flags, "--out", "again").code == 0
+    names = set(load_file("again/diagonal.safetensors"))
+    assert {f"{name}.down.weight", f"{name}.up.weight"} <= names
+
+
+def test_embeddings_that_do_more_than_look_up_stay_dense(cli: Cli, tmp_path: Path) -> None:
+    model = save("opt", tmp_path / "m")
+    result = cli(
+        "factorize", model, "--method", "svd", "--keep", "0.5", "--out", "o", "--json",
+        "--include", "*embed_positions*", "--include", "*.layers.*",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    row = rows_of(result, "keep")["model.decoder.embed_positions.weight"]
+    assert row["why"] == "an embedding of a class of its own; --format dense takes it"

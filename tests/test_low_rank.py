@@ -16,14 +16,14 @@ import transformers
 from conftest import Cli, ModelMaker
 from safetensors.torch import load_file, save_file
 from test_sentence import RECENT, make_sentence_model
-from tiny import ARCHITECTURES, make_low_rank
+from tiny import ARCHITECTURES, BLOCK_LINEARS, make_low_rank
 from torch import Tensor, nn
 
 import fishertool
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
 from fishertool.models.loading import load_model
-from fishertool.models.low_rank import LowRankLinear, is_linear
+from fishertool.models.low_rank_layers import LowRank, is_linear
 from fishertool.models.tasks import TASKS
 from fishertool.sidecar import open_sidecar
 
@@ -36,7 +36,14 @@ MODELS = {
     "tied": ("llama", {"tied": True}, "AutoModelForCausalLM"),
     "biased": ("llama", {"attention_bias": True}, "AutoModelForCausalLM"),
     "t5": ("t5", {}, "AutoModelForSeq2SeqLM"),
+    "bert, embeddings too": ("bert", {}, "AutoModelForSequenceClassification"),
+    "llama, embeddings too": ("llama", {}, "AutoModelForCausalLM"),
 }
+
+
+def factors_in(name: str) -> str:
+    """Which tensors of one of MODELS to factorize."""
+    return rf"{BLOCK_LINEARS}|embed.*\.weight$" if "embeddings" in name else BLOCK_LINEARS
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +59,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def low_rank_layers(model: nn.Module) -> int:
-    return sum(isinstance(module, LowRankLinear) for module in model.modules())
+    return sum(isinstance(module, LowRank) for module in model.modules())
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -71,17 +78,17 @@ def test_full_rank_predicts_as_dense_and_is_saved_as_it_was(
 ) -> None:
     kind, more, auto = MODELS[name]
     dense = make_model("dense", kind, spread=0.1, **more)
-    ranks = make_low_rank(dense, Path("low"))
+    ranks = make_low_rank(dense, Path("low"), factors_in(name))
     wanted = logits_of(getattr(transformers, auto).from_pretrained(dense))
     for model in (getattr(transformers, auto).from_pretrained("low"), fishertool.load_model("low")):
         assert low_rank_layers(model) == len(ranks) >= 8
         torch.testing.assert_close(logits_of(model), wanted, **CLOSE)
     model.save_pretrained("again")
     assert_same_tensors(tensors_of(Path("again")), tensors_of(Path("low")))
-    config = json.loads(Path("again/config.json").read_text())
-    assert config["quantization_config"] == {
-        "quant_method": "low_rank", "format_version": 1, "ranks": ranks,
-    }  # fmt: skip
+    low, again = (json.loads(Path(one, "config.json").read_text()) for one in ("low", "again"))
+    assert again["quantization_config"] == low["quantization_config"]
+    assert low["quantization_config"]["ranks"] == ranks
+    assert ("embeddings" in low["quantization_config"]) == ("embeddings" in name)
     torch.testing.assert_close(
         logits_of(fishertool.load_model("again")), logits_of(model), rtol=0, atol=0
     )
@@ -91,7 +98,7 @@ def test_full_rank_predicts_as_dense_and_is_saved_as_it_was(
 def test_dequantize_gives_the_dense_model(make_model: ModelMaker, name: str) -> None:
     kind, more, _ = MODELS[name]
     dense = make_model("dense", kind, spread=0.1, **more)
-    make_low_rank(dense, Path("low"))
+    make_low_rank(dense, Path("low"), factors_in(name))
     model = fishertool.load_model("low")
     wanted = logits_of(model)
     model = model.dequantize()
@@ -201,7 +208,7 @@ def test_another_dtype(make_model: ModelMaker, name: str) -> None:
     wide, narrow = fishertool.load_model("low"), fishertool.load_model("low", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in narrow.parameters()} == {torch.bfloat16}
     for module in narrow.modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRank):
             assert module.weight.dtype == torch.bfloat16
     torch.testing.assert_close(logits_of(narrow).float(), logits_of(wide), rtol=0.1, atol=0.1)
     narrow.save_pretrained("narrow")
@@ -408,7 +415,21 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an embedding": (
         fake_module("bert.embeddings.word_embeddings"),
-        "bert.embeddings.word_embeddings is of class Embedding",
+        "bert.embeddings.word_embeddings is of class Embedding in a BertForSequenceClassification, "
+        "which cannot be low-rank as a linear layer is",
+    ),
+    "no embedding": (
+        change_ranks(lambda settings: settings.update(embeddings=[QUERY])),
+        f"{QUERY} is of class Linear in a BertForSequenceClassification, which cannot be low-rank "
+        "as an embedding is",
+    ),
+    "an embedding of no rank": (
+        change_ranks(lambda settings: settings.update(embeddings=["bert.pooler"])),
+        "names embeddings ['bert.pooler'], of which it gives no ranks",
+    ),
+    "embeddings in a word": (
+        change_ranks(lambda settings: settings.update(embeddings=QUERY)),
+        f"names embeddings '{QUERY}'",
     ),
     "down missing": (
         change_tensors(lambda tensors: tensors.pop(f"{QUERY}.down.weight")),

@@ -86,6 +86,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+EMBEDDINGS = r"(embeddings|embed_tokens|wte|wpe)$"
 BLOCK_LINEARS = (
     r"(attention|attn|self_attn|(Self|EncDec)Attention(?!\.relative)|intermediate|output|mlp"
     r"|DenseReluDense)\.([\w.]+\.)?\w+\.weight"
@@ -98,7 +99,7 @@ def make_low_rank(
     """A low-rank copy of a tiny checkpoint by truncated SVDs, of full rank unless told otherwise.
 
     Returns the ranks by module. Weights whose name matches `select` are factorized, all of them
-    2-D; those of GPT-2 are [in, out].
+    2-D; those of GPT-2 are [in, out], and embeddings have their names in EMBEDDINGS.
     """
     shutil.copytree(dense, out)
     config = json.loads((dense / "config.json").read_text())
@@ -110,13 +111,16 @@ def make_low_rank(
             tensors[name] = stored
             continue
         weight = stored.double()
-        if config["model_type"] == "gpt2":
+        if config["model_type"] == "gpt2" and not re.search(EMBEDDINGS, module):
             weight = weight.T
         ranks[module] = r = min(rank or min(weight.shape), *weight.shape)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         root = values[:r].sqrt()
-        tensors[f"{module}.down.weight"] = (root.unsqueeze(1) * right[:r]).to(stored.dtype)
-        tensors[f"{module}.up.weight"] = (left[:, :r] * root).to(stored.dtype)
+        down, up = root.unsqueeze(1) * right[:r], left[:, :r] * root
+        if re.search(EMBEDDINGS, module):
+            down, up = up, down.T
+        tensors[f"{module}.down.weight"] = down.to(stored.dtype)
+        tensors[f"{module}.up.weight"] = up.to(stored.dtype)
         tensors[f"{module}.weight"] = torch.empty(0, dtype=stored.dtype)
     for module in ranks:
         if f"{module}.bias" in tensors:
@@ -126,6 +130,8 @@ def make_low_rank(
         out / "model.safetensors",
         {"format": "pt"},
     )
-    config["quantization_config"] = quantization_config(ranks)
+    config["quantization_config"] = quantization_config(
+        ranks, [module for module in ranks if re.search(EMBEDDINGS, module)]
+    )
     (out / "config.json").write_text(json.dumps(config))
     return ranks

@@ -24,14 +24,8 @@ from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes,
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
-from fishertool.models.low_rank import (
-    Factors,
-    factors_of,
-    is_low_rank,
-    is_turned,
-    modules_of,
-    product,
-)
+from fishertool.models.low_rank import Factors, factors_of, is_low_rank, modules_of
+from fishertool.models.low_rank_layers import is_turned, product
 from fishertool.models.names import empty_model
 from fishertool.models.sentence import weights_folder
 from fishertool.progress import Advance, Track, silent
@@ -131,7 +125,8 @@ def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfini
         )
     modules = modules_of(model, found, checkpoint)
     factors = {
-        one.weight: (one, is_turned(model.get_submodule(name))) for name, one in modules.items()
+        one.weight: (one, one.embedding or is_turned(model.get_submodule(name)))
+        for name, one in modules.items()
     }
     if unknown := [one.module for one in found if one.weight not in factors]:
         raise InputError(
@@ -183,7 +178,10 @@ def _piece(plan: _Plan, piece: Piece) -> Tensor:
             _check_finite(plan, name, values)
         return values
     one, turned = plan.factors[piece.name]
-    if turned:
+    if one.embedding:
+        down = checkpoint.read(one.down, piece.start, piece.stop).T
+        up = checkpoint.read(one.up)
+    elif turned:
         down = checkpoint.read_columns(one.down, piece.start, piece.stop)
         up = checkpoint.read(one.up)
     else:

@@ -7,6 +7,7 @@ from fishertool.calibration import CalibrationData
 from fishertool.calibration.classes import have_names, ids_by_name
 from fishertool.errors import InputError, some
 from fishertool.models.loading import LoadedModel
+from fishertool.models.low_rank_layers import table_length
 
 Labels = Mapping[str, int] | None
 """Class names -> ids of a model's head; None if it has none."""
@@ -48,7 +49,7 @@ def check_same_tokens(
     """Raises InputError, naming the models, where a token of the data is none, or another, to the
     other model."""
     used = {token for one in data.examples for text in one.texts for token in text["input_ids"]}
-    known = other.pretrained.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    known = table_length(other.pretrained.get_input_embeddings())  # type: ignore[operator]
     for token in sorted(used):
         mine = model.tokenizer.convert_ids_to_tokens(token)
         theirs = other.tokenizer.convert_ids_to_tokens(token) if token < known else None

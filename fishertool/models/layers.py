@@ -9,7 +9,7 @@ from torch import nn
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
-from fishertool.models.low_rank import is_linear, is_turned
+from fishertool.models.low_rank_layers import is_embedding, is_linear, is_turned
 from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin
 
@@ -30,6 +30,8 @@ class Layer:
     in_block: bool
     tied: str | None
     """Another name of the same parameter."""
+    plain: bool
+    """Whether its module is one that a low-rank module can stand for, and it all of its weight."""
 
 
 def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Layer]:
@@ -67,6 +69,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
             stacked or is_turned(owner),
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
+            kind == "linear" or (kind == "embedding" and is_embedding(owner)),
         )
     return found
 

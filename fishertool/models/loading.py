@@ -13,6 +13,7 @@ from torch import nn
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.low_rank_layers import table_length
 from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
 from fishertool.models.tasks import Task, fits_decoder
 from fishertool.registry import suggest
@@ -192,7 +193,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _embedded(module: Any, folder: Path) -> int:
     """How many tokens the model has embeddings of."""
     try:
-        return len(module.get_input_embeddings().weight)
+        return table_length(module.get_input_embeddings())
     except (AttributeError, NotImplementedError) as error:
         raise InputError(
             f"{folder}: a {type(module).__name__} has no table of token embeddings that "

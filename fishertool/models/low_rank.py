@@ -1,27 +1,35 @@
-"""Low-rank layers: what they are on disk, and in a model.
+"""Low-rank layers: what they are on disk, and how they come into a model.
 
 W ~ up @ down in place of a linear layer's W [out, in], with down [rank, in] and up [out, rank]. Of a
 module M, a checkpoint holds M.down.weight, M.up.weight, M.up.bias where there is a bias, and an
-empty M.weight, on whose shape a loader that does not know the format stops. config.json names the
-ranks under `quantization_config`.
+empty M.weight, on whose shape a loader that does not know the format stops. An embedding is such a
+layer of one-hot vectors, in = vocabulary, and its down lies as [in, rank]. config.json names the
+ranks, and which modules are embeddings, under `quantization_config`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
+from fishertool.models.low_rank_layers import (
+    EMPTY,
+    LowRankEmbedding,
+    LowRankLinear,
+    is_embedding,
+    is_linear,
+    is_turned,
+)
 from fishertool.models.names import origins_by_disk_name
 
 METHOD = "low_rank"
 FORMAT_VERSION = 1
-EMPTY = (0,)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Factors:
     outputs: int
     dtype: str
     has_bias: bool
+    embedding: bool = False
 
     @property
     def weight(self) -> str:
@@ -56,71 +65,12 @@ class Factors:
         return f"{self.module}.up.bias"
 
 
-class LowRankLinear(nn.Module):
-    """y = up(down(x)): x [..., in], down.weight [rank, in], up.weight [out, rank], up.bias [out]."""
-
-    weight: Tensor
-    """Empty; of the dtype that the architecture's code asks a layer for."""
-
-    def __init__(self, down: nn.Linear, up: nn.Linear, turned: bool = False):
-        super().__init__()
-        self.down, self.up = down, up
-        self.turned = turned
-        """Whether the dense layer is a Conv1D, whose weight is [in, out]."""
-        self.register_buffer("weight", down.weight.new_empty(EMPTY))
-
-    @property
-    def rank(self) -> int:
-        return self.down.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.up(self.down(x))
-        return y
-
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The layer it stands for, with the product as its weight.
-
-        Raises ValueError for factors that were wrapped, as by an adapter, and are more than weights.
-        """
-        from transformers.pytorch_utils import Conv1D
-
-        if type(self.down) is not nn.Linear or type(self.up) is not nn.Linear:
-            raise ValueError("factors with adapters on them have no product; merge these first")
-        weight = product(self.up.weight.detach(), self.down.weight.detach()).to(dtype)
-        bias = self.bias
-        with torch.device("meta"):
-            layer: nn.Module = (
-                Conv1D(self.out_features, self.in_features)
-                if self.turned
-                else nn.Linear(self.in_features, self.out_features, bias=bias is not None)
-            )
-        layer.weight = nn.Parameter(weight.T.contiguous() if self.turned else weight)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(dtype))
-        return layer
-
-
-def product(up: Tensor, down: Tensor) -> Tensor:
-    """up @ down, in float32 or wider: [out, rank] @ [rank, in] -> [out, in]."""
-    wide = torch.promote_types(up.dtype, torch.float32)
-    return up.to(wide) @ down.to(wide)
-
-
-def quantization_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def quantization_config(
+    ranks: Mapping[str, int], embeddings: Collection[str] = ()
+) -> dict[str, Any]:
     """What config.json says of modules with these ranks, by their names on disk."""
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
+    told = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
+    return told | ({"embeddings": sorted(embeddings)} if embeddings else {})
 
 
 def is_low_rank(config: Mapping[str, Any]) -> bool:
@@ -142,7 +92,16 @@ def factors_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Fact
     ranks = settings.get("ranks")
     if not isinstance(ranks, Mapping) or not ranks:
         raise InputError(f"{folder}: its quantization_config gives no ranks")
-    found = [_factors(checkpoint, str(module), rank) for module, rank in ranks.items()]
+    embeddings = settings.get("embeddings") or ()
+    if isinstance(embeddings, str) or not set(embeddings) <= ranks.keys():
+        raise InputError(
+            f"{folder}: its quantization_config names embeddings {embeddings!r}, of which it gives "
+            "no ranks"
+        )
+    found = [
+        _factors(checkpoint, str(module), rank, module in embeddings)
+        for module, rank in ranks.items()
+    ]
     named = {one.weight for one in found}
     if lost := [
         name for name in checkpoint if checkpoint.info(name).shape == EMPTY and name not in named
@@ -152,7 +111,7 @@ def factors_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Fact
     return found
 
 
-def _factors(checkpoint: Checkpoint, module: str, rank: Any) -> Factors:
+def _factors(checkpoint: Checkpoint, module: str, rank: Any, embedding: bool) -> Factors:
     folder = checkpoint.folder
     if type(rank) is not int or rank < 1:
         raise InputError(f"{folder}: the rank of {module} is {rank!r}, not a number of at least 1")
@@ -163,7 +122,7 @@ def _factors(checkpoint: Checkpoint, module: str, rank: Any) -> Factors:
             "fetch it again, or factorize again"
         )
     down, up, weight = map(checkpoint.info, (one.down, one.up, one.weight))
-    for info, side in ((down, 0), (up, 1)):
+    for info, side in ((down, int(embedding)), (up, 1)):
         if len(info.shape) != 2 or info.shape[side] != rank:
             raise InputError(
                 f"{checkpoint.where(info.name)} is {list(info.shape)}, but config.json gives "
@@ -174,7 +133,9 @@ def _factors(checkpoint: Checkpoint, module: str, rank: Any) -> Factors:
             f"{checkpoint.where(one.weight)} is {weight}, beside {down} and {up}; a low-rank "
             "module's is empty, and its factors have one dtype"
         )
-    return Factors(module, rank, down.shape[1], up.shape[0], up.dtype, one.up_bias in checkpoint)
+    inputs = down.shape[1 - int(embedding)]
+    has_bias = one.up_bias in checkpoint
+    return Factors(module, rank, inputs, up.shape[0], up.dtype, has_bias, embedding)
 
 
 def modules_of(
@@ -183,7 +144,7 @@ def modules_of(
     """Names in a dense model of the modules that have factors on disk, and these.
 
     What belongs to a head, or to another part that a model of this class goes without, is left out.
-    Raises InputError, naming the folder and the module, where the model has no such linear layer.
+    Raises InputError, naming the folder and the module, where the model has no such layer.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
     on_disk = origins_by_disk_name(model, names, checkpoint.folder)
@@ -224,31 +185,22 @@ def _check_layer(model: Any, module: str, one: Factors, checkpoint: Checkpoint) 
         raise InputError(
             f"{checkpoint.folder}: {module} is tied to another weight, and has factors"
         )
-    if not is_linear(layer):
+    if not (is_embedding if one.embedding else is_linear)(layer):
         raise InputError(
             f"{checkpoint.folder}: {module} is of class {type(layer).__name__} in a "
-            f"{type(model).__name__}, which cannot be low-rank; linear layers can"
+            f"{type(model).__name__}, which cannot be low-rank as "
+            f"{'an embedding' if one.embedding else 'a linear layer'} is"
         )
     ours = (one.outputs, one.inputs)
-    wanted = tuple(layer.weight.shape[::-1] if is_turned(layer) else layer.weight.shape)
-    if ours != wanted or one.has_bias != (layer.bias is not None):
+    shape = tuple(layer.weight.shape)
+    wanted = shape[::-1] if one.embedding or is_turned(layer) else shape
+    has_bias = getattr(layer, "bias", None) is not None
+    if ours != wanted or one.has_bias != has_bias:
         raise InputError(
             f"{checkpoint.folder}: the factors of {one.module} make up {list(ours)}"
             f"{' and a bias' if one.has_bias else ''}; a {type(model).__name__} wants "
-            f"{list(wanted)}{' and a bias' if layer.bias is not None else ''}"
+            f"{list(wanted)}{' and a bias' if has_bias else ''}"
         )
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is exactly y = W x + b: not a subclass, which may use W otherwise."""
-    return type(layer) is nn.Linear or is_turned(layer)
-
-
-def is_turned(layer: nn.Module) -> bool:
-    """Whether a layer is GPT-2's linear layer, whose weight is [in, out]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return type(layer) is Conv1D
 
 
 def put_in(model: Any, modules: Mapping[str, Factors]) -> None:
@@ -256,9 +208,13 @@ def put_in(model: Any, modules: Mapping[str, Factors]) -> None:
     for name, one in modules.items():
         layer = model.get_submodule(name)
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        down = nn.Linear(one.inputs, one.rank, bias=False, **like)
         up = nn.Linear(one.rank, one.outputs, bias=one.has_bias, **like)
-        model.set_submodule(name, LowRankLinear(down, up, is_turned(layer)))
+        if one.embedding:
+            table = nn.Embedding(one.inputs, one.rank, padding_idx=layer.padding_idx, **like)
+            model.set_submodule(name, LowRankEmbedding(table, up))
+        else:
+            down = nn.Linear(one.inputs, one.rank, bias=False, **like)
+            model.set_submodule(name, LowRankLinear(down, up, is_turned(layer)))
 
 
 def check_loaded(model: Any, modules: Mapping[str, Factors], checkpoint: Checkpoint) -> None:

@@ -22,13 +22,13 @@ from fishertool.errors import InputError
 from fishertool.models.low_rank import (
     METHOD,
     Factors,
-    LowRankLinear,
     check_loaded,
     factors_of,
     modules_of,
     put_in,
     quantization_config,
 )
+from fishertool.models.low_rank_layers import LowRank, LowRankEmbedding
 from fishertool.models.probes import origins
 
 
@@ -36,10 +36,14 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of config.json, as it stands there: the quantizer, which knows the
     folder, checks it."""
 
-    def __init__(self, ranks: Any = None, format_version: Any = None, **more: Any):
+    def __init__(
+        self, ranks: Any = None, format_version: Any = None, embeddings: Any = None, **more: Any
+    ):
         self.quant_method = METHOD
         self.format_version = format_version
         self.ranks = ranks
+        if embeddings is not None:
+            self.embeddings = embeddings
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -74,19 +78,22 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """Called first by `save_pretrained`: config.json gets the names that it saves under."""
         parameters = dict(model.named_parameters())
         names = {one.name: name for name, one in origins(model, parameters).items() if one}
-        ranks = {}
+        ranks, embeddings = {}, []
         for module, layer in model.named_modules():
             down = names.get(f"{module}.down.weight")
-            if isinstance(layer, LowRankLinear) and down is not None:
-                ranks[down.removesuffix(".down.weight")] = layer.rank
-        model.config.quantization_config = LowRankConfig(**quantization_config(ranks))
+            if isinstance(layer, LowRank) and down is not None:
+                on_disk = down.removesuffix(".down.weight")
+                ranks[on_disk] = layer.rank
+                if isinstance(layer, LowRankEmbedding):
+                    embeddings.append(on_disk)
+        model.config.quantization_config = LowRankConfig(**quantization_config(ranks, embeddings))
         return None, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if isinstance(dtype, str):  # what `save_pretrained` leaves in the config
             dtype = getattr(torch, dtype)
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, LowRankLinear):
+            if isinstance(layer, LowRank):
                 model.set_submodule(name, layer.dense(dtype or layer.weight.dtype))
         return model
 

@@ -19,7 +19,7 @@ from fishertool.checkpoint.dtypes import all_finite
 from fishertool.errors import InputError
 from fishertool.fisher.batches import Batch, logits_of, micro_batches
 from fishertool.models.loading import LoadedModel
-from fishertool.models.low_rank import LowRankLinear
+from fishertool.models.low_rank_layers import LowRank
 from fishertool.models.tasks import Task, collate
 
 MAX_GRADIENT_NORM = 1.0
@@ -129,7 +129,7 @@ def _whole_masks(
 @contextmanager
 def _training(model: LoadedModel, seed: int) -> Iterator[list[nn.Parameter]]:
     """Train mode, with gradients for the parameters to train alone, and dropout by the seed."""
-    layers = [one for one in model.pretrained.modules() if isinstance(one, LowRankLinear)]
+    layers = [one for one in model.pretrained.modules() if isinstance(one, LowRank)]
     sources: Sequence[nn.Module] = layers or [model.pretrained]
     trained = [one for source in sources for one in source.parameters()]
     wanted = {one: one.requires_grad for one in model.module.parameters()}

@@ -15,6 +15,7 @@ from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.factorization.rank import Ranks
 from fishertool.models.layers import Layer, layers_of
+from fishertool.models.low_rank_layers import EMPTY
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import weights_folder
 from fishertool.registry import Method
@@ -25,10 +26,11 @@ from fishertool.surgery.matrix import Matrix
 
 FORMATS = ("low-rank", "dense")
 DTYPES = ("F64", "F32", "F16", "BF16")
-FUSED = {
+NOT_PLAIN = {
     "part": "one layer in memory with others",
     "expert": "experts are one tensor in memory",
     "experts": "experts are one tensor",
+    "embedding": "an embedding of a class of its own",
 }
 
 
@@ -191,13 +193,8 @@ def _choose(
             )
         elif info.dtype not in DTYPES or 0 in info.shape:
             kept[name] = f"{info} cannot be decomposed"
-        elif form == "low-rank" and layer.kind == "embedding":
-            raise UsageError(
-                f"{name} is an embedding, which --format low-rank does not hold; leave it out with "
-                f"--exclude {name!r}, or take --format dense"
-            )
-        elif form == "low-rank" and layer.kind in FUSED:
-            kept[name] = f"{FUSED[layer.kind]}; --format dense takes it"
+        elif form == "low-rank" and not layer.plain:
+            kept[name] = f"{NOT_PLAIN[layer.kind]}; --format dense takes it"
         else:
             continue
         selected.discard(name)
@@ -231,7 +228,9 @@ def _matrices(checkpoint: Checkpoint, layer: Layer) -> list[Matrix]:
 def _factors(matrix: Matrix, rank: int) -> list[TensorInfo]:
     """An empty weight stops loaders that do not know the format."""
     out, width = matrix.shape
-    shapes = {"down.weight": (rank, width), "up.weight": (out, rank), "weight": (0,)}
+    shapes = {"down.weight": (rank, width), "up.weight": (out, rank), "weight": EMPTY}
+    if matrix.layer.kind == "embedding":
+        shapes |= {"down.weight": (out, rank), "up.weight": (width, rank)}
     return [
         TensorInfo(f"{matrix.module}.{part}", matrix.dtype, shape) for part, shape in shapes.items()
     ]

@@ -53,8 +53,11 @@ def write_factorized(
             factors, energy = cut(matrix, rank)
             if plan.format == "low-rank":
                 rounded = rounded_factors(plan, matrix, factors)
-                writer.write(f"{matrix.module}.down.weight", rounded.right)
-                writer.write(f"{matrix.module}.up.weight", rounded.left)
+                down, up = rounded.right, rounded.left
+                if matrix.layer.kind == "embedding":  # which looks up rows of its weight's left
+                    down, up = rounded.left, rounded.right.T
+                writer.write(f"{matrix.module}.down.weight", down)
+                writer.write(f"{matrix.module}.up.weight", up)
                 product = rounded.left.double() @ rounded.right.double()
             else:
                 rows = product_rows(plan, matrix, factors)
@@ -64,7 +67,7 @@ def write_factorized(
 
         stream(_work(plan), one, threads, advance)
         digests = writer.finish()
-    _write_config(plan, layout, place, {m.module: rank for m, rank in factored.values()})
+    _write_config(plan, layout, place, list(factored.values()))
     copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
     return layout, digests, figures
 
@@ -159,9 +162,14 @@ def _share(part: Tensor, whole: Tensor) -> float:
     return float(torch.tensor(ratio).float())
 
 
-def _write_config(plan: FactorizePlan, layout: Layout, folder: Path, ranks: dict[str, int]) -> None:
+def _write_config(
+    plan: FactorizePlan, layout: Layout, folder: Path, factored: list[tuple[Matrix, int]]
+) -> None:
     write_config(plan.checkpoint.folder, folder, layout.dtype)
-    if ranks:
+    if factored:
         config = load_json(folder / "config.json")
-        config["quantization_config"] = quantization_config(ranks)
+        config["quantization_config"] = quantization_config(
+            {matrix.module: rank for matrix, rank in factored},
+            [matrix.module for matrix, _ in factored if matrix.layer.kind == "embedding"],
+        )
         write_json(folder / "config.json", config)
