@@ -22,7 +22,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
     ("kind", "more", "select"),
     [
         ("bert", {}, BLOCK_LINEARS),
-        ("bert", {}, BLOCK_LINEARS + r"|embeddings\.weight"),
+        ("bert", {}, BLOCK_LINEARS + r"|word_embeddings\.weight"),
         ("gpt2", {}, BLOCK_LINEARS),
         ("llama", {"tied": True}, BLOCK_LINEARS),
         ("t5", {}, BLOCK_LINEARS),

@@ -14,6 +14,7 @@ from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 
 import fishertool
+from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.svd import svd
 
 
@@ -181,7 +182,7 @@ def test_embeddings_on_request(cli: Cli, make_model: ModelMaker, tmp_path: Path)
     result = cli(*flags, *both, "--out", "l", "--json")
     assert result.code == 0, result.err
     config = json.loads(Path("l/config.json").read_text())["quantization_config"]
-    assert config["embeddings"] == ["bert.embeddings.word_embeddings"]
+    assert config["embedding"] == "bert.embeddings.word_embeddings"
     low = fishertool.load_model("l")
     assert low.get_input_embeddings().rank == rank
     result = cli("factorize", model, "--method", "svd", "--keep", "0.5", "--include", name, *both,
@@ -214,6 +215,28 @@ def test_low_rank_embeddings_are_a_models_like_any(
     assert {f"{name}.down.weight", f"{name}.up.weight"} <= names
 
 
+def test_an_embeddings_inputs_are_its_tokens(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
+) -> None:
+    model, name = make_model("m", spread=0.3), "bert.embeddings.word_embeddings.weight"
+    kinds = "diagonal,factored,kronecker"
+    result = cli("estimate-fisher", model, "--data", data, "--kind", kinds, "--out", "f", "-q")
+    assert result.code == 0, result.err
+    fisher, weight = load_file("f/diagonal.safetensors")[name], weights_of(model)[name]
+    flags = "factorize", model, "--fisher", "f", "--rank", "4", "--include", name
+    for form in ("dense", "low-rank"):
+        result = cli(*flags, "--method", "fwsvd", "--format", form, "--out", form, "-q")
+        assert result.code == 0, result.err
+    left, right = fwsvd(weight.T, fisher.sum(0), fisher.sum(1)).truncate(4)
+    wanted = (left @ right).T.float()
+    torch.testing.assert_close(weights_of(tmp_path / "dense")[name], wanted, rtol=1e-4, atol=1e-5)
+    table = fishertool.load_model("low-rank").get_input_embeddings()
+    torch.testing.assert_close(table(torch.arange(len(weight))), wanted, rtol=1e-4, atol=1e-5)
+    result = cli(*flags, "--method", "kronecker", "--out", "k")
+    assert result.code == 2
+    assert f"{name}: an embedding has no kronecker statistic" in result.err
+
+
 def test_embeddings_that_do_more_than_look_up_stay_dense(cli: Cli, tmp_path: Path) -> None:
     model = save("opt", tmp_path / "m")
     result = cli(
@@ -222,4 +245,4 @@ def test_embeddings_that_do_more_than_look_up_stay_dense(cli: Cli, tmp_path: Pat
     )  # fmt: skip
     assert result.code == 0, result.err
     row = rows_of(result, "keep")["model.decoder.embed_positions.weight"]
-    assert row["why"] == "an embedding of a class of its own; --format dense takes it"
+    assert row["why"].startswith("an embedding of other things than tokens")

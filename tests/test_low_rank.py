@@ -43,7 +43,11 @@ MODELS = {
 
 def factors_in(name: str) -> str:
     """Which tensors of one of MODELS to factorize."""
-    return rf"{BLOCK_LINEARS}|embed.*\.weight$" if "embeddings" in name else BLOCK_LINEARS
+    return (
+        rf"{BLOCK_LINEARS}|(word_embeddings|embed_tokens)\.weight$"
+        if "embeddings" in name
+        else BLOCK_LINEARS
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +92,7 @@ def test_full_rank_predicts_as_dense_and_is_saved_as_it_was(
     low, again = (json.loads(Path(one, "config.json").read_text()) for one in ("low", "again"))
     assert again["quantization_config"] == low["quantization_config"]
     assert low["quantization_config"]["ranks"] == ranks
-    assert ("embeddings" in low["quantization_config"]) == ("embeddings" in name)
+    assert ("embedding" in low["quantization_config"]) == ("embeddings" in name)
     torch.testing.assert_close(
         logits_of(fishertool.load_model("again")), logits_of(model), rtol=0, atol=0
     )
@@ -416,20 +420,20 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "an embedding": (
         fake_module("bert.embeddings.word_embeddings"),
         "bert.embeddings.word_embeddings is of class Embedding in a BertForSequenceClassification, "
-        "which cannot be low-rank as a linear layer is",
+        "which cannot be low-rank as linear layers are",
     ),
     "no embedding": (
-        change_ranks(lambda settings: settings.update(embeddings=[QUERY])),
+        change_ranks(lambda settings: settings.update(embedding=QUERY)),
         f"{QUERY} is of class Linear in a BertForSequenceClassification, which cannot be low-rank "
-        "as an embedding is",
+        "as token embeddings are",
     ),
     "an embedding of no rank": (
-        change_ranks(lambda settings: settings.update(embeddings=["bert.pooler"])),
-        "names embeddings ['bert.pooler'], of which it gives no ranks",
+        change_ranks(lambda settings: settings.update(embedding="bert.pooler")),
+        "says that the embedding is 'bert.pooler', of which it gives no rank",
     ),
-    "embeddings in a word": (
-        change_ranks(lambda settings: settings.update(embeddings=QUERY)),
-        f"names embeddings '{QUERY}'",
+    "a list of embeddings": (
+        change_ranks(lambda settings: settings.update(embedding=[[QUERY]])),
+        f"says that the embedding is [['{QUERY}']]",
     ),
     "down missing": (
         change_tensors(lambda tensors: tensors.pop(f"{QUERY}.down.weight")),

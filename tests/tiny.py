@@ -86,7 +86,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-EMBEDDINGS = r"(embeddings|embed_tokens|wte|wpe)$"
+TOKEN_TABLES = r"(word_embeddings|embed_tokens|wte)$"
 BLOCK_LINEARS = (
     r"(attention|attn|self_attn|(Self|EncDec)Attention(?!\.relative)|intermediate|output|mlp"
     r"|DenseReluDense)\.([\w.]+\.)?\w+\.weight"
@@ -99,7 +99,7 @@ def make_low_rank(
     """A low-rank copy of a tiny checkpoint by truncated SVDs, of full rank unless told otherwise.
 
     Returns the ranks by module. Weights whose name matches `select` are factorized, all of them
-    2-D; those of GPT-2 are [in, out], and embeddings have their names in EMBEDDINGS.
+    2-D; those of GPT-2 are [in, out], and token embeddings are told by name.
     """
     shutil.copytree(dense, out)
     config = json.loads((dense / "config.json").read_text())
@@ -111,13 +111,13 @@ def make_low_rank(
             tensors[name] = stored
             continue
         weight = stored.double()
-        if config["model_type"] == "gpt2" and not re.search(EMBEDDINGS, module):
+        if config["model_type"] == "gpt2" and not re.search(TOKEN_TABLES, module):
             weight = weight.T
         ranks[module] = r = min(rank or min(weight.shape), *weight.shape)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         root = values[:r].sqrt()
         down, up = root.unsqueeze(1) * right[:r], left[:, :r] * root
-        if re.search(EMBEDDINGS, module):
+        if re.search(TOKEN_TABLES, module):
             down, up = up, down.T
         tensors[f"{module}.down.weight"] = down.to(stored.dtype)
         tensors[f"{module}.up.weight"] = up.to(stored.dtype)
@@ -131,7 +131,7 @@ def make_low_rank(
         {"format": "pt"},
     )
     config["quantization_config"] = quantization_config(
-        ranks, [module for module in ranks if re.search(EMBEDDINGS, module)]
+        ranks, next((module for module in ranks if re.search(TOKEN_TABLES, module)), None)
     )
     (out / "config.json").write_text(json.dumps(config))
     return ranks

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fishertool.calibration import CalibrationData, DataOptions, check_data_source
 from fishertool.checkpoint.digest import FileDigest
@@ -114,6 +115,7 @@ def factorize(
             return _forecast(report, plan, needed, threads, out)
         judge = None
         torch.set_num_threads(threads)
+        opened.enter_context(threadpool_limits(threads, "blas"))
         if evaluate_on is not None:
             judge = Judge(plan, evaluate_on, batch_size, device, trust_remote_code)
         texts = finetune and training_data(plan.checkpoint, finetune, trust_remote_code)

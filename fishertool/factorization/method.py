@@ -14,8 +14,8 @@ gradients  B = E[d d^T], d the gradient at the layer's output, [out, out]
 start      another method's decomposition, to be refined; a method that names it refines
 
 The result is in float64 and good for every rank: `truncate` cuts it, and only then are the terms
-computed. Nothing is written into the
-arguments. Raises ValueError for a statistic that is zero everywhere, negative or not finite.
+computed. Nothing is written into the arguments. Raises ValueError for a statistic that is zero
+everywhere, negative or not finite.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from torch import nn
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
-from fishertool.models.low_rank_layers import is_embedding, is_linear, is_turned
+from fishertool.models.low_rank_layers import is_linear, is_turned, token_table
 from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin
 
@@ -31,7 +31,7 @@ class Layer:
     tied: str | None
     """Another name of the same parameter."""
     plain: bool
-    """Whether its module is one that a low-rank module can stand for, and it all of its weight."""
+    """Whether a low-rank module can take its module's place."""
 
 
 def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Layer]:
@@ -52,6 +52,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
         aliases[id(parameter)].append(name)
     found: dict[str, Layer] = {}
     origins = origins_by_disk_name(module, parameters, checkpoint.folder)
+    tokens = token_table(module)
     for name in checkpoint:
         origin = origins.get(name)
         if origin is None or checkpoint.info(name).shape != origin.shape:
@@ -69,7 +70,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
             stacked or is_turned(owner),
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
-            kind == "linear" or (kind == "embedding" and is_embedding(owner)),
+            kind == "linear" or owner is tokens,
         )
     return found
 

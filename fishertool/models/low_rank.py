@@ -2,13 +2,13 @@
 
 W ~ up @ down in place of a linear layer's W [out, in], with down [rank, in] and up [out, rank]. Of a
 module M, a checkpoint holds M.down.weight, M.up.weight, M.up.bias where there is a bias, and an
-empty M.weight, on whose shape a loader that does not know the format stops. An embedding is such a
-layer of one-hot vectors, in = vocabulary, and its down lies as [in, rank]. config.json names the
-ranks, and which modules are embeddings, under `quantization_config`.
+empty M.weight, on whose shape a loader that does not know the format stops. The token embeddings are
+such a layer of one-hot vectors, in = vocabulary, and their down lies as [in, rank]. config.json names
+the ranks, and the module that is the token embeddings, under `quantization_config`.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from fishertool.models.low_rank_layers import (
     EMPTY,
     LowRankEmbedding,
     LowRankLinear,
-    is_embedding,
     is_linear,
     is_turned,
+    token_table,
 )
 from fishertool.models.names import origins_by_disk_name
 
@@ -65,12 +65,10 @@ class Factors:
         return f"{self.module}.up.bias"
 
 
-def quantization_config(
-    ranks: Mapping[str, int], embeddings: Collection[str] = ()
-) -> dict[str, Any]:
+def quantization_config(ranks: Mapping[str, int], embedding: str | None = None) -> dict[str, Any]:
     """What config.json says of modules with these ranks, by their names on disk."""
     told = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
-    return told | ({"embeddings": sorted(embeddings)} if embeddings else {})
+    return told if embedding is None else {**told, "embedding": embedding}
 
 
 def is_low_rank(config: Mapping[str, Any]) -> bool:
@@ -92,14 +90,14 @@ def factors_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Fact
     ranks = settings.get("ranks")
     if not isinstance(ranks, Mapping) or not ranks:
         raise InputError(f"{folder}: its quantization_config gives no ranks")
-    embeddings = settings.get("embeddings") or ()
-    if isinstance(embeddings, str) or not set(embeddings) <= ranks.keys():
+    embedding = settings.get("embedding")
+    if embedding is not None and (not isinstance(embedding, str) or embedding not in ranks):
         raise InputError(
-            f"{folder}: its quantization_config names embeddings {embeddings!r}, of which it gives "
-            "no ranks"
+            f"{folder}: its quantization_config says that the embedding is {embedding!r}, of which "
+            "it gives no rank"
         )
     found = [
-        _factors(checkpoint, str(module), rank, module in embeddings)
+        _factors(checkpoint, str(module), rank, module == embedding)
         for module, rank in ranks.items()
     ]
     named = {one.weight for one in found}
@@ -122,7 +120,8 @@ def _factors(checkpoint: Checkpoint, module: str, rank: Any, embedding: bool) ->
             "fetch it again, or factorize again"
         )
     down, up, weight = map(checkpoint.info, (one.down, one.up, one.weight))
-    for info, side in ((down, int(embedding)), (up, 1)):
+    inputs = 0 if embedding else 1  # the dimension of down
+    for info, side in ((down, 1 - inputs), (up, 1)):
         if len(info.shape) != 2 or info.shape[side] != rank:
             raise InputError(
                 f"{checkpoint.where(info.name)} is {list(info.shape)}, but config.json gives "
@@ -133,9 +132,8 @@ def _factors(checkpoint: Checkpoint, module: str, rank: Any, embedding: bool) ->
             f"{checkpoint.where(one.weight)} is {weight}, beside {down} and {up}; a low-rank "
             "module's is empty, and its factors have one dtype"
         )
-    inputs = down.shape[1 - int(embedding)]
     has_bias = one.up_bias in checkpoint
-    return Factors(module, rank, inputs, up.shape[0], up.dtype, has_bias, embedding)
+    return Factors(module, rank, down.shape[inputs], up.shape[0], up.dtype, has_bias, embedding)
 
 
 def modules_of(
@@ -185,11 +183,11 @@ def _check_layer(model: Any, module: str, one: Factors, checkpoint: Checkpoint) 
         raise InputError(
             f"{checkpoint.folder}: {module} is tied to another weight, and has factors"
         )
-    if not (is_embedding if one.embedding else is_linear)(layer):
+    if not (layer is token_table(model) if one.embedding else is_linear(layer)):
         raise InputError(
             f"{checkpoint.folder}: {module} is of class {type(layer).__name__} in a "
             f"{type(model).__name__}, which cannot be low-rank as "
-            f"{'an embedding' if one.embedding else 'a linear layer'} is"
+            f"{'token embeddings are' if one.embedding else 'linear layers are'}"
         )
     ours = (one.outputs, one.inputs)
     shape = tuple(layer.weight.shape)
@@ -218,15 +216,16 @@ def put_in(model: Any, modules: Mapping[str, Factors]) -> None:
 
 
 def check_loaded(model: Any, modules: Mapping[str, Factors], checkpoint: Checkpoint) -> None:
-    """Raises InputError for a factor that is not the one on disk, by its first row: transformers
-    fills what it finds no tensor for with random numbers."""
+    """Raises InputError for a factor that is not the one on disk, by its last row: transformers
+    fills what it finds no tensor for with random numbers, and a padding token's row with zeros."""
     for name, one in modules.items():
         layer = model.get_submodule(name)
         for on_disk, weight in ((one.down, layer.down.weight), (one.up, layer.up.weight)):
             if weight.is_meta:
                 continue
-            stored = checkpoint.read(on_disk, 0, 1)[0].to(weight.dtype)
-            if not torch.equal(stored.nan_to_num(), weight[0].detach().cpu().nan_to_num()):
+            last = len(weight) - 1
+            stored = checkpoint.read(on_disk, last, last + 1)[0].to(weight.dtype)
+            if not torch.equal(stored.nan_to_num(), weight[last].detach().cpu().nan_to_num()):
                 raise InputError(
                     f"{checkpoint.where(on_disk)} did not arrive in {type(model).__name__}; this "
                     "version of transformers loads it otherwise"

@@ -131,9 +131,16 @@ def is_turned(layer: nn.Module) -> bool:
     return type(layer) is Conv1D
 
 
-def is_embedding(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but look up rows: not a subclass, which may scale them."""
-    return type(layer) is nn.Embedding and layer.max_norm is None
+def token_table(model: Any) -> nn.Embedding | None:
+    """A model's input embeddings, if all they do is look up rows: a subclass may scale them.
+
+    Other embeddings are left alone, as there are architectures that read their weight.
+    """
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if type(table) is nn.Embedding and table.max_norm is None else None
 
 
 def table_length(layer: Any) -> int:

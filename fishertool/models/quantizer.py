@@ -37,13 +37,13 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     folder, checks it."""
 
     def __init__(
-        self, ranks: Any = None, format_version: Any = None, embeddings: Any = None, **more: Any
+        self, ranks: Any = None, format_version: Any = None, embedding: Any = None, **more: Any
     ):
         self.quant_method = METHOD
         self.format_version = format_version
         self.ranks = ranks
-        if embeddings is not None:
-            self.embeddings = embeddings
+        if embedding is not None:
+            self.embedding = embedding
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -78,15 +78,15 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """Called first by `save_pretrained`: config.json gets the names that it saves under."""
         parameters = dict(model.named_parameters())
         names = {one.name: name for name, one in origins(model, parameters).items() if one}
-        ranks, embeddings = {}, []
+        ranks, embedding = {}, None
         for module, layer in model.named_modules():
             down = names.get(f"{module}.down.weight")
             if isinstance(layer, LowRank) and down is not None:
                 on_disk = down.removesuffix(".down.weight")
                 ranks[on_disk] = layer.rank
                 if isinstance(layer, LowRankEmbedding):
-                    embeddings.append(on_disk)
-        model.config.quantization_config = LowRankConfig(**quantization_config(ranks, embeddings))
+                    embedding = on_disk
+        model.config.quantization_config = LowRankConfig(**quantization_config(ranks, embedding))
         return None, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

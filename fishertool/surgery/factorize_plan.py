@@ -30,7 +30,7 @@ NOT_PLAIN = {
     "part": "one layer in memory with others",
     "expert": "experts are one tensor in memory",
     "experts": "experts are one tensor",
-    "embedding": "an embedding of a class of its own",
+    "embedding": "an embedding of other things than tokens, or of a class of its own",
 }
 
 
@@ -138,7 +138,7 @@ def plan_factorize(
     statistics = open_statistics(opened, sidecar, chosen.methods, checkpoint)
     copies = tied_names(checkpoint)
     layers = {
-        name: layer
+        name: _as_linear(layer)
         for name, layer in layers_of(checkpoint, trust_remote_code).items()
         if name not in copies
     }
@@ -166,6 +166,11 @@ def plan_factorize(
         budget.kept_of(plan.shapes, plan.others)
     budget.check_rank(plan.shapes)
     return plan
+
+
+def _as_linear(layer: Layer) -> Layer:
+    """An embedding is a linear layer of one-hot inputs, whose weight lies as [in, out]."""
+    return replace(layer, turned=True) if layer.kind == "embedding" else layer
 
 
 def _choose(
@@ -228,9 +233,8 @@ def _matrices(checkpoint: Checkpoint, layer: Layer) -> list[Matrix]:
 def _factors(matrix: Matrix, rank: int) -> list[TensorInfo]:
     """An empty weight stops loaders that do not know the format."""
     out, width = matrix.shape
-    shapes = {"down.weight": (rank, width), "up.weight": (out, rank), "weight": EMPTY}
-    if matrix.layer.kind == "embedding":
-        shapes |= {"down.weight": (out, rank), "up.weight": (width, rank)}
+    down = (width, rank) if matrix.layer.kind == "embedding" else (rank, width)
+    shapes = {"down.weight": down, "up.weight": (out, rank), "weight": EMPTY}
     return [
         TensorInfo(f"{matrix.module}.{part}", matrix.dtype, shape) for part, shape in shapes.items()
     ]

@@ -74,6 +74,13 @@ class Statistics:
     def _check_kind(self, wanted: str, kind: str, matrices: Sequence[Matrix]) -> None:
         tensors, header = self.kinds[kind]
         lost = [matrix.name for matrix in matrices if matrix.name not in header.statistics]
+        if wanted in ("inputs", "gradients") and (
+            tables := {one.name for one in matrices if one.layer.kind == "embedding"} & {*lost}
+        ):
+            raise UsageError(
+                f"{some(sorted(tables))}: an embedding has no {kind} statistic; leave it out with "
+                "--exclude, or take svd, fwsvd or tfwsvd"
+            )
         if lost:
             raise InputError(
                 f"{tensors.folder}: has no {kind} statistic of {some(sorted(set(lost)))}; "

@@ -53,11 +53,11 @@ def write_factorized(
             factors, energy = cut(matrix, rank)
             if plan.format == "low-rank":
                 rounded = rounded_factors(plan, matrix, factors)
-                down, up = rounded.right, rounded.left
-                if matrix.layer.kind == "embedding":  # which looks up rows of its weight's left
-                    down, up = rounded.left, rounded.right.T
+                down = rounded.right
+                if matrix.layer.kind == "embedding":  # a table of rows
+                    down = down.T
                 writer.write(f"{matrix.module}.down.weight", down)
-                writer.write(f"{matrix.module}.up.weight", up)
+                writer.write(f"{matrix.module}.up.weight", rounded.left)
                 product = rounded.left.double() @ rounded.right.double()
             else:
                 rows = product_rows(plan, matrix, factors)
@@ -170,6 +170,6 @@ def _write_config(
         config = load_json(folder / "config.json")
         config["quantization_config"] = quantization_config(
             {matrix.module: rank for matrix, rank in factored},
-            [matrix.module for matrix, _ in factored if matrix.layer.kind == "embedding"],
+            next((m.module for m, _ in factored if m.layer.kind == "embedding"), None),
         )
         write_json(folder / "config.json", config)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 FEW = 1 / 4
 """Up to this share of all eigenvectors, they take less time one by one than all together."""
+MAX_SIDE = 32_766
+"""Of a wider one LAPACK cannot say how large a workspace it wants."""
 LOWER = b"L"
 """The upper half by rows is the lower one by columns, which is how LAPACK reads."""
 
@@ -42,7 +44,8 @@ class Leading:
 def _ascending(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At least the last `count`. The LAPACK that torch was built with can compute all of them only,
     and on some processors takes half as long again; it stays for what the other gives up."""
-    if upper.device.type == "cpu" and bool(upper.isfinite().all()):
+    served = upper.device.type == "cpu" and upper.dtype == torch.float64
+    if served and len(upper) <= MAX_SIDE and bool(upper.triu().isfinite().all()):
         compute = _some if count <= FEW * len(upper) else _all
         if (found := compute(upper, count)) is not None:
             return found
@@ -51,7 +54,7 @@ def _ascending(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _some(upper: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """By relatively robust representations (Dhillon and Parlett 2004)."""
+    """One by one, from the tridiagonal form."""
     side, values = len(upper), upper.new_empty(len(upper))
     vectors = upper.new_empty(count, side)
     support = torch.empty(2 * count, dtype=torch.int32)

@@ -69,7 +69,7 @@ class Weighting:
 
     @cached_property
     def _cholesky(self) -> Tensor | None:
-        """The root that costs least, where nothing is below the floor or near it."""
+        """The root that costs least, where all its pivots are above the floor."""
         if self.square is None or self.square.dim() == 1 or not self._least:
             return None
         factor, failed = torch.linalg.cholesky_ex(self.square)
