@@ -172,6 +172,9 @@ def test_processes_stop_together_by_the_error(
     rows = [{"text": make_text(n, 4 + n % 3)} for n in range(400)]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = ("--data", texts, "--until-relative-error", 0.2, "--threads", 1, "--json")
+    saving = ("--checkpoint-every", 4, "--out", tmp_path / "saved")
+    refused = torchrun(2, "estimate-fisher", model, *flags, *saving)
+    assert "processes that stop together (--until-relative-error) cannot be saved" in refused.stderr
     one = cli("estimate-fisher", model, *flags, "--out", "one")
     assert one.code == 0, one.err
     used = one.report["summary"]["examples"]

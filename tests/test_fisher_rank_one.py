@@ -173,6 +173,15 @@ def test_small_damping_and_many_members() -> None:
     assert error(fisher.product(fisher.solve(x)), x) < 1e-9
 
 
+def test_as_many_members_as_weights_need_no_damping() -> None:
+    """On the members' side so little damping would divide rounding."""
+    gradients = draw(16, [(4, 16)])
+    found = RankOneFisher(HeldGradients(gradients), 1e-14, block=16).inverse_diagonal()
+    rows = matrix(gradients).reshape(16, 4, 16).transpose(0, 1)
+    wanted = torch.linalg.inv(rows.mT @ rows / 16).diagonal(dim1=1, dim2=2).flatten()
+    assert error(found, wanted) < 1e-6
+
+
 def test_the_recursion_in_float32_fails_there() -> None:
     """Why factors are in float64: a tenth or more of what it finds is not even positive."""
     rows = draw(1024, [(50,)])["w0"]

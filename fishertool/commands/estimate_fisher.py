@@ -70,7 +70,8 @@ def estimate_fisher(
     report = Report("estimate-fisher", options_of(locals()))
     report.options |= report.options.pop("settings")
     check_settings(settings)
-    _check_places(settings, device_map, accumulate_on, saves=resume or checkpoint_every is not None)
+    saves = resume or checkpoint_every is not None
+    _check_places(settings, device_map, accumulate_on)
     device = check_device(device)
     torch.set_num_threads(threads)
     shard_bytes = parse_size(max_shard_size)
@@ -81,6 +82,7 @@ def estimate_fisher(
             raise UsageError("--device-map is for one process; several shard a model with --fsdp")
         report.environment = environment(threads, device, workers.share.of)
         share = share_of(part, workers, settings)
+        _check_saved(settings, workers, saves)
         subject = find_subject(opened, source, data)
         report.options |= options_of({"data": subject.data})
         needed = bytes_of(settings, subject.infos(), data.num_examples)
@@ -100,7 +102,7 @@ def estimate_fisher(
         job = job_of(loaded, settings, work, share.of)
         place = resumable(out)
         if workers.first:
-            saved = SAVED if checkpoint_every is not None or resume else None
+            saved = SAVED if saves else None
             place = opened.enter_context(staged(out, overwrite, saved))
             tidy(place, resume)
         workers.wait()
@@ -149,17 +151,27 @@ def estimate_fisher(
     return report
 
 
-def _check_places(
-    settings: Settings, device_map: str | None, accumulate_on: str, saves: bool
-) -> None:
+def _check_places(settings: Settings, device_map: str | None, accumulate_on: str) -> None:
     check_spreading(device_map, settings.fsdp)
     if accumulate_on not in ACCUMULATE_ON:
         raise UsageError(f"--accumulate-on {suggest(accumulate_on, ACCUMULATE_ON)}")
-    if settings.fsdp and saves:
-        raise UsageError(
-            "--checkpoint-every and --resume: processes that share weights (--fsdp) cannot be "
-            "saved one by one; leave them out"
-        )
+
+
+def _check_saved(settings: Settings, workers: Workers, saves: bool) -> None:
+    """Refuse to save one by one processes that wait for one another: killed, they would go on from
+    different places, each waiting for what another has behind it."""
+    together = {
+        "share weights (--fsdp)": settings.fsdp,
+        "stop together (--until-relative-error)": (
+            settings.until_relative_error is not None and not workers.alone
+        ),
+    }
+    for what, so in together.items():
+        if saves and so:
+            raise UsageError(
+                f"--checkpoint-every and --resume: processes that {what} cannot be saved one by "
+                "one; leave them out"
+            )
 
 
 def _run(

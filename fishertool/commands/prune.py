@@ -216,9 +216,12 @@ def _write(
 
 
 def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:
-    """At most: the checkpoint again, what is pruned once more with its masks, and saliencies."""
+    """At most: the checkpoint again, what every step prunes once more with its masks, and
+    saliencies."""
     stored = sum(plan.checkpoint.info(matrix.name).nbytes for matrix in plan.matrices)
-    found = {"output": plan.layout.nbytes, "work": stored + 7 * plan.elements}
+    steps = len(plan.recipe.schedule)
+    work = steps * (stored + plan.elements) + 6 * plan.elements
+    found = {"output": plan.layout.nbytes, "work": work}
     if data is not None and plan.statistics is None and "rank-one" in plan.recipe.kinds:
         found["bank"] = 2 * plan.elements * (data.num_examples or 1)
     return found

@@ -192,7 +192,7 @@ class RankOneFisher:
             yield self._whole
             return
         for piece in self._pieces:
-            primal = piece.width < self.members
+            primal = piece.width <= self.members
             yield _Run([piece], piece.starts, self.members, self.damping, primal)
 
     def _factored(self) -> Iterator["_Run"]:

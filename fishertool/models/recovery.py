@@ -99,6 +99,14 @@ def check_trained(name: str, values: Tensor) -> None:
         )
 
 
+def as_stored(trained: Tensor, stored: Tensor) -> Tensor:
+    """What was trained, in the dtype on disk. Where that is finer than the model's, what training
+    added to what the model was loaded from."""
+    if stored.dtype.itemsize <= trained.dtype.itemsize:
+        return trained.to(stored.dtype)
+    return stored + (trained.to(stored.dtype) - stored.to(trained.dtype).to(stored.dtype))
+
+
 def _batches(data: CalibrationData, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Numbers of examples: all of them in random order, then all again."""
     generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,7 @@ from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
 from fishertool.surgery.prune_statistics import Statistics, open_statistics
 
+STACK = "a stack of experts"
 UNREACHED = "an expert that no token reached"
 
 
@@ -88,6 +89,9 @@ def plan_prune(
     statistics = None
     if recipe.kinds and fisher is not None:
         statistics = open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
+        unreached = statistics.unreached(matrices)
+        kept |= dict.fromkeys(unreached, UNREACHED)
+        matrices = [matrix for matrix in matrices if matrix.name not in unreached]
         statistics.check(recipe, matrices)
         if "rank-one" in recipe.kinds:
             check_bank(recipe, statistics.members)
@@ -165,7 +169,7 @@ def _choose(
     for name in select(layers, include, exclude):
         layer, info = layers[name], checkpoint.info(name)
         if layer.kind == "experts":
-            kept[name] = "a stack of experts"
+            kept[name] = STACK
         elif info.dtype not in FLOATING or not info.elements:
             kept[name] = f"{info} cannot be computed with"
         elif include or (layer.in_block and layer.kind != "embedding" and layer.tied is None):

@@ -28,6 +28,8 @@ DAMPING = 1e-3
 MOMENT_DAMPING = 0.01
 LARGEST_GROUP = 8
 """Of weights whose sets OBS weighs against one another: 4 of 8 are 70 sets."""
+LARGEST_SET = 64
+"""Of weights that OBS judges as the one set they are, at the cost of an inverse a set."""
 TOO_SMALL = 1e-6
 """Damping below which a block of more weights than gradients tells of nothing but damping."""
 
@@ -68,6 +70,12 @@ class Recipe:
         return "rank-one" in self.kinds or self.inverts_moment
 
     @property
+    def damps_saliency(self) -> bool:
+        """Whether it is not only updates that are damped."""
+        by_bank = {"inverse_diagonal", "inverse_blocks"} & self.method.inputs.keys()
+        return bool(by_bank) or "damping" in self.settings
+
+    @property
     def inverts_moment(self) -> bool:
         return "columnwise" in self.updates or "damping" in self.settings
 
@@ -76,7 +84,7 @@ class Recipe:
         """Weights that OBS judges together: those a pattern takes some of, or all, at once."""
         size = self.pattern.m or self.pattern.columns
         known = "inverse_blocks" in self.method.inputs and self.block is not None
-        return size if known and size <= LARGEST_GROUP else 1
+        return size if known and size <= (LARGEST_GROUP if self.pattern.m else LARGEST_SET) else 1
 
     @property
     def pruned_of_group(self) -> int:

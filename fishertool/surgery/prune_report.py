@@ -9,7 +9,7 @@ from typing import Any
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import UNREACHED, PrunePlan, mask_name
+from fishertool.surgery.prune_plan import STACK, UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
 
@@ -97,6 +97,13 @@ def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> l
         found.append(
             f"no token of the data reached {some(unreached)}, which stay as they are; more examples "
             "reach more"
+        )
+    if stacks := [name for name, why in plan.kept.items() if why == STACK]:
+        whole = sum(info.elements for info in plan.checkpoint.infos().values())
+        share = sum(plan.checkpoint.info(name).elements for name in stacks) / whole
+        found.append(
+            f"{some(stacks)} have all experts in one tensor, {100 * share:.0f} % of the model's "
+            "weights, and stay as they are: prune takes experts that are stored one by one"
         )
     method = outcome.recipe.method.name
     same = summary["overlap_with_magnitude"]

@@ -3,7 +3,7 @@
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from math import inf, isinf
+from math import inf, isinf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ def _estimated(
 
 
 def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[dict[str, float]]:
-    """Prune by each, with the update that is asked for, or none where updates are gated."""
+    """Prune by each, with the update that is asked for; where updates are gated without, or, if
+    nothing else is damped, with the last of them."""
     recipe, kept = step.recipe, here / "dampings.json"
     if kept.is_file():
         return list(load_json(kept)["dampings"])
@@ -132,7 +133,8 @@ def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[di
         for damping in DAMPINGS:
             tried = recipe.with_damping(damping)
             if recipe.gated:
-                tried = replace(tried, updates=(), gated=False)
+                updates = () if recipe.damps_saliency else recipe.updates[-1:]
+                tried = replace(tried, updates=updates, gated=False)
             place = here / f"damping-{damping:g}"
             place.mkdir(exist_ok=True)
             one = Step(step.plan, tried, step.statistics, step.before, step.seed)
@@ -147,5 +149,10 @@ def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[di
             rows.append({"damping": damping, "held_out_loss": loss})
             shutil.rmtree(place)
             advance(1)
+    if all(isnan(row["held_out_loss"]) for row in rows):
+        raise InputError(
+            f"{trial.calibration.texts.name}: --damping auto is chosen on held-out examples, and "
+            "nothing is scored in these; give other data, or a number"
+        )
     write_json(kept, {"dampings": rows})
     return rows

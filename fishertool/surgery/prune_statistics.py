@@ -59,11 +59,18 @@ class Statistics:
 
     def unreached(self, matrices: Sequence[Matrix]) -> list[str]:
         """Experts that are told nothing about: no token went through them."""
+
+        def is_told(kind: str, matrix: Matrix) -> bool:
+            found = self.kinds[kind][1].statistics.get(matrix.name)
+            if found is None or kind not in ("diagonal", "rank-one"):
+                return found is not None
+            return (found.total if kind == "diagonal" else self._mean([matrix])) > 0
+
         return [
             matrix.name
             for matrix in matrices
             if matrix.layer.kind == "expert"
-            and any(matrix.name not in header.statistics for _, header in self.kinds.values())
+            and not all(is_told(kind, matrix) for kind in self.kinds)
         ]
 
     def check(

@@ -113,7 +113,7 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
             )
         if not bool(saliency.any()) and bool(weight.any()):
             step.counts.setdefault("by_magnitude", []).append(matrix.name)
-            saliency = LEAST * weight.abs() / weight.abs().max()
+        saliency = _told_apart(saliency, weight)
         if recipe.normalize == "mean":
             saliency = saliency / saliency.abs().mean(dtype=torch.float64).clamp(min=1e-300)
         gone = step.pruned_before(matrix)
@@ -124,6 +124,16 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
     if step.statistics is not None and {"inverse_diagonal", "inverse_blocks"} & set(wanted):
         step.counts["fallbacks"] = step.statistics.fallbacks
         step.counts["clamped"] = step.statistics.clamped
+
+
+def _told_apart(saliency: Tensor, weight: Tensor) -> Tensor:
+    """Where a saliency that is never negative is zero, the magnitude below all that is not zero."""
+    untold = (saliency == 0) & (weight != 0)
+    if not bool(untold.any()) or bool((saliency < 0).any()):
+        return saliency
+    sizes = weight.abs().to(saliency)
+    least = torch.where(saliency > 0, saliency, float("inf")).min().clamp(max=2 * LEAST) / 2
+    return torch.where(untold, least * sizes / sizes.max(), saliency)
 
 
 def _masks(step: Step, scores: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.fisher.sums import Computed
-from fishertool.models.recovery import check_trained
+from fishertool.models.recovery import as_stored, check_trained
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
@@ -44,12 +43,11 @@ def write_pruned(
     with CheckpointWriter(place, plan.layout) as writer:
 
         def one(piece: Piece) -> int:
+            source = pruned if piece.name in zeros else plan.checkpoint
+            values = source.read(piece.name, piece.start, piece.stop)
             if piece.name in trained:
                 rows = trained[piece.name].detach()[piece.start : piece.stop]
-                values = rows.to("cpu", TORCH[plan.checkpoint.info(piece.name).dtype])
-            else:
-                source = pruned if piece.name in zeros else plan.checkpoint
-                values = source.read(piece.name, piece.start, piece.stop)
+                values = as_stored(rows.cpu(), values)
             if not plan.allow_nonfinite and piece.name in trained:
                 check_trained(piece.name, values)
             elif not plan.allow_nonfinite:

@@ -11,7 +11,7 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH, torch_name
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
-from fishertool.models.recovery import check_trained
+from fishertool.models.recovery import as_stored, check_trained
 from fishertool.models.units import Cut
 from fishertool.progress import Advance
 from fishertool.pruning.parts.units import features_of
@@ -48,8 +48,11 @@ def write_shrunk(
                     new = outcome.joining[info.name]
                     values = new.T if plan.units.turned else new
                 else:
-                    source = trained if info.name in trained else checkpoint
-                    values = source[info.name].detach().cpu()
+                    values = checkpoint[info.name]
+                    if info.name in trained:
+                        now = trained[info.name].detach().cpu()
+                        refitted = info.name in outcome.joining
+                        values = now if refitted else as_stored(now, values)
                     if info.name in cuts:
                         values = _cut(values, *cuts[info.name])
                 values = values.to(TORCH[info.dtype])
