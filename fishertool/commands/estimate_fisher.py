@@ -72,6 +72,7 @@ def estimate_fisher(
     check_settings(settings)
     saves = resume or checkpoint_every is not None
     _check_places(settings, device_map, accumulate_on)
+    _refuse_saving(saves and settings.fsdp, "share weights (--fsdp)")
     device = check_device(device)
     torch.set_num_threads(threads)
     shard_bytes = parse_size(max_shard_size)
@@ -82,7 +83,8 @@ def estimate_fisher(
             raise UsageError("--device-map is for one process; several shard a model with --fsdp")
         report.environment = environment(threads, device, workers.share.of)
         share = share_of(part, workers, settings)
-        _check_saved(settings, workers, saves)
+        together = settings.until_relative_error is not None and not workers.alone
+        _refuse_saving(saves and together, "stop together (--until-relative-error)")
         subject = find_subject(opened, source, data)
         report.options |= options_of({"data": subject.data})
         needed = bytes_of(settings, subject.infos(), data.num_examples)
@@ -157,21 +159,14 @@ def _check_places(settings: Settings, device_map: str | None, accumulate_on: str
         raise UsageError(f"--accumulate-on {suggest(accumulate_on, ACCUMULATE_ON)}")
 
 
-def _check_saved(settings: Settings, workers: Workers, saves: bool) -> None:
-    """Refuse to save one by one processes that wait for one another: killed, they would go on from
-    different places, each waiting for what another has behind it."""
-    together = {
-        "share weights (--fsdp)": settings.fsdp,
-        "stop together (--until-relative-error)": (
-            settings.until_relative_error is not None and not workers.alone
-        ),
-    }
-    for what, so in together.items():
-        if saves and so:
-            raise UsageError(
-                f"--checkpoint-every and --resume: processes that {what} cannot be saved one by "
-                "one; leave them out"
-            )
+def _refuse_saving(so: bool, what: str) -> None:
+    """Processes that wait for one another go on, once killed, from different places, where each
+    waits for what another has behind it."""
+    if so:
+        raise UsageError(
+            f"--checkpoint-every and --resume: processes that {what} cannot be saved one by one; "
+            "leave them out"
+        )
 
 
 def _run(
