@@ -231,6 +231,23 @@ def test_an_embedding_models_allocation_is_chosen_by_its_vectors(
     assert min(by_name.values()) < max(by_name.values()) < 1
 
 
+def test_an_embedding_models_texts_are_cut_as_evaluate_cuts_them(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_sentence_model(make_model)
+    pairs = [{"query": make_text(n, 60), "positive": make_text(n + 9, 60)} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    for length in ((), ("--max-length", 8)):
+        flags = ("--method", "svd", "--keep", "0.5", "--out", "o", "--overwrite", "--json")
+        result = cli("factorize", model, *flags, "--evaluate-on", "pairs.jsonl", *length)
+        assert result.code == 0, result.err
+        ours = result.report
+        theirs = cli("evaluate", "o", "--data", "pairs.jsonl", *length, "--json").report
+        assert ours["calibration"]["truncated"] == theirs["calibration"]["truncated"] == 6
+        ndcg = theirs["evaluation"]["ndcg_at_10"]
+        assert ours["evaluation"]["metrics"]["ndcg_at_10"] == pytest.approx(ndcg)
+
+
 def test_what_is_measured_is_what_evaluate_measures(
     cli: Cli, make_model: ModelMaker, estimated: Estimate, data: Path
 ) -> None:

@@ -199,3 +199,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         assert cli(*flags, "--allow-nonfinite").code == allowed
         weights[name] = clean
         save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def test_data_that_is_not_utf_8_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    Path("latin.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
+    result = cli("evaluate", make_model("m"), "--data", "latin.jsonl")
+    assert result.code == 3
+    assert "latin.jsonl: has text that is not UTF-8" in result.err

@@ -447,9 +447,11 @@ def test_gaprune_from_a_domain_and_a_general_sidecar(
         assert cli("estimate-fisher", model, "--data", source, "--out", f"f{n}", "-q").code == 0
         folder = tmp_path / f"f{n}"
         opened.append((load_file(folder / "diagonal.safetensors"), add_mean_gradient(folder, n)))
-    flags = ("--method", "gaprune", "--fisher", "f0", "--general-fisher", "f1", "--sparsity", 0.5)
-    result = cli("prune", model, *flags, "--dai-form", form, "--out", "o", "--json")
+    flags = ("--method", "gaprune", "--fisher", "f0", "--sparsity", 0.5)
+    general = ("--general-fisher", tmp_path / "f1")
+    result = cli("prune", model, *flags, *general, "--dai-form", form, "--out", "o", "--json")
     assert result.code == 0, result.err
+    assert str(tmp_path) not in (tmp_path / "o" / "fishertool_report.json").read_text()
     before, after = weights_of(model), weights_of(tmp_path / "o")
     names = list(filter(is_pruned, before))
 
@@ -806,6 +808,16 @@ def test_obs_judges_sets_of_so_many(pattern: str, group: int) -> None:
         compensate=None, block=None, damping=None, steps=1, recover_steps=0,
     )  # fmt: skip
     assert recipe.group == group
+
+
+def test_a_pattern_in_a_config_file_is_no_time_of_day(
+    cli: Cli, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yml").write_text("pattern: 2:4\n")
+    result = cli("prune", model, "--config", "c.yml", "--out", "o", "--json")
+    assert result.code == 0, result.err
+    assert result.report["options"]["pattern"] == "2:4"
+    assert result.report["environment"]["device"] == "cpu"
 
 
 def test_weights_without_any_fisher_go_by_magnitude_after_all_others() -> None:

@@ -42,9 +42,14 @@ class Reader:
         self._rows, self._cut, self._classes = rows, cut, classes
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for number, row in enumerate(self._rows):
-            self.row = number
-            yield row
+        try:
+            for number, row in enumerate(self._rows):
+                self.row = number
+                yield row
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.options.data}: has text that is not UTF-8; save it as UTF-8"
+            ) from error
 
     def text(self, row: Mapping[str, Any], column: str) -> str:
         """A cell's text; a missing one is empty."""

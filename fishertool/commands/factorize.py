@@ -96,7 +96,7 @@ def factorize(
     data = [options for options in (finetune and finetune.data, evaluate_on) if options]
     for options in data:
         check_data_source(options)
-    device = check_device(device)
+    device = report.environment["device"] = check_device(device)
     report.options["set"] = chosen.settings
     if finetune is not None:
         report.options["finetune"] = options_of(vars(finetune))

@@ -82,7 +82,7 @@ def merge(
         candidates = _candidates(
             recipe, method, weights, search_weights, search_points, evaluate_on
         )
-    device = check_device(device)
+    device = report.environment["device"] = check_device(device)
     with ExitStack() as opened:
         with report.phase("check"):
             size = parse_size(max_shard_size)
@@ -124,6 +124,7 @@ def merge(
                 report.evaluation = {"metrics": measured, "candidates": tried}
                 report.evaluation["predicted_loss_spearman"] = agreement(tried)
                 report.calibration = judge.data.describe()
+                report.warnings += judge.data.warnings()
             with report.phase("digest"):
                 report.inputs = merge_report.input_files(plan)
             if evaluate_on is not None:

@@ -97,7 +97,7 @@ def prune(
         raise UsageError(f"--recover-learning-rate {recover_learning_rate:g}: a number above 0")
     if pattern in PATTERNS:
         check_structured(given)
-        device = check_device(device)
+        device = report.environment["device"] = check_device(device)
         torch.set_num_threads(threads)
         examples = None
         if data is not None:
@@ -122,7 +122,7 @@ def prune(
         normalize=normalize, compensate=compensate, block=block, damping=damping, steps=steps,
         recover_steps=recover_steps,
     )  # fmt: skip
-    device = check_device(device)
+    device = report.environment["device"] = check_device(device)
     torch.set_num_threads(threads)
     report.options["set"] = recipe.settings
     report.options["budget"] = None if recipe.pattern.m else recipe.budget

@@ -82,7 +82,7 @@ def search(
     if resume and overwrite:
         raise UsageError("--resume goes on with a search, --overwrite begins anew; choose one")
     sampling = check_sampling(sampler, seed, evaluations, startup, batch, without)
-    device = check_device(device)
+    device = report.environment["device"] = check_device(device)
     torch.set_num_threads(threads)
     running = Running(
         batch_size, threads, device, trust_remote_code, allow_nonfinite,

@@ -19,9 +19,17 @@ HALF = re.compile("[\ud800-\udfff]")
 """Lone surrogates, which an escape can make and no file can hold."""
 
 
+BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML silently takes the last, and says of a value
-    that is not of its type where it is."""
+    that is not of its type where it is. 2:4 is what it says, and not 124."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and BASE_60.fullmatch(value):
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishertool import calibration
 from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, load, measure, prepare
 from fishertool.factorization.rank import Ranks, total
 from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
@@ -45,15 +44,7 @@ class Judge:
         self.trust_remote_code = trust_remote_code
         self._checkpoint = checkpoint
         self.original = self._load(checkpoint)
-        self.data = calibration.load(
-            options,
-            self.original.tokenizer,
-            self.original.max_length,
-            self.original.labels,
-            self.task.form,
-            need_labels=self.task.has_labels,
-            long_texts="cut" if self.task.has_labels else "keep",
-        )
+        self.data = load(self.task, options, self.original)
         self._prepared = prepare(self.task, self.data)
 
     def of_original(self) -> dict[str, float]:
