@@ -448,8 +448,8 @@ def test_gaprune_from_a_domain_and_a_general_sidecar(
         folder = tmp_path / f"f{n}"
         opened.append((load_file(folder / "diagonal.safetensors"), add_mean_gradient(folder, n)))
     flags = ("--method", "gaprune", "--fisher", "f0", "--sparsity", 0.5)
-    general = ("--general-fisher", tmp_path / "f1")
-    result = cli("prune", model, *flags, *general, "--dai-form", form, "--out", "o", "--json")
+    sidecar = ("--general-fisher", tmp_path / "f1")
+    result = cli("prune", model, *flags, *sidecar, "--dai-form", form, "--out", "o", "--json")
     assert result.code == 0, result.err
     assert str(tmp_path) not in (tmp_path / "o" / "fishertool_report.json").read_text()
     before, after = weights_of(model), weights_of(tmp_path / "o")
