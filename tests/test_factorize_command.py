@@ -244,7 +244,7 @@ def test_an_embedding_models_texts_are_cut_as_evaluate_cuts_them(
         ours = result.report
         theirs = cli("evaluate", "o", "--data", "pairs.jsonl", *length, "--json").report
         assert ours["calibration"]["truncated"] == theirs["calibration"]["truncated"] == 6
-        ndcg = theirs["evaluation"]["ndcg_at_10"]
+        ndcg = theirs["summary"]["ndcg_at_10"]
         assert ours["evaluation"]["metrics"]["ndcg_at_10"] == pytest.approx(ndcg)
 
 
