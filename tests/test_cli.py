@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -235,9 +236,15 @@ def test_signals_leave_nothing_behind(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_that_comes_back_as_another_error_is_still_one(
-    number: signal.Signals, code: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    code: int,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """As from an import that was broken off, whose libraries report an ImportError."""
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, usual)))
 
     def broken_off(*args: object, **options: object) -> None:
         try:
