@@ -733,6 +733,15 @@ def test_a_side_too_wide_for_activations_is_refused_before_any_work(
     assert cli("prune", model, *flags, "--fisher", sidecar, "-q").code == 0  # they are there
 
 
+def make_experts(folder: Path) -> None:
+    """A mixture of so many experts that a few texts do not reach all."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
+    made: Any = _decoder("Qwen3Moe", head_dim=8, **experts)()
+    made.save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "method",
     [("wanda",), ("fisher",), ("fisher", "--budget", "global"), ("obs", "--budget", "global")],
@@ -741,11 +750,7 @@ def test_a_side_too_wide_for_activations_is_refused_before_any_work(
 def test_experts_that_no_token_reached_stay_as_they_are(
     cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[str, ...]
 ) -> None:
-    torch.manual_seed(0)
-    experts = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
-    made: Any = _decoder("Qwen3Moe", head_dim=8, **experts)()
-    made.save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    make_experts(tmp_path / "m")
     before = weights_of(tmp_path / "m")
     command = ("prune", "m", "--method", *method, "--sparsity", 0.5, "--data", data)
     with monkeypatch.context() as patch:
@@ -770,11 +775,7 @@ def test_experts_that_no_token_reached_stay_as_they_are(
 def test_experts_that_a_sidecar_does_not_tell_of_stay_as_they_are(
     cli: Cli, data: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    experts = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
-    made: Any = _decoder("Qwen3Moe", head_dim=8, **experts)()
-    made.save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    make_experts(tmp_path / "m")
     kinds = ("--kind", "diagonal,activation")
     assert cli("estimate-fisher", "m", "--data", data, *kinds, "--out", "f", "-q").code == 0
     for method in ("wanda", "fisher"):

@@ -48,9 +48,15 @@ def read_weight(plan: FactorizePlan, matrix: Matrix) -> Tensor:
     return matrix.upright(rows)
 
 
-def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor, Decomposition]:
-    """The weight and its decomposition by the plan's method; what is not known until terms are
-    asked for raises in `explaining`."""
+@contextmanager
+def decomposed(
+    plan: FactorizePlan, matrix: Matrix, device: str
+) -> Iterator[tuple[Tensor, Decomposition]]:
+    """The weight and its decomposition by the plan's method, whose terms are computed inside.
+
+    Raises InputError, which names the matrix, for a statistic that is zero everywhere and for
+    eigenvalues that do not converge.
+    """
     weight = read_weight(plan, matrix).to(device)
     chosen = plan.chosen
     given = {name: plan.statistics.read(name, matrix).to(device) for name in chosen.inputs}
@@ -60,18 +66,12 @@ def decompose(plan: FactorizePlan, matrix: Matrix, device: str) -> tuple[Tensor,
         found: Decomposition = method.function(weight, **wanted, **more)
         return found
 
-    if chosen.start is None:
-        return weight, run(chosen.method, **chosen.settings)
-    start = run(chosen.start, **chosen.start.settings)
-    return weight, run(chosen.method, start=start, **chosen.settings)
-
-
-@contextmanager
-def explaining(plan: FactorizePlan, matrix: Matrix) -> Iterator[None]:
-    """Raises InputError, which names the matrix, for a statistic that is zero everywhere and for
-    eigenvalues that do not converge."""
     try:
-        yield
+        if chosen.start is None:
+            yield weight, run(chosen.method, **chosen.settings)
+        else:
+            start = run(chosen.start, **chosen.start.settings)
+            yield weight, run(chosen.method, start=start, **chosen.settings)
     except ValueError as error:
         raise InputError(
             f"{plan.checkpoint.where(matrix.key)}: {error}; leave it out with --exclude, or "
@@ -79,9 +79,8 @@ def explaining(plan: FactorizePlan, matrix: Matrix) -> Iterator[None]:
         ) from error
     except LinAlgError as error:
         raise InputError(
-            f"{plan.checkpoint.where(matrix.key)}: the eigenvalues of method "
-            f"{plan.chosen.method.name} do not converge; take other settings with --set, or leave "
-            "it out with --exclude"
+            f"{plan.checkpoint.where(matrix.key)}: the eigenvalues of method {chosen.method.name} "
+            "do not converge; take other settings with --set, or leave it out with --exclude"
         ) from error
 
 
@@ -89,8 +88,7 @@ def decomposing(plan: FactorizePlan, device: str) -> Cutter:
     """Every matrix when it is asked for."""
 
     def cut(matrix: Matrix, rank: int) -> Cut:
-        with explaining(plan, matrix):
-            weight, found = decompose(plan, matrix, device)
+        with decomposed(plan, matrix, device) as (weight, found):
             factors = found.truncate(rank)
         if found.refine is None:
             energy = kept_share(found.singular_values(rank), found.whole)
@@ -119,8 +117,7 @@ def decompose_all(
 
         def one(piece: Piece) -> None:
             matrix = matrices[piece.name]
-            with explaining(plan, matrix):
-                _, found = decompose(plan, matrix, device)
+            with decomposed(plan, matrix, device) as (_, found):
                 spectra[matrix.key] = found.singular_values(found.length).cpu()
             terms, dtype = largest_saving(matrix.shape), compute_dtype(matrix.dtype)
             if terms:
@@ -166,8 +163,6 @@ def kept_share(singular_values: Tensor, whole: float) -> float:
     >>> kept_share(torch.tensor([3.0]), 25.0)
     0.36
     """
-    return (
-        round(min(1.0, float(singular_values.double().square().sum()) / whole), 12)
-        if whole
-        else 1.0
-    )
+    if not whole:
+        return 1.0
+    return round(min(1.0, float(singular_values.double().square().sum()) / whole), 12)
