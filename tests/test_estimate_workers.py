@@ -34,10 +34,15 @@ def weights_in(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def command(processes: int, *arguments: object) -> list[str]:
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = start if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "fishertool", *map(str, arguments)]
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *start, "-m", "fishertool", *map(str, arguments)],
+        command(processes, *arguments),
         capture_output=True,
         text=True,
         timeout=300,
@@ -150,12 +155,12 @@ def test_a_world_without_a_launcher(
     assert (result.code, told in result.err) == (2 if told else 0, True), result.err
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "group"), [(2, 1), (4, 4)])
 def test_processes_write_the_same_bytes(
-    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path, processes: int
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path, processes: int, group: int
 ) -> None:
     model = make_model("g", "gpt2")
-    flags = ("--data", texts, "--kind", SUMS, "--batch-size", 4, "--threads", 1)
+    flags = ("--data", texts, "--kind", EVERY, "--group", group, "--batch-size", 4, "--threads", 1)
     assert cli("estimate-fisher", model, *flags, "--out", "one").code == 0
     more = ("--world-size", processes, "--json", "--out", tmp_path / "many")
     done = torchrun(processes, "estimate-fisher", model, *flags, *more)
@@ -253,21 +258,31 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(
     assert cli(*saving, "--overwrite").code == 130  # nothing was left to go on with
 
 
-def test_a_killed_process_is_resumed(
-    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("processes", "death"), [(1, signal.SIGKILL), (2, signal.SIGTERM)], ids=["alone", "launched"]
+)
+def test_a_killed_run_is_resumed(
+    cli: Cli,
+    make_model: ModelMaker,
+    texts: Path,
+    tmp_path: Path,
+    processes: int,
+    death: signal.Signals,
 ) -> None:
+    """torchrun hands SIGTERM on to the processes; killed itself it would leave them running."""
     model = make_model("g", "gpt2")
     run = ["estimate-fisher", str(model), "--data", str(texts), "--kind", EVERY, "--threads", "1"]
     run += ["--batch-size", "1", "--checkpoint-every", "1", "--out"]
     assert cli(*run, "whole").code == 0
-    process = subprocess.Popen([sys.executable, "-m", "fishertool", *run, str(tmp_path / "f")])
-    saved = tmp_path / ".f.resumable" / "worker-0.safetensors"
+    process = subprocess.Popen(command(processes, *run, tmp_path / "f"))
+    saved = tmp_path / ".f.resumable" / f"worker-{processes - 1}.safetensors"
     deadline = time.monotonic() + 120
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(death)
     process.wait()
-    assert cli(*run, "f", "--resume").code == 0
+    done = torchrun(processes, *run, tmp_path / "f", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
     assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
 
 

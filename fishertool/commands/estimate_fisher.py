@@ -17,7 +17,7 @@ from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
 from fishertool.estimation.settings import Settings, check_settings
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
-from fishertool.estimation.work import Unit
+from fishertool.estimation.work import Share, Unit
 from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
 from fishertool.fisher.estimate import Pass
@@ -107,13 +107,15 @@ def estimate_fisher(
             saved = SAVED if saves else None
             place = opened.enter_context(staged(out, overwrite, saved))
             tidy(place, resume)
-        workers.wait()
+        place = workers.first_one(place)
         bank: Bank | None = None
         if "rank-one" in settings.kinds:
-            members = members_of(mine, settings.group)
-            bank = opened.enter_context(
-                open_bank(place, job, loaded.parameters, members, shard_bytes, resume)
-            )
+            written = members_of(mine if part else work.share(Share()), settings.group)
+            with workers.first_ahead():
+                again = resume or not workers.first
+                bank = opened.enter_context(
+                    open_bank(place, job, loaded.parameters, written, shard_bytes, again)
+                )
         gathering = Gathering(
             settings.kinds,
             loaded.module,
@@ -122,7 +124,8 @@ def estimate_fisher(
             accumulate_on="cpu" if accumulate_on == "cpu" else None,
         )
         workers.begin(gathering)
-        worker = Worker(job, share.number, gathering, bank.members if bank else ())
+        members = members_of(mine, settings.group) if bank else []
+        worker = Worker(job, share.number, gathering, members)
         saver = Saver(place, worker, checkpoint_every, bank)
         if resume:
             saver.resume(mine)
@@ -133,11 +136,15 @@ def estimate_fisher(
         with report.phase("estimate"), shown(doing, _count(mine), "examples") as advance:
             advance(_count(mine[: worker.units]))
             _run(loaded, settings, mine, worker, workers, saver, advance)
+            if bank and not workers.alone:
+                bank.sync()  # the first process tells that all members are there
         workers.add_up(worker)
         if not workers.first:
             workers.serve(gathering)
             return None
         opened.callback(workers.release)
+        if bank:
+            bank.count_written(set(bank.members).difference(members))
         writer = bank.writer if bank else None
         with report.phase("write"):
             report.inputs += subject.files()

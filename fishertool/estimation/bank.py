@@ -1,7 +1,7 @@
 """The gradient bank of a run: what gathers its members and what writes them."""
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,6 +12,7 @@ from torch import Tensor
 from fishertool.checkpoint.dtypes import BITS, TORCH
 from fishertool.checkpoint.layout import show_size
 from fishertool.checkpoint.staging import free_bytes
+from fishertool.errors import UsageError
 from fishertool.estimation.partial import Job
 from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.work import Unit
@@ -25,10 +26,10 @@ class Bank:
     statistic: GradientBank
     writer: BankWriter
     members: Sequence[int]
-    """Those that this worker has, in the order of the file."""
+    """Those in the file, in its order."""
 
-    def count_written(self, members: Sequence[int]) -> None:
-        """These are there from an earlier run."""
+    def count_written(self, members: Iterable[int]) -> None:
+        """These are there from an earlier run, or from another process."""
         place = {member: n for n, member in enumerate(self.members)}
         for member in members:
             self.writer.count_written(place[member])
@@ -53,8 +54,14 @@ def open_bank(
 ) -> Iterator[Bank]:
     """Reserve the disk space for these members, or with `reopen` go on with what is there.
 
-    Raises OSError (no space left) with the bank's size and the ways to make it smaller.
+    Raises OSError (no space left) with the bank's size and the ways to make it smaller, and
+    UsageError where another process made the folder and this one does not see it.
     """
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: the first process writes there, and this one does not see it; give an --out "
+            "on a disk that all share, or run --part 1/n ... n/n and combine-fisher"
+        )
     with bank_writer(folder, job, len(members), shard_bytes, reopen) as writer:
         place = {member: n for n, member in enumerate(members)}
 

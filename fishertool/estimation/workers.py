@@ -108,6 +108,15 @@ class Workers:
         if not self.alone:
             distributed.barrier()
 
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The block is for the first process, and then for the others."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
 
 ADDITIVE = ("columns", "pass")
 """Of the sums under FSDP: the others are spread over the processes by rows, or everyone's alike."""
@@ -229,11 +238,6 @@ def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Wo
 def share_of(part: str | None, workers: Workers, settings: Settings) -> Share:
     """This process's share of the work. Raises UsageError for what cannot be shared so."""
     if part is None:
-        if not workers.alone and "rank-one" in settings.kinds:
-            raise UsageError(
-                "--kind rank-one under several processes: run them as --part 1/n ... n/n, and "
-                "combine-fisher puts the members together"
-            )
         return workers.share
     if not workers.alone:
         raise UsageError("--part is for processes that know nothing of each other, not torchrun's")
