@@ -1,19 +1,14 @@
 """The leading eigenvectors of a symmetric matrix, at the cost of so many only."""
 
-import ctypes
-from functools import cache
-from typing import Any
-
 import torch
-from scipy.linalg import cython_lapack
 from torch import Tensor
+
+from fishertool.blas import UPPER, Argument, call
 
 FEW = 1 / 4
 """Up to this share of all eigenvectors, they take less time one by one than all together."""
 MAX_SIDE = 32_766
 """Of a wider one LAPACK cannot say how large a workspace it wants."""
-LOWER = b"L"
-"""The upper half by rows is the lower one by columns, which is how LAPACK reads."""
 
 
 class Leading:
@@ -59,7 +54,7 @@ def _some(upper: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     vectors = upper.new_empty(count, side)
     support = torch.empty(2 * count, dtype=torch.int32)
     failed = _call(
-        "dsyevr", b"V", b"I", LOWER, side, upper.contiguous().clone(), side, 0.0, 0.0,
+        "dsyevr", b"V", b"I", UPPER, side, upper.contiguous().clone(), side, 0.0, 0.0,
         side - count + 1, side, 0.0, 0, values, vectors, side, support,
     )  # fmt: skip
     return None if failed else (values[:count], vectors.T)
@@ -69,44 +64,19 @@ def _all(upper: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """By divide and conquer."""
     side, values = len(upper), upper.new_empty(len(upper))
     vectors = upper.contiguous().clone()
-    failed = _call("dsyevd", b"V", LOWER, side, vectors, side, values)
+    failed = _call("dsyevd", b"V", UPPER, side, vectors, side, values)
     return None if failed else (values, vectors.T)
 
 
-def _call(name: str, *arguments: bytes | int | float | Tensor) -> int:
-    """A routine of LAPACK with its two workspaces, asked for their sizes first; its `info`.
-
-    scipy's own functions hold the interpreter while they work, so that no two matrices could be
-    decomposed side by side.
-    """
-    info = ctypes.c_int()
-    known = [_pointer(argument) for argument in arguments]
+def _call(name: str, *arguments: Argument) -> int:
+    """A routine of LAPACK with its two workspaces, asked for their sizes first; its `info`."""
+    info = torch.zeros(1, dtype=torch.int32)
 
     def run(floats: Tensor, integers: Tensor, asked: int | None = None) -> None:
         work = floats, asked or len(floats), integers, asked or len(integers)
-        _routine(name)(*known, *[_pointer(one) for one in work], ctypes.byref(info))
+        call("lapack", name, *arguments, *work, info)
 
     floats, integers = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
     run(floats, integers, asked=-1)
     run(floats.new_empty(int(floats)), integers.new_empty(int(integers)))
-    return info.value
-
-
-def _pointer(argument: bytes | int | float | Tensor) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, bytes):
-        return ctypes.c_char_p(argument)
-    if isinstance(argument, int):
-        return ctypes.byref(ctypes.c_int(argument))
-    return ctypes.byref(ctypes.c_double(argument))
-
-
-@cache
-def _routine(name: str) -> Any:
-    """From the table that scipy offers compiled code."""
-    capsule = cython_lapack.__pyx_capi__[name]
-    describe, find = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return ctypes.CFUNCTYPE(None)(find(capsule, describe(capsule)))
+    return int(info)

@@ -6,14 +6,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fishertool.blas import BLOCKS, triangular_product
 from fishertool.factorization.method import Decomposition, Factors
 from fishertool.factorization.parts.eigen import Leading
 
 FLOOR = 1e-9
 """Of the mean eigenvalue of a weighting, for what is singular: far below anything measured, and
 float64 has room for its inverse root."""
-BLOCKS = 8
-"""A symmetric product by blocks of rows costs (1 + 1 / BLOCKS) / 2 of the whole."""
 
 
 class Weighting:
@@ -50,7 +49,7 @@ class Weighting:
         if self.square is not None and self.square.dim() == 1:
             return self._power(0.5, matrix)  # converts as it multiplies
         if self._cholesky is not None:
-            return self._cholesky.T @ matrix.double()
+            return triangular_product(self._cholesky, matrix.double())
         return self._power(0.5, matrix.double())
 
     def inverse_root_times(self, matrix: Tensor) -> Tensor:
