@@ -24,6 +24,7 @@ from fishertool.cli.search import search as search_flags
 from fishertool.commands.search import search
 from fishertool.recipe.space import Variable
 from fishertool.searching import study
+from fishertool.searching.evaluator import Evaluator
 from fishertool.searching.objectives import Objective
 from fishertool.searching.study import Search
 
@@ -549,6 +550,54 @@ def test_a_storage_that_cannot_be_opened_costs_nothing(
     more = ["--overwrite", "--storage", "nothing://here"]
     assert cli("search", recipe(), "--out", "o", *flags, *more).code != 0
     assert front_of(tmp_path / "o")["evaluations"] == 2
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("storage", [[], ["--storage", "sqlite:///s.db"]])
+def test_a_new_search_removes_the_old_one_alone_and_only_once_it_has_ended(
+    cli: Cli, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, storage: list[str], tmp_path: Path
+) -> None:
+    out, flags = tmp_path / "o", ["--sampler", "random", "--evaluations", 2, "-q", *storage]
+    assert cli("search", recipe(), "--out", "o", *flags, "--pick", "knee").code == 0
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    before, anew = contents(out), [*flags, "--overwrite", "--seed", 1]
+    result = cli("search", recipe(), "--out", "o", *anew, "--scratch", "file/scratch")
+    assert (result.code, "--scratch file/scratch: file is not a folder" in result.err) == (5, True)
+    assert contents(out) == before
+    evaluate, told = Evaluator.evaluate, iter([0, 0, 1])
+
+    def interrupted(self: Evaluator, point: Mapping[str, Any]) -> Any:
+        if not next(told, 0):
+            raise KeyboardInterrupt
+        return evaluate(self, point)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "evaluate", interrupted)
+        for _ in range(2):  # as nothing was measured, all is as it was
+            assert cli("search", recipe(), "--out", "o", *anew).code == 130
+            assert contents(out) == before
+        assert cli("search", recipe(), "--out", "o", *anew).code == 130
+    aside = next(out.glob(".replaced-*"))
+    assert contents(aside).items() | {("notes.txt", b"mine")} == before.items()
+    flags += ["--resume", "--seed", 1]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    assert not aside.exists() and not (out / "picked").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    assert front_of(out)["seed"] == 1
+
+
+def test_a_search_replaces_the_whole_output_of_another_command(cli: Cli, recipe: Recipe) -> None:
+    path = recipe()
+    assert cli("merge", "a", "b", "--out", "o", "-q").code == 0
+    flags = ["--sampler", "random", "--evaluations", 1, "-q"]
+    assert cli("search", path, "--out", "o", *flags).code == 7
+    assert cli("search", path, "--out", "o", *flags, "--overwrite").code == 0
+    assert not Path("o/config.json").exists() and not list(Path("o").glob(".*"))
 
 
 def test_a_search_is_resumed_by_its_name_only(

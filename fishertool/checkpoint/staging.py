@@ -35,13 +35,22 @@ def check_output(out: Path, inputs: list[Path], overwrite: bool, needed_bytes: i
                 f"{out}: has no {REPORT_FILE}, so it was not written here and is not replaced; "
                 "remove it yourself or choose another folder"
             )
-    parent = place.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise StorageError(f"--out {out}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise StorageError(f"--out {out}: no permission to write in {parent}")
+    check_writable(f"--out {out}", place.parent)
+    check_free(out, needed_bytes)
+
+
+def check_writable(where: str, folder: Path) -> None:
+    """Refuse a folder that could not be made, or written in."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise StorageError(f"{where}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{where}: no permission to write in {folder}")
+
+
+def check_free(out: Path, needed_bytes: int) -> None:
+    """Refuse an output that would not fit on its disk."""
     if (free := free_bytes(out)) < needed_bytes:
         raise StorageError(
             f"--out {out}: needs {show_size(needed_bytes)}, {show_size(free)} are free; "

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -13,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fishertool.checkpoint.layout import parse_size
-from fishertool.checkpoint.staging import REPORT_FILE, check_apart, check_output
+from fishertool.checkpoint.staging import (
+    REPORT_FILE,
+    check_apart,
+    check_free,
+    check_output,
+    check_writable,
+)
 from fishertool.errors import OutputExistsError, UsageError
 from fishertool.models.loading import check_device
 from fishertool.models.sources import open_source, public_reference
@@ -25,9 +30,12 @@ from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.evaluator import Evaluator, Running
 from fishertool.searching.objectives import Objective, read_objectives
 from fishertool.searching.results import (
+    JOURNAL,
     of_a_search,
+    old_one_kept,
     parse_pick,
     pick_trial,
+    remove_replaced,
     replace_file,
     write_front,
     write_picked,
@@ -91,6 +99,8 @@ def search(
     )  # fmt: skip
     with ExitStack() as opened:
         with report.phase("check"):
+            if scratch is not None:
+                check_writable(f"--scratch {scratch}", scratch)
             space, objectives, content = _read(recipe, seed)
             wanted = parse_pick(pick, objectives)
             if sampler == "grid":  # it may have fewer points than were asked for
@@ -109,7 +119,7 @@ def search(
             report.summary |= merge_report.forecast(plan, threads, out)
             return report
         found = _open(
-            out, storage, study or out.resolve().name, content, space, objectives, sampling,
+            opened, out, storage, study or out.resolve().name, content, space, objectives, sampling,
             evaluator, join=worker, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         with report.phase("search"), track("Searching", evaluations, "merges") as advance:
@@ -133,6 +143,7 @@ def search(
             report.inputs += [file for source in sources for file in data_files(source)]
             write_front(out, front)
             replace_file(out / REPORT_FILE, report.to_json())  # last: it says that all is there
+            remove_replaced(out)
     return report
 
 
@@ -180,8 +191,6 @@ def _check_space(
 
 def _check_begun(out: Path, storage: str | None) -> None:
     """Refuse to work for a search that is not there, before a journal is made for it."""
-    from fishertool.searching.study import JOURNAL
-
     if storage is None and not (out / JOURNAL).is_file():
         raise UsageError(f"--worker: there is no search in {out} yet; start it without --worker")
 
@@ -196,22 +205,24 @@ def _check_out(
     resume: bool,
 ) -> None:
     """Refuse an output that is there, unless it is a search that may go on or be replaced."""
-    from fishertool.searching.study import JOURNAL
-
-    begun = (out / JOURNAL).is_file()
+    begun, ours = (out / JOURNAL).is_file(), of_a_search(out)
     check_apart(out, [*plan.folders, *files])
-    if resume and (begun or of_a_search(out)):
+    if resume and ours:
         return
-    if begun and not overwrite:
+    if overwrite and ours:
+        check_writable(f"--out {out}", out)
+        check_free(out, needed_bytes)
+    elif begun:
         raise OutputExistsError(
             f"{out}: has a search; --resume goes on with it, --worker takes part in it, --overwrite "
             "begins anew"
         )
-    if not begun:
+    else:
         check_output(out, plan.folders, overwrite, needed_bytes)
 
 
 def _open(
+    opened: ExitStack,
     out: Path,
     storage: str | None,
     name: str,
@@ -229,17 +240,21 @@ def _open(
     from fishertool.searching.samplers import make_sampler
     from fishertool.searching.study import Search, forget, open_storage
 
-    in_out, replaced = storage is None, overwrite and out.is_dir()
-    if replaced and in_out:
-        shutil.rmtree(out)
-    opened = open_storage(storage, out)
-    if overwrite and not in_out:  # now that the storage could be opened
-        forget(opened, name)
-        if replaced:
-            shutil.rmtree(out)
+    found: Search | None = None
+
+    def begun() -> bool:
+        return found is not None and found.begun
+
+    store = None if storage is None else open_storage(storage, out)
+    if overwrite and out.is_dir():
+        opened.enter_context(old_one_kept(out, begun))
+    if store is None:
+        store = open_storage(None, out)
+    elif overwrite:
+        forget(store, name)
     told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
-    found = Search(opened, name, space.variables, objectives, fingerprint, join=join, resume=resume)
+    found = Search(store, name, space.variables, objectives, fingerprint, join=join, resume=resume)
     signs = [one.sign for one in objectives]
     found.study.sampler = make_sampler(sampling, space.variables, signs, evaluator.predict)
     return found

@@ -2,7 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,65 @@ from fishertool.surgery.output import checkpoint_output
 
 PICKED, RECIPES, KNEE = "picked", "front", "knee"
 FRONT, PAGE = "front.json", "front.html"
+JOURNAL = "search.journal"
+OWN = (JOURNAL, f"{JOURNAL}.lock", REPORT_FILE, PICKED, RECIPES, FRONT, PAGE)
+REPLACED = ".replaced-"
 
 
 def of_a_search(out: Path) -> bool:
-    """Whether a search wrote what is in the folder, to its end or, on a storage elsewhere, not."""
+    """Whether a search wrote what is in the folder, to its end or not."""
+    if (out / JOURNAL).is_file() or any(out.glob(f"{REPLACED}*")):
+        return True
     try:
         report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = (PICKED, RECIPES, FRONT, PAGE)
-        return out.is_dir() and all(
-            one.name in known or one.name.startswith(CANDIDATE) for one in out.iterdir()
-        )
+        return out.is_dir() and len(_of_the_search(out)) == len(list(out.iterdir()))
     except (OSError, ValueError):
         return False
     return isinstance(report, dict) and report.get("command") == "search"
+
+
+def _of_the_search(out: Path) -> list[Path]:
+    """What a search wrote in its folder, which may have other files too."""
+    return [one for one in out.iterdir() if one.name in OWN or one.name.startswith(CANDIDATE)]
+
+
+@contextmanager
+def old_one_kept(out: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Move an older output aside, in its folder, until the block has ended well: then remove it.
+
+    Of a search its own files, else all there are. Where the block raises and the new search has not
+    `begun`, the old output comes back; where it has, it stays aside until the search is resumed
+    and ends well.
+    """
+    old = _of_the_search(out) if of_a_search(out) else list(out.iterdir())
+    aside = Path(tempfile.mkdtemp(prefix=REPLACED, dir=out))
+    try:
+        for one in old:
+            one.rename(aside / one.name)
+        yield
+    except BaseException:
+        if not begun():
+            _put_back(aside, out, {one.name for one in old})
+        raise
+
+
+def _put_back(aside: Path, out: Path, old: Collection[str]) -> None:
+    """Undo a move, of which a signal may have left some undone."""
+    moved = list(aside.iterdir())
+    unmoved = {*old} - {one.name for one in moved}
+    for one in _of_the_search(out):
+        if one.name not in unmoved:
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+    for one in moved:
+        one.rename(out / one.name)
+    aside.rmdir()
+
+
+def remove_replaced(out: Path) -> None:
+    """Remove what searches before this one left in its folder, now that it has results."""
+    for aside in out.glob(f"{REPLACED}*"):
+        shutil.rmtree(aside)
 
 
 def parse_pick(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:

@@ -29,8 +29,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from fishertool.errors import OutputExistsError, StorageError, UsageError
 from fishertool.recipe.space import Variable
 from fishertool.searching.objectives import Objective
+from fishertool.searching.results import JOURNAL
 
-JOURNAL = "search.journal"
 BEATS_EVERY, LOST_AFTER = 15.0, 120.0
 """Seconds between signs of life of a worker, and without one until its trial is lost."""
 LOST, SURPLUS = "lost", "surplus"
@@ -122,6 +122,18 @@ class Search:
     def busy(self) -> int:
         """How many trials are being evaluated, or wait to be."""
         return sum(not trial.state.is_finished() for trial in self.trials)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has a result, or another process that works for it."""
+        me = _process(os.getpid())
+        try:
+            return any(
+                trial.state == TrialState.COMPLETE or trial.user_attrs.get(OWNER, me) != me
+                for trial in self.trials
+            )
+        except (OSError, optuna.exceptions.OptunaError):  # a signal broke into the storage's work
+            return True
 
     def take(self, evaluations: int) -> Trial | None:
         """The next of so many trials, for this process to evaluate; None if none is left to take.
