@@ -71,7 +71,7 @@ class Report:
 
     def to_json(self) -> str:
         document = _finite({"schema": SCHEMA, **asdict(self)})
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"  # ASCII, as stdout may be
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

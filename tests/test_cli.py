@@ -1,6 +1,7 @@
 """The command line itself: help, typos, config files, signals, exit codes."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from conftest import Cli, ModelMaker
 import fishertool
 from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError, UsageError
-from fishertool.report import is_report
+from fishertool.report import Report, is_report
 
 VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate")
 
@@ -81,6 +82,56 @@ def test_a_report_that_could_not_be_written_is_refused_at_once(
     (tmp_path / "file").write_text('{"model_type": "bert"}')
     result = cli(verb, "--report", place)
     assert (result.code, f"--report {place}: {told}" in result.err) == (2, True)
+
+
+WRITERS = {
+    "estimate-fisher": ["m", "--data", "d.jsonl", "--out"],
+    "combine-fisher": ["p", "--out"],
+    "merge": ["a", "b", "--out"],
+    "search": ["r.yml", "--out"],
+    "prune": ["m", "--out"],
+    "factorize": ["m", "--out"],
+    "densify": ["m"],
+}
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("place", ["o", "o/new/r.json"])
+def test_a_report_is_apart_from_the_output(cli: Cli, verb: str, place: str) -> None:
+    told = f"--report {place}: is in the output o, which has a report of its own"
+    arguments = [*WRITERS[verb], "o"]
+    Path("c.yml").write_text(f"report: {place}\n")
+    for given in (["--report", place, *arguments], [*arguments, "--config", "c.yml"]):
+        result = cli(verb, *given)
+        assert (result.code, told in result.err) == (2, True), result.err
+    assert not Path("o").exists()
+
+
+def test_a_report_that_nobody_may_write_is_refused_at_once(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to root nothing is forbidden
+    result = cli("evaluate", "m", "--data", "d.jsonl", "--report", "r.json")
+    assert (result.code, "--report r.json: no permission" in result.err) == (5, True), result.err
+
+
+def told_by_evaluate(*args: object, **options: object) -> Report:
+    return Report("evaluate", {"model": "modèle"}, summary={"loss": 0.5}, environment={
+        "versions": {}, "system": "", "threads": 1, "device": "cpu", "world_size": 1,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_a_result_is_printed_though_its_report_cannot_be_written(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "r.json")
+
+    monkeypatch.setattr(evaluate_module, "evaluate", told_by_evaluate)
+    monkeypatch.setattr(Path, "write_text", fail)
+    result = cli("evaluate", "m", "--data", "d.jsonl", "--report", "r.json", *flags)
+    assert (result.code, "loss" in result.out, "No space" in result.err) == (5, True, True)
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -276,11 +327,84 @@ def test_an_ignored_interrupt_stays_ignored(cli: Cli, monkeypatch: pytest.Monkey
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_closed_pipe_is_no_bug(make_model: ModelMaker, data: Path) -> None:
-    command = f"{sys.executable} -m fishertool merge --methods | true"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    assert "bug" not in done.stderr
+EVALUATE = """
+import sys
+from fishertool.commands import evaluate
+from fishertool.cli import run
+from fishertool.report import Report
+def told(*args, **options):
+    gate = {"rule": "min", "metric": "loss", "limit": 1.0, "value": 0.5, "met": False}
+    report = Report("evaluate", {}, summary={"model": "mod\u00e8le"}, evaluation={"gates": [gate]})
+    report.warnings.append("x" * 200_000)
+    return report
+evaluate.evaluate = told
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("-m fishertool --help | sleep 0", 5),
+        ("-m fishertool merge --methods | sleep 0", 0),
+        ("-m fishertool merge --methods >&-", 0),
+        ("run.py evaluate m --data d.jsonl --json | sleep 0", 4),
+        ("run.py evaluate m --data d.jsonl | sleep 0", 4),
+        ("run.py evaluate m --data d.jsonl --json >&-", 4),
+        ("run.py evaluate m --data d.jsonl >&- 2>&-", 4),
+    ],
+)
+def test_a_closed_stdout_changes_no_exit_code(command: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(EVALUATE)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} {command}"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(fishertool.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    assert not done.stdout
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr
+
+
+def test_an_ascii_stdout_gets_whole_results(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(EVALUATE)
+    out = {}
+    for flag in ("--json", "--threads=1"):
+        done = subprocess.run(
+            [sys.executable, "run.py", "evaluate", "m", "--data", "d.jsonl", flag],
+            capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {
+                "PYTHONPATH": str(Path(fishertool.__file__).parents[1]),
+                "PYTHONIOENCODING": "ascii",
+            },
+        )  # fmt: skip
+        assert done.returncode == 4, done.stderr[-2000:]
+        out[flag] = done.stdout
+    assert json.loads(out["--json"])["summary"] == {"model": "mod\u00e8le"}
+    assert out["--threads=1"] == "model  mod\\xe8le\n"
+
+
+def test_without_arguments_the_help_is_shown_and_nothing_else(cli: Cli) -> None:
+    result = cli()
+    assert (result.code, result.err) == (2, "")
+    assert "estimate-fisher" in result.out
+
+
+def test_an_interrupt_of_the_import_is_told_as_one_line() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # off in a background job
+        "class Interrupting:\n"
+        "    def find_spec(name, *more):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        "from fishertool.__main__ import run\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "fishertool: interrupted; nothing half-written is left\n"
 
 
 def test_public_surface_of_the_command_line(cli: Cli) -> None:

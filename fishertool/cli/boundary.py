@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     search,
 )
 from fishertool.cli.app import app
-from fishertool.cli.printing import tell
+from fishertool.cli.printing import leave_stdout, tell
 from fishertool.errors import FishertoolError, UsageError
 from fishertool.memory import keep_freed_memory
 
@@ -36,12 +37,21 @@ class Terminated(BaseException):
 def run() -> NoReturn:
     """The process's whole life. It ends without taking the interpreter down, which is 0.3 s of
     freeing what torch holds; everything written is on disk by then."""
+    _open_streams()
     code = main(sys.argv[1:])
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _open_streams() -> None:
+    """Let stdout and stderr take whatever is written to them: they may be closed, or ASCII."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(arguments: list[str]) -> int:
@@ -63,6 +73,9 @@ def main(arguments: list[str]) -> int:
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except SystemExit:  # what typer makes of a closed pipe, as of a help's reader
+        leave_stdout()
+        return IO_FAILURE
     except (Exception, KeyboardInterrupt, Terminated) as error:
         # A signal may come back as another error: of an import that was broken off, say.
         came_of_it = bool(stopped) and not isinstance(error, FishertoolError)
@@ -83,14 +96,17 @@ def _failed(error: BaseException) -> int:
         case MemoryError():
             return _fail("out of memory; lower --batch-size or --threads", IO_FAILURE)
         case OSError(errno=errno.EPIPE):  # whoever read stdout has left; say no more into it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave_stdout()
             return IO_FAILURE
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             return _fail(f"{where}{error.strerror or error}{full}", IO_FAILURE)
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        return _fail(f"{error.format_message()} (see --help)", UsageError.exit_code)
+        message = error.format_message()
+        if not message:  # without arguments it shows the help
+            return UsageError.exit_code
+        return _fail(f"{message} (see --help)", UsageError.exit_code)
     return _fail(
         f"a bug in fishertool, please report it: {type(error).__name__}: {error} "
         "(FISHERTOOL_DEBUG=1 shows where)",

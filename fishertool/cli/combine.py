@@ -15,7 +15,7 @@ from fishertool.cli.flags import (
     Overwrite,
     Quiet,
     ReportFile,
-    option,
+    out_flag,
 )
 from fishertool.cli.printing import finish, track_on_stderr
 
@@ -25,7 +25,7 @@ def combine_fisher(
     parts: Annotated[
         list[Path], typer.Argument(help="Folders that estimate-fisher --part wrote, all n of n.")
     ],
-    out: Annotated[Path, option("--out", help="Folder to write the sidecar to.")],
+    out: Annotated[Path, out_flag("Folder to write the sidecar to.")],
     config: Config = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,

@@ -16,6 +16,7 @@ from fishertool.cli.flags import (
     Quiet,
     ReportFile,
     Threads,
+    out_place,
     thread_count,
 )
 from fishertool.cli.importing import importing
@@ -25,7 +26,10 @@ from fishertool.cli.printing import finish, track_on_stderr
 @app.command()
 def densify(
     model: Annotated[str, typer.Argument(help="A low-rank folder or Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the dense checkpoint to.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write the dense checkpoint to.", callback=out_place),
+    ],
     config: Config = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,

@@ -46,6 +46,7 @@ from fishertool.cli.flags import (
     data_options,
     is_given,
     option,
+    out_flag,
     thread_count,
 )
 from fishertool.cli.importing import importing
@@ -57,7 +58,7 @@ from fishertool.errors import UsageError
 def estimate_fisher(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, option("--out", help="Folder to write the sidecar to.")],
+    out: Annotated[Path, out_flag("Folder to write the sidecar to.")],
     data: OptionalData = None,
     config: Config = None,
     kind: Annotated[

@@ -36,6 +36,7 @@ from fishertool.cli.flags import (
     flags_of_data,
     methods_flag,
     option,
+    out_flag,
     pairs,
     refuse,
     thread_count,
@@ -51,7 +52,7 @@ FACTORIZATION_METHODS = "fishertool.factorization"
 def factorize(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, option("--out", help="Folder to write the factorized checkpoint to.")],
+    out: Annotated[Path, out_flag("Folder to write the factorized checkpoint to.")],
     config: Config = None,
     method: Annotated[
         str, option("--method", help="svd, fwsvd, asvd, whitened, kronecker or tfwsvd.")

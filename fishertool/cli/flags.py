@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fishertool.errors import UsageError
+from fishertool.cli.printing import put
+from fishertool.errors import StorageError, UsageError
 from fishertool.registry import find_method, method_names
 
 
@@ -44,7 +45,7 @@ def is_given(context: typer.Context, name: str) -> bool:
     return context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
 
 
-def report_place(path: Path | None) -> Path | None:
+def report_place(context: typer.Context, path: Path | None) -> Path | None:
     """Refuse, before any work, a report that could not be written after it."""
     if path is not None:
         there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -54,7 +55,24 @@ def report_place(path: Path | None) -> Path | None:
 
         if path.is_file() and path.stat().st_size and not is_report(path):
             raise UsageError(f"--report {path}: is there, and is no report; choose another name")
+        if not os.access(path if path.exists() else there, os.W_OK):
+            raise StorageError(f"--report {path}: no permission to write it")
+        _check_apart(path, context.params.get("out"))
     return path
+
+
+def out_place(context: typer.Context, out: Path | None) -> Path | None:
+    """The output's folder; it and the report are held against each other by which is read last."""
+    _check_apart(context.params.get("report_file"), out)
+    return out
+
+
+def _check_apart(report: Path | None, out: Path | None) -> None:
+    if report is not None and out is not None and report.resolve().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"--report {report}: is in the output {out}, which has a report of its own; choose "
+            "another place"
+        )
 
 
 def flag_name(parameter: Any) -> str:
@@ -125,6 +143,11 @@ def option(*names: str, help: str = "", **more: Any) -> Any:  # noqa: A002
     return typer.Option(*names, help=help.replace("[", r"\[") or None, **more)
 
 
+def out_flag(help: str) -> Any:  # noqa: A002
+    """`--out`, the folder that a verb writes."""
+    return option("--out", help=help, callback=out_place)
+
+
 def methods_flag(package: str) -> Any:
     """`--methods`, which lists a package's methods with their settings, and ends."""
 
@@ -133,9 +156,9 @@ def methods_flag(package: str) -> Any:
             return
         for name in method_names(package):
             found = find_method(package, name)
-            print(f"{name}  {found.summary}")
+            put(f"{name}  {found.summary}\n")
             for setting, default in found.settings.items():
-                print(f"    --set {setting.removesuffix('_')}={default}")
+                put(f"    --set {setting.removesuffix('_')}={default}\n")
         raise typer.Exit
 
     return option("--methods", is_eager=True, callback=show, help="List methods and settings.")

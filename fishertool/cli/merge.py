@@ -33,6 +33,7 @@ from fishertool.cli.flags import (
     data_options,
     methods_flag,
     option,
+    out_flag,
     thread_count,
 )
 from fishertool.cli.importing import importing
@@ -43,7 +44,7 @@ from fishertool.cli.merge_recipe import (
     text_of,
     weights_of,
 )
-from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.cli.printing import finish, put, track_on_stderr
 from fishertool.errors import UsageError
 
 MERGE_METHODS = "fishertool.merging"
@@ -56,9 +57,7 @@ def merge(
         list[str] | None,
         typer.Argument(help="Folders or Hub ids, as ID@REVISION too; with a LoRA, BASE+ADAPTER."),
     ] = None,
-    out: Annotated[
-        Path | None, option("--out", help="Folder to write the merged checkpoint to.")
-    ] = None,
+    out: Annotated[Path | None, out_flag("Folder to write the merged checkpoint to.")] = None,
     config: Annotated[
         Path | None,
         option(
@@ -171,7 +170,7 @@ def merge(
     given = weights_of(weights)
     recipe = recipe_of(context, config)
     if print_config:
-        print(text_of(context, MERGE_METHODS, recipe, given), end="")
+        put(text_of(context, MERGE_METHODS, recipe, given))
         return
     if out is None:
         raise UsageError("--out is missing: the folder to write to")

@@ -1,5 +1,6 @@
 """What a command prints: a table or one JSON document on stdout, talk on stderr."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,13 +40,13 @@ def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) ->
     for warning in report.warnings:
         tell(f"warning: {warning}")
     text = report.to_json()
-    if report_file is not None:
+    if as_json:
+        put(text)
+    elif not quiet:
+        put(_table(report))
+    if report_file is not None:  # after stdout, which has the result also where this fails
         report_file.parent.mkdir(parents=True, exist_ok=True)
         report_file.write_text(text, encoding="utf-8")
-    if as_json:
-        sys.stdout.write(text)
-    elif not quiet:
-        _print_table(report)
     if unmet := [gate for gate in (report.evaluation or {}).get("gates", []) if not gate["met"]]:
         told = ", ".join(
             f"{gate['metric']} {gate['rule'].replace('_', '-')} {gate['limit']:g} "
@@ -55,15 +56,31 @@ def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) ->
         raise GateError(f"quality gate not met: {told}")
 
 
-def _print_table(report: Any) -> None:
+def put(text: str) -> None:
+    """Write data to stdout. Whoever read it may have left, which changes nothing else."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_stdout()
+
+
+def leave_stdout() -> None:
+    """Send to nowhere what stdout still holds and gets, as nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _table(report: Any) -> str:
     rows = list(_flatten(report.summary))
     width = max((len(name) for name, _ in rows), default=0)
     against = (report.evaluation or {}).get("against") or {}
+    lines = []
     for name, value in rows:
         other = f"  (against: {_show(against[name])})" if name in against else ""
-        print(f"{name:<{width}}  {_show(value)}{other}")
+        lines.append(f"{name:<{width}}  {_show(value)}{other}\n")
     for name, value in ((report.evaluation or {}).get("metrics") or {}).items():
-        print(f"{name:<{width}}  {_show(value)}")
+        lines.append(f"{name:<{width}}  {_show(value)}\n")
+    return "".join(lines)
 
 
 def _flatten(summary: Mapping[str, Any], prefix: str = "") -> Any:

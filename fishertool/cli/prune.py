@@ -43,6 +43,7 @@ from fishertool.cli.flags import (
     flags_of_data,
     methods_flag,
     option,
+    out_flag,
     pairs,
     refuse,
     thread_count,
@@ -59,7 +60,7 @@ USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")
 def prune(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, option("--out", help="Folder to write the pruned checkpoint to.")],
+    out: Annotated[Path, out_flag("Folder to write the pruned checkpoint to.")],
     config: Config = None,
     method: Annotated[
         str,

@@ -21,6 +21,7 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     option,
+    out_flag,
     thread_count,
 )
 from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
@@ -34,7 +35,7 @@ def search(
             help="A merge recipe with ranges in the place of values, and objectives.",
         ),
     ],
-    out: Annotated[Path, option("--out", help="Folder for the front: JSON, recipes, a page.")],
+    out: Annotated[Path, out_flag("Folder for the front: JSON, recipes, a page.")],
     config: Config = None,
     sampler: Annotated[
         str,
