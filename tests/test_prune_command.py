@@ -168,7 +168,7 @@ def test_each_statistic_has_a_damping_of_its_own(
         ("--method fisher --sparsity 0.7 --budget global", "global"),
         ("--method magnitude --sparsity 0.3 --pattern 1x8", "tensor"),
         ("--method wanda --sparsity 0.3 --pattern 4x8", "row"),
-        ("--method magnitude --pattern 3:8 --steps 2", None),
+        ("--method magnitude --pattern 3:8 --steps 2 --data data.jsonl", None),
     ],
 )
 def test_a_dry_run_counts_what_will_be_pruned(
@@ -650,6 +650,9 @@ def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_pa
         ("--sparsity 0.5 --method obs --fisher fisher --block 0", 2, "a number of weights, or whole"),
         ("--sparsity 0.5 --method obs --fisher fisher --compensate auto", 2, "give --data"),
         ("--sparsity 0.5 --method obs --fisher fisher --steps 2", 2, "give --data"),
+        ("--sparsity 0.5 --steps 2", 2, "--steps changes nothing but what is measured after each: "),
+        ("--sparsity 0.5 --data data.jsonl --recover-learning-rate 1", 2,
+         "--recover-learning-rate: needs --recover-steps"),
         ("--sparsity 0.5 --method gaprune --fisher fisher --general-fisher fisher --steps 2 "
          "--data data.jsonl", 2, "two sidecars"),
         ("--sparsity 0.5 --recover-steps 5", 2, "trains on the data: give --data"),
@@ -675,8 +678,8 @@ def test_include_takes_what_is_left_out_by_default(cli: Cli, model: Path, tmp_pa
          "--recover-learning-rate -5: a number above 0"),
         ("--sparsity 0.5 --data data.jsonl --recover-learning-rate nan --recover-steps 1", 2,
          "--recover-learning-rate nan"),
-        ("--sparsity 0.5 --pattern neurons --data data.jsonl --recover-learning-rate inf", 2,
-         "--recover-learning-rate inf"),
+        ("--sparsity 0.5 --pattern neurons --data data.jsonl --recover-learning-rate inf "
+         "--recover-steps 1", 2, "--recover-learning-rate inf"),
         ("--sparsity 0.5 --labels bogus --held-out 7 --num-examples 3", 2,
          "--held-out, --labels, --num-examples: without --data"),
         ("--sparsity 0.5 --pattern neurons --task zzz --text-column q", 2,

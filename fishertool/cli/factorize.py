@@ -156,7 +156,8 @@ def factorize(
     if finetune_steps is None:
         refuse(context, {"learning_rate"}, "needs --finetune-steps")
     if data is None and evaluate_on is None:
-        refuse(context, flags_of_data(), "without --data or --evaluate-on there is nothing to read")
+        unread = "without --data or --evaluate-on there is nothing to read"
+        refuse(context, {*flags_of_data(), "batch_size"}, unread)
 
     finetune = None
     if finetune_steps is not None and data is not None:

@@ -217,6 +217,8 @@ def prune(
     if data is None:
         without = "without --data there is nothing to use it on"
         refuse(context, {*flags_of_data(), *USES_OF_DATA}, without)
+    elif not recover_steps:
+        refuse(context, {"recover_learning_rate"}, "needs --recover-steps")
     options = None if data is None else data_options(context, data)
     with telling_if_stopped("the same command goes on from what is done" if resume else None):
         report = command(

@@ -141,13 +141,14 @@ def _check_inputs(
             f"method {name} needs a Fisher of kind {kinds}: --fisher, a sidecar of it, or --data "
             "to estimate it on"
         )
+    anew = "estimates the Fisher anew" if recipe.kinds else "changes nothing but what is measured"
     for needed, why in (
         (recipe.gated, "--compensate auto keeps what helps on held-out examples"),
         (
             recipe.has_damping and recipe.damping is None,
             "--damping auto is chosen on held-out examples",
         ),
-        (recipe.steps > 1 and bool(recipe.kinds), "--steps estimates the Fisher anew after each"),
+        (recipe.steps > 1, f"--steps {anew} after each"),
         (recipe.recover_steps > 0, "--recover-steps trains on the data"),
     ):
         if needed and not has_data:
