@@ -21,6 +21,7 @@ from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.factored import expand
 from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.kinds import KINDS
 
 
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
@@ -29,6 +30,11 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
     Raises InputError for a folder that is no sidecar or has not that kind, or whose header and
     tensors disagree.
     """
+    if (there := kinds_of(folder)) and kind not in there:
+        raise InputError(
+            f"{folder}: has no Fisher of kind {kind}, but {', '.join(there)}; estimate it with --kind "
+            f"{kind}"
+        )
     tensors = open_checkpoint(folder, stem=kind)
     try:
         header = FisherHeader.from_metadata(tensors.metadata, f"{folder}")
@@ -53,6 +59,11 @@ def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
 
 def has_kind(folder: Path, kind: str) -> bool:
     return any(folder.glob(f"{kind}*.safetensors*"))
+
+
+def kinds_of(folder: Path) -> list[str]:
+    """Those that a sidecar has; none of a folder that is none."""
+    return [kind for kind in KINDS if has_kind(folder, kind)]
 
 
 def has_diagonal(folder: Path) -> bool:
@@ -202,8 +213,13 @@ def weight_of(name: str) -> str:
     return name.partition("#")[0]
 
 
-def check_fits(tensors: Checkpoint, header: FisherHeader, model: TensorSource) -> None:
-    """Refuse a sidecar estimated on other weights than these: order on the command line matters."""
+def check_fits(
+    tensors: Checkpoint,
+    header: FisherHeader,
+    model: TensorSource,
+    way_out: str = "give that model's own",
+) -> None:
+    """Refuse a sidecar estimated on other weights than these, with the way out."""
     for name in header.statistics:
         if name not in model:
             raise InputError(f"{tensors.folder}: tensor {name}: {model.folder} has no such tensor")
@@ -225,7 +241,7 @@ def check_fits(tensors: Checkpoint, header: FisherHeader, model: TensorSource) -
     if header.fingerprint != model.fingerprint():
         raise InputError(
             f"{tensors.folder}: was estimated on other weights ({header.model}) than "
-            f"{model.folder}; give --fisher in the order of the models, or estimate it again"
+            f"{model.folder}; {way_out}, or estimate it again"
         )
 
 

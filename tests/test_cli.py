@@ -214,6 +214,8 @@ def test_config_gives_flags_and_flags_win(cli: Cli, make_model: ModelMaker, tmp_
         ("- a", "must map flag names"),
         ("a: [b", "bad.yml: line 1"),
         ("fisher: [{a: b}]", "nested too deep"),
+        ("models: [{model: a}, {model: b}]", "bad.yml: needs a merge_method"),
+        ("models: [{model: a}]\nmethod: ties", "did you mean 'merge_method'?"),
         ("method: ties\nmethod: fisher", "is there twice"),
         ("threads: many", "threads"),
     ],

@@ -255,7 +255,9 @@ def _broken_gpt2() -> tuple[nn.Module, list[int]]:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_example_without_a_finite_loss_is_named(batch_size: int) -> None:
     model, broken = _broken_gpt2()
-    with pytest.raises(InputError, match=f"example {broken[0]}: .* not finite; --skip-nonfinite"):
+    with pytest.raises(
+        InputError, match=f"example {broken[0]}: .* not finite; estimate-fisher --skip-nonfinite"
+    ):
         _estimate("gpt2", "empirical", batch_size, model)
 
 

@@ -267,7 +267,7 @@ BAD: dict[str, tuple[str, int, str]] = {
         "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 1}}\n"
         "- {model: B, parameters: {weight: -1}}\n",
         2,
-        "linear",
+        "method linear: weights that sum to 0 cannot be normalized",
     ),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Recipes read and written, and what of a recipe is merged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fishertool.recipe.schema import Recipe, Slice, Source, is_recipe, parse_rec
 from fishertool.recipe.settings import Rule, Scalar, interpolate
 from fishertool.recipe.tokens import Token, TokenizerChoice, TokenRow
 from fishertool.recipe.write import to_yaml
+from fishertool.registry import find_method
 
 TWO = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
 
@@ -280,6 +282,16 @@ def test_what_is_a_recipe() -> None:
     assert is_recipe(yaml.safe_load(TWO))
     assert not is_recipe({"models": ["a", "b"], "method": "linear"})
     assert not any(map(is_recipe, (None, [], "merge_method")))
+
+
+def test_a_seed_that_decides_nothing_is_noted() -> None:
+    recipe = recipe_of(TEXTS["ties"] + "seed: 3\n")
+    found = normalised(recipe, METHODS["ties"])
+    assert found.seed == 0
+    assert "seed has no effect in method ties, which draws nothing" in found.notes
+    assert normalised(replace(recipe, where=""), METHODS["ties"]).notes == recipe.notes
+    drawing = find_method("fishertool.merging", "dare-ties")
+    assert normalised(recipe, drawing).seed == 3
 
 
 def test_the_base_is_not_merged_where_the_method_has_one() -> None:

@@ -287,7 +287,11 @@ def test_equal_sizes_of_other_tokens_are_told(opened: ExitStack, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("choice", "base", "told"),
-    [("base", None, "needs a base"), ("unoin", None, "unoin"), ("d", "a", "'d'; known: a, b")],
+    [
+        ("base", None, "needs a base"),
+        ("unoin", None, "unoin"),
+        ("d", "a", "'d'; known: union, base, a, b"),
+    ],
 )
 def test_a_choice_that_is_none(
     opened: ExitStack, tmp_path: Path, choice: str, base: str | None, told: str

@@ -46,9 +46,9 @@ def recipe_of(context: typer.Context, config: Path | None) -> Any:
     flags = context.params
     parts = [name for name in signature(from_flags).parameters if name != "settings"]
     if is_recipe(context.obj):
+        recipe = parse_recipe(context.obj, str(config))
         said = {*parts, "settings", *SETTINGS} - {"seed"}
         refuse(context, said, f"the recipe {config} says what is merged; change it there")
-        recipe = parse_recipe(context.obj, str(config))
         if is_given(context, "seed"):
             recipe = replace(recipe, seed=flags["seed"])
     else:

@@ -275,7 +275,7 @@ def _check_finite(losses: Tensor, batch: Batch) -> None:
     number = losses.isfinite().tolist().index(False)
     raise InputError(
         f"example {batch.examples[number]}: the model's loss on it is not finite; "
-        "--skip-nonfinite leaves such examples out and counts them"
+        "estimate-fisher --skip-nonfinite leaves such examples out and counts them"
     )
 
 

@@ -153,7 +153,7 @@ def _chosen(sources: Mapping[str, TensorSource], base: str | None, choice: str) 
         return sources[base or next(iter(sources))].folder
     if choice not in sources and hub.may_be(choice):
         return hub.resolve(choice)
-    return sources[known(choice, sources.keys(), "tokenizer source")].folder
+    return sources[known(choice, ["union", "base", *sources], "tokenizer source")].folder
 
 
 def _add_tokens(tokenizer: Any, other: Any) -> None:

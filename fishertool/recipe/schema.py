@@ -90,8 +90,13 @@ class Recipe:
 
 
 def is_recipe(content: Any) -> bool:
-    """Whether the content of a `--config` file is a recipe, and not a command's flags."""
-    return isinstance(content, Mapping) and "merge_method" in content
+    """Whether the content of a `--config` file is a recipe, and not a command's flags; one that
+    lacks its merge_method is told by what only a recipe has."""
+    if not isinstance(content, Mapping):
+        return False
+    models = content.get("models")
+    described = isinstance(models, list) and any(isinstance(one, Mapping) for one in models)
+    return described or any(key in content for key in ("merge_method", "slices", "base_model"))
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
-from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.merging.method import Fisher, Kronecker
@@ -121,7 +120,7 @@ def open_fishers(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int,
         folder = hub.resolve(place)
         if needed or has_diagonal(folder):
             tensors, header = open_diagonal(folder)
-            found[number] = _checked(opened, tensors, header, inputs.sources[number])
+            found[number] = _checked(opened, tensors, header, inputs, number)
     return found
 
 
@@ -135,7 +134,7 @@ def open_factors(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int,
         folder = hub.resolve(place)
         halves = "activations" in method.inputs and has_kind(folder, "activation")
         tensors, header = open_sidecar(folder, "activation" if halves else "kronecker")
-        found[number] = _checked(opened, tensors, header, inputs.sources[number])
+        found[number] = _checked(opened, tensors, header, inputs, number)
     return found
 
 
@@ -148,10 +147,11 @@ def _check_all_given(inputs: Inputs, method: Method) -> None:
 
 
 def _checked(
-    opened: ExitStack, tensors: Checkpoint, header: FisherHeader, model: TensorSource
+    opened: ExitStack, tensors: Checkpoint, header: FisherHeader, inputs: Inputs, number: int
 ) -> Sidecar:
     opened.enter_context(tensors)
-    check_fits(tensors, header, model)
+    several = ["give --fisher in the order of the models"] if len(inputs.sidecars) > 1 else []
+    check_fits(tensors, header, inputs.sources[number], *several)
     return Sidecar(tensors, header)
 
 

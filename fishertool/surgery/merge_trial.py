@@ -35,5 +35,9 @@ def try_settings(
             passes = method.passes(weights, SIDE * SIDE, settings)
             given["whole"] = make_passes(passes, lambda: [piece])
         method.function(models, **given, **settings)
-    except (ValueError, ZeroDivisionError) as error:
+    except ZeroDivisionError as error:
+        raise UsageError(
+            f"method {method.name}: weights that sum to 0 cannot be normalized"
+        ) from error
+    except ValueError as error:
         raise UsageError(f"method {method.name}: {error}") from error

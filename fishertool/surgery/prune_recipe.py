@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 from fishertool.errors import UsageError
+from fishertool.models.units import PATTERNS
 from fishertool.pruning.parts.masks import BUDGETS, Budget, Pattern, parse_pattern
 from fishertool.registry import Method, find_method, suggest
 
 METHODS = "fishertool.pruning"
+PATTERN_WORDS = ("unstructured", *PATTERNS, "n:m such as 2:4", "blocks such as 1x4")
 COMPENSATE = ("none", "summed", "joint", "columnwise", "auto")
 NORMALIZE = ("none", "mean")
 KINDS = {
@@ -146,7 +148,8 @@ def resolve_recipe(
     try:
         parsed = parse_pattern(pattern)
     except ValueError as error:
-        raise UsageError(f"--pattern {error}") from None
+        told = suggest(pattern, PATTERN_WORDS) if pattern.isalpha() else error
+        raise UsageError(f"--pattern {told}") from None
     if compensate is None:
         compensate = "columnwise" if method == "sparsegpt" else "none"
     for flag, value, known in (
