@@ -155,6 +155,22 @@ def test_a_world_without_a_launcher(
     assert (result.code, told in result.err) == (2 if told else 0, True), result.err
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "neurons"])
+def test_prune_is_done_by_one_process(
+    cli: Cli, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    for name, value in zip(workers.MEETING, ("0", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ("--method", "magnitude", "--sparsity", 0.5, "--pattern", pattern, "--out", "o")
+    result = cli("prune", make_model("g", "gpt2"), *flags)
+    assert (result.code, "prune is done by one process, and WORLD_SIZE=2" in result.err) == (
+        2,
+        True,
+    )
+    assert not Path("o").exists()
+
+
 @pytest.mark.parametrize(("processes", "group"), [(2, 1), (4, 4)])
 def test_processes_write_the_same_bytes(
     cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path, processes: int, group: int

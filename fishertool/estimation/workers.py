@@ -201,6 +201,15 @@ def _world_size() -> int:
     return int(told)
 
 
+def check_alone(verb: str) -> None:
+    """Refuse several processes, of which each would do the whole work of a verb."""
+    if (of := _world_size()) > 1:
+        raise UsageError(
+            f"{verb} is done by one process, and WORLD_SIZE={of} in the environment: start it "
+            "without torchrun, or unset WORLD_SIZE"
+        )
+
+
 @contextmanager
 def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Workers]:
     """Join the processes that the environment names (RANK, WORLD_SIZE, as torchrun sets them).
