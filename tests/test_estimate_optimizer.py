@@ -154,3 +154,23 @@ def test_flags_that_mean_nothing_are_refused(
 def test_without_data_there_is_nothing_to_estimate_from(cli: Cli, model: Path) -> None:
     result = cli("estimate-fisher", model, "--out", "f")
     assert (result.code, "needs --data, or --from-optimizer" in result.err) == (2, True)
+
+
+def test_a_loss_of_batches_is_not_predicted_nor_mixed_with_one_of_examples(
+    cli: Cli, model: Path, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    other = make_model("n", "gpt2", seed=1)
+    (tmp_path / "texts.txt").write_text("the red cat runs\na big dog eats\n")
+    for one, out in ((model, "f"), (other, "g")):
+        torch.save(train(one, split=False)[0], tmp_path / "optimizer.pt")
+        flags = ("--from-optimizer", "optimizer.pt", "--out", out)
+        assert cli("estimate-fisher", one, *flags).code == 0
+    assert cli("estimate-fisher", other, "--data", "texts.txt", "--out", "h").code == 0
+    merge = ("merge", model, other, "--fisher", "f", "--json", "--out")
+    result = cli(*merge, "o", "--fisher", "g", "--weights", "optimal")
+    assert result.code == 0, result.err
+    assert result.report["summary"]["predicted_loss"] is None
+    refused = cli(*merge, "p", "--fisher", "g", "--predict")
+    assert refused.code == 2 and "an optimizer's is of batches" in refused.err
+    refused = cli(*merge, "p", "--fisher", "h", "--weights", "optimal")
+    assert refused.code == 2 and "for each model, of one unit" in refused.err

@@ -320,6 +320,62 @@ def test_a_base_without_the_head_needs_it_left_out(
     assert left_out.code == 0, left_out.err
 
 
+def test_a_base_model_alone_is_the_base_of_models_with_heads(
+    cli: Cli, make_model: ModelMaker, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its tensors lack the prefix of theirs."""
+    base = make_model("base", seed=3, head="Model")
+    command = ("merge", *pair, "--base", base, "--method", "task-arithmetic", "-q")
+    result = cli(*command, "--weights", "1,-1", "--head", "keep-first", "--out", "o")
+    assert result.code == 0, result.err
+    a, b, ours, merged = map(weights_of, (*pair, base, tmp_path / "o"))
+    for name, value in merged.items():
+        expected = a[name]
+        if name.startswith("bert."):
+            expected = ours[name.removeprefix("bert.")] + a[name] - b[name]
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "breadcrumbs", "dare-linear"])
+def test_one_task_vector_is_scaled_or_negated(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    model, base = pair
+    keep_all = [] if method == "task-arithmetic" else ["--set", "density=1"]
+    keep_all += ["--set", "gamma=0"] if method == "breadcrumbs" else []
+    normalize = ["--set", "normalize=false"]
+    flags = ["--base", base, "--method", method, *keep_all, *normalize, "--weights", "-0.5"]
+    result = cli("merge", model, *flags, "--out", "o")
+    assert result.code == 0, result.err
+    theirs, ours, merged = weights_of(model), weights_of(base), weights_of(tmp_path / "o")
+    for name, value in merged.items():
+        torch.testing.assert_close(value, ours[name] - 0.5 * (theirs[name] - ours[name]))
+
+
+def test_a_model_that_is_the_base_is_not_counted(cli: Cli, pair: tuple[Path, Path]) -> None:
+    flags = ("--base", pair[1], "--method", "model-stock", "--out", "o")
+    result = cli("merge", *pair, *flags)
+    assert result.code == 2
+    assert "model-stock merges two or more models; 1 given beside the base" in result.err
+
+
+def test_what_is_left_out_may_be_missing_or_of_another_shape(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    a, b = make_model("a", seed=1), make_model("b", seed=2, labels=4)
+    extra = {**weights_of(b), "bert.embeddings.more": torch.arange(3)}
+    save_file(extra, b / "model.safetensors", {"format": "pt"})
+    flags = ("--exclude", "classifier*", "--exclude", "*.more", "--head", "merge", "-q")
+    for first, second, out in ((a, b, "o"), (b, a, "p")):
+        result = cli("merge", first, second, *flags, "--out", out)
+        assert result.code == 0, result.err
+        mine, merged = weights_of(first), weights_of(tmp_path / out)
+        assert merged.keys() == mine.keys()
+        kept = {name for name in merged if torch.equal(merged[name], mine[name])}
+        assert {name for name in merged if "classifier" in name or "more" in name} <= kept
+    assert cli("merge", a, b, *flags, "--exclude", "nothing*", "--out", "q").code == 2
+
+
 def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}
@@ -519,9 +575,9 @@ def test_what_a_small_float_has_no_room_for_is_refused(
         (["--method", "nearswap", "--set", "t=-0.5"], "method nearswap: t -0.5 is negative"),
         (["--method", "karcher", "--set", "tol=0"], "method karcher: tol 0.0 is not above zero"),
         (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
-        (["--weights", "0,0"], "not all 0"),
-        (["--weights", "-1,2"], "at least 0"),
-        (["--weights", "nan,2"], "at least 0"),
+        (["--weights", "0,0"], "weights that sum to 0 cannot be normalized"),
+        (["--weights", "nan,2"], "--weights nan,2: are finite numbers"),
+        (["--method", "slerp", "--set", "t=0.2", "--weights", "1,2"], "give one of them"),
         (["--head", "keep-frist"], "did you mean 'keep-first'?"),
         (["--max-shard-size", "5XB"], "5GB, 500MB"),
         (["--search-weights", "grid"], "--evaluate-on"),

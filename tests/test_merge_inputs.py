@@ -355,6 +355,29 @@ def test_fishers_follow_their_tokens(
         torch.testing.assert_close(merged[ids[token]], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("owl", [True, False], ids=["union", "other-order"])
+def test_factors_do_not_follow_tokens_whose_weights_are_averaged(
+    cli: Cli, speakers: tuple[Path, Path, list[str]], tmp_path: Path, owl: bool
+) -> None:
+    a, b, words = speakers
+    if not owl:
+        with_tokens(b, [*words[:-1], "small"])
+    write_rows("texts.jsonl", [{"text": "the red cat runs"}, {"text": "a big dog eats"}])
+    sidecars: list[object] = []
+    for model in (a, b):
+        flags = ("--data", "texts.jsonl", "--kind", "kronecker", "--out", f"f{model.name}", "-q")
+        assert cli("estimate-fisher", model, *flags).code == 0
+        sidecars += ["--fisher", f"f{model.name}"]
+    merge = ("merge", a, b, "--tokenizer", "union", "-q", "--out")
+    result = cli(*merge, "o", "--method", "kronecker", *sidecars)
+    assert result.code == 0, result.err
+    assert cli(*merge, "average").code == 0
+    merged, average = weights_of(tmp_path / "o"), weights_of(tmp_path / "average")
+    assert torch.equal(merged["lm_head.weight"], average["lm_head.weight"])
+    inside = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(merged[inside], average[inside])
+
+
 def test_other_vocabularies_are_refused_with_both_sizes_or_told_of(
     cli: Cli, make_model: ModelMaker, speakers: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:

@@ -170,3 +170,20 @@ def test_a_sidecar_that_tells_of_nothing_merged_is_refused(
     result = cli("merge", *pair, *flags, "--out", "o")
     assert result.code == 3
     assert f"{tmp_path / 'fa'}: tells of none of the tensors that are merged" in result.err
+
+
+def test_second_moments_of_inputs_alone_are_enough_for_regmean(
+    cli: Cli, pair: Pair, sidecars: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    merge = ("merge", *pair, "--method", "regmean", "-q")
+    assert cli(*merge, *sidecars, "--out", "o").code == 0
+    flags: tuple[str, ...] = ()
+    for model in pair:
+        out = f"activation-{model.name}"
+        kinds = ("--kind", "activation", "--out", out, "-q")
+        assert cli("estimate-fisher", model, "--data", data, *kinds).code == 0
+        flags += ("--fisher", out)
+    result = cli(*merge, *flags, "--out", "p")
+    assert result.code == 0, result.err
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "po")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)

@@ -72,6 +72,32 @@ def test_layers_put_on_top_of_each_other_load_and_are_those_of_the_recipe(
     assert model.config.num_hidden_layers == 5
 
 
+@pytest.mark.parametrize(("layers", "code"), [("[0, 2]", 3), ("[1, 3]", 0)])
+def test_an_order_of_layers_that_the_config_cannot_describe_is_refused(
+    cli: Cli, tmp_path: Path, layers: str, code: int
+) -> None:
+    """Of a mixture whose first layer is dense: by number, in its config."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        size = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+        config = transformers.Qwen3MoeConfig(
+            **size, **heads, **experts, vocab_size=32, num_hidden_layers=3
+        )
+        transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: passthrough\nslices:\n"
+        f"- sources: [{{model: {a}, layer_range: [0, 2]}}]\n"
+        f"- sources: [{{model: {b}, layer_range: {layers}}}]\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o")
+    assert result.code == code, result.err
+    assert ("cannot describe layers in this order: they lack" in result.err) == (code == 3)
+    assert (tmp_path / "o").exists() == (code == 0)
+
+
 def test_a_slice_merges_layers_of_different_numbers(
     cli: Cli, llamas: tuple[Path, Path], tmp_path: Path
 ) -> None:

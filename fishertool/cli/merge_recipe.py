@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def weights_of(given: str | None) -> list[float] | str | None:
     if given is None or given in ("optimal", "optimal-free"):
         return given
     weights = [number("--weights", item) for item in given.split(",")]
-    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        raise UsageError("--weights must be at least 0, and not all 0")
+    if not all(map(isfinite, weights)):
+        raise UsageError(f"--weights {given}: are finite numbers")
     return weights
 
 

@@ -92,7 +92,12 @@ def merge(
             if isinstance(weights, str):
                 check_optimal(plan, weights == FREE)
             if predict and not plan.predicts:
-                raise UsageError("--predict needs a --fisher with a diagonal for each model")
+                raise UsageError(
+                    "--predict needs a --fisher with a diagonal for each model, of examples (an "
+                    "optimizer's is of batches)"
+                )
+            if candidates:
+                plan.with_weights(candidates[0])
             lora = None
             if as_lora is not None:
                 lora = open_lora(plan, beside[0], as_lora)

@@ -21,7 +21,7 @@ def slerp(
 
     phi is the angle between the two tensors; where |cos(phi)| > 0.9995, or one of them is zero,
     theta = (1 - t) theta_1 + t theta_2. `t` is 0 at the first model (mergekit's `base_model`) and
-    1 at the second; without it, it is the second weight's share.
+    1 at the second; without it, it is the second weight's share. Both together raise ValueError.
 
     A zero tensor has no angle, for which mergekit takes a right one.
 
@@ -35,7 +35,10 @@ def whole(
     weights: Sequence[float], elements: int, *, t: float | None = None
 ) -> Passes[tuple[float, float]]:
     """The coefficients of the two models."""
-    t = second_share(weights) if t is None else t
+    if t is None:
+        t = second_share(weights)
+    elif weights[0] != weights[1]:
+        raise ValueError("t and weights both say how far to go; give one of them")
     products = yield gram
     first, second = arc((products[0, 0], products[1, 1]), products[0, 1], t, STRAIGHT)
     return float(first), float(second)

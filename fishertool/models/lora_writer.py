@@ -108,7 +108,7 @@ class LoraWriter:
         if place is None or (place.whole is None and not place.low_rank):
             raise InputError(
                 f"{self.base.where(name)}: the merge's differs, and it belongs to no layer that an "
-                "adapter can hold; merge without --as-lora, or --exclude it"
+                "adapter can hold; merge without --as-lora"
             )
         if not place.low_rank:
             self._whole[parameter] = merged.to(TORCH[info.dtype])

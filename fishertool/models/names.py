@@ -246,6 +246,37 @@ def tied_names(source: TensorSource) -> dict[str, str]:
     }
 
 
+def check_layers(
+    source: TensorSource,
+    changes: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse layers put together in an order that the config cannot describe.
+
+    source   whose config.json has these `changes` then
+    shapes   names on disk -> shapes, of all tensors
+
+    Raises InputError with the parameters that the model would have and these tensors do not give.
+    """
+    model = empty_model(source, trust_remote_code, changes)
+    if model is None:
+        return
+    parameters = dict(model.named_parameters())
+    origins = origins_by_disk_name(model, parameters, source.folder)
+    served = {one.name for one in origins.values() if one is not None}
+    given = {
+        one.name
+        for name, one in origins.items()
+        if one is not None and name in shapes and tuple(shapes[name]) == one.shape
+    }
+    if lacking := [name for name in parameters if name in served - given]:
+        raise InputError(
+            f"{source.folder}: config.json cannot describe layers in this order: they lack "
+            f"{some(lacking)}; put together layers of one kind, or in the order they had"
+        )
+
+
 def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str]) -> list[str]:
     """Of the tensors outside a stack of layers (`model.layers.`), those the model has after it.
 

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError
 from fishertool.models.names import head_names
+from fishertool.models.prefixed import named_like
 from fishertool.models.sources import open_source
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
+from fishertool.selection import select
 from fishertool.surgery.merge_layers import (
     Arrangement,
     after_stacks,
@@ -72,18 +75,46 @@ def open_inputs(
         inputs.bases.append(None if base is None else number_of(base))
     for reference in beside:
         number_of(reference)
+    _name_bases_like_models(inputs)
     return inputs
 
 
+def _name_bases_like_models(inputs: Inputs) -> None:
+    for numbers, base in zip(inputs.slices, inputs.bases, strict=True):
+        model = inputs.sources[numbers[0]]
+        if (
+            base is None
+            or base in inputs.models
+            or all(map(inputs.sources[base].__contains__, model))
+        ):
+            continue
+        inputs.sources[base] = named_like(inputs.sources[base], model)
+
+
 def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
-    """The output's tensors, and those of heads that stay the first model's."""
+    """The output's tensors, and the names of those that are merged: others are the first model's,
+    and may be anything in the rest."""
     models = [inputs.sources[number] for number in inputs.models]
-    apart = _kept_heads(models, recipe.head or "error")
+    heads = _kept_heads(models, recipe.head or "error")
     if recipe.whole:
         whole = [inputs.sources[number] for number in inputs.slices[0]]
         names = [own_names(model) for model in whole]
-        check_same_tensors(whole, apart, names)
-        return _arrange_whole(whole[0], names[0], len(whole), recipe.graded), apart
+        known = list(dict.fromkeys(chain(*names)))
+        merged = set(select(known, recipe.include, recipe.exclude)) - heads
+        check_same_tensors(whole, set(known) - merged, names)
+        arrangement = _arrange_whole(whole[0], names[0], len(whole), recipe.graded)
+    else:
+        arrangement = arrange_slices(_runs(recipe, inputs))
+        known = [place.name for place in arrangement.places]
+        merged = set(select(known, recipe.include, recipe.exclude)) - heads
+    if recipe.head == "keep-first" and not heads:
+        told = "head keep-first: no model has a head of its own; all tensors are merged"
+        arrangement = replace(arrangement, warnings=[*arrangement.warnings, told])
+    return arrangement, merged
+
+
+def _runs(recipe: Recipe, inputs: Inputs) -> list[list[tuple[TensorSource, tuple[int, int]]]]:
+    """Of each slice, which layers of its sources."""
     runs = []
     for piece, numbers in zip(recipe.slices, inputs.slices, strict=True):
         sources = [inputs.sources[number] for number in numbers]
@@ -94,7 +125,7 @@ def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
                 if one.layers is not None
             ]
         )
-    return arrange_slices(runs), apart
+    return runs
 
 
 def _arrange_whole(
@@ -127,10 +158,12 @@ def check_tensor(
 
 
 def _check_counts(method: Method, models: int, base: str | None) -> None:
-    fewest = method.models or 2
+    scaled = base is not None and {"base", "weights"} <= method.inputs.keys()
+    fewest = method.models or (1 if scaled else 2)  # one task vector alone is scaled, or negated
     if models < fewest or (method.models is not None and models > fewest):
         wanted = f"{fewest}" if method.models else "two or more"
-        raise UsageError(f"method {method.name} merges {wanted} models; {models} given")
+        beside = " beside the base" if base is not None and "base" in method.inputs else ""
+        raise UsageError(f"method {method.name} merges {wanted} models; {models} given{beside}")
     if base is not None and "base" not in method.inputs:
         raise UsageError(f"method {method.name} takes no --base")
     if base is None and method.inputs.get("base"):

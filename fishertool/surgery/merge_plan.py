@@ -14,13 +14,13 @@ from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError
 from fishertool.models.chat_template import choose_template
+from fishertool.models.names import check_layers
 from fishertool.models.sources import folders_of, public_reference
 from fishertool.models.vocabulary import Vocabulary
 from fishertool.paths import expanded
 from fishertool.recipe.resolve import Matches, Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
-from fishertool.selection import select
 from fishertool.surgery.merge_inputs import Inputs, arrange, check_tensor, open_inputs
 from fishertool.surgery.merge_layers import Place
 from fishertool.surgery.merge_statistics import (
@@ -91,8 +91,18 @@ class MergePlan:
 
     @property
     def predicts(self) -> bool:
-        """Whether every model of a merge of whole models tells how its loss depends on its weights."""
-        return len(self.inputs.slices) == 1 and set(self.inputs.models) <= self.fishers.keys()
+        """Whether every model of a merge of whole models tells how its loss on an example depends on
+        its weights."""
+        return self.unit == "example"
+
+    @property
+    def unit(self) -> str | None:
+        """What all models' Fishers are means over, in a merge of whole models; None where some have
+        no Fisher or another unit."""
+        if len(self.inputs.slices) > 1 or not self.fishers.keys() >= set(self.inputs.models):
+            return None
+        units = {self.fishers[number].header.unit for number in self.inputs.models}
+        return units.pop() if len(units) == 1 else None
 
     def fishers_of(self, target: Target) -> list[Sidecar]:
         """Each model's that is merged, or none where not all of them know the tensor."""
@@ -122,10 +132,14 @@ class MergePlan:
         return replace(self, targets=targets, rules=resolver.matches(), seed=resolver.recipe.seed)
 
     def with_weights(self, weights: Sequence[float]) -> "MergePlan":
-        """The same merge by other weights, alike for every tensor."""
+        """The same merge by other weights, alike for every tensor.
+
+        Raises UsageError for what the method has against them.
+        """
         targets = {
             name: replace(target, weights=list(weights)) for name, target in self.targets.items()
         }
+        _check_settings(self.method, targets.values())
         return replace(self, targets=targets)
 
 
@@ -148,16 +162,12 @@ def plan_merge(
     factors = open_factors(opened, inputs, method)
     vocabulary = choose_vocabulary(recipe, inputs, trust_remote_code)
     align(inputs, vocabulary, [fishers, factors])
-    arrangement, apart = arrange(recipe, inputs)
+    arrangement, merged = arrange(recipe, inputs)
     companions = find_companions(inputs.sources[0].folder)
     warnings = [*vocabulary.warnings, *arrangement.warnings]
     warnings += _companions_that_differ(companions, inputs)
-    if recipe.head == "keep-first" and not apart:
-        warnings.append("head keep-first: no model has a head of its own; all tensors are merged")
-    names = [place.name for place in arrangement.places]
-    merged = set(select(names, recipe.include, recipe.exclude)) - apart
     needed = factors or (fishers if "fishers" in method.inputs else {})
-    without = {number: set(sidecar.header.without) for number, sidecar in needed.items()}
+    without = {number: sidecar.without(method) for number, sidecar in needed.items()}
     targets = {}
     for place in arrangement.places:
         target = _target(place, inputs, place.name in merged, recipe.dtype)
@@ -171,6 +181,9 @@ def plan_merge(
         sidecar.measure(used)
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     first = inputs.sources[0]
+    if arrangement.config:
+        shapes = {name: target.info.shape for name, target in targets.items()}
+        check_layers(first, arrangement.config, shapes, trust_remote_code)
     template = None
     if recipe.chat_template is not None:
         template = choose_template(recipe.chat_template, [one.folder for one in inputs.sources])

@@ -14,8 +14,8 @@ LINEAR = ("linear", "task-arithmetic")
 def check_optimal(plan: MergePlan, free: bool) -> None:
     """Refuse a merge whose best weights have no closed form."""
     flag = "--weights optimal-free" if free else "--weights optimal"
-    if not plan.predicts:
-        raise UsageError(f"{flag} needs a --fisher with a diagonal for each model")
+    if plan.unit is None:
+        raise UsageError(f"{flag} needs a --fisher with a diagonal for each model, of one unit")
     allowed = LINEAR[1:] if free else LINEAR
     if plan.method.name not in allowed:
         raise UsageError(f"{flag} is for method {' or '.join(allowed)}, not {plan.method.name}")

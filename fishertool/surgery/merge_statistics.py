@@ -53,8 +53,13 @@ class Sidecar:
     def knows(self, name: str) -> bool:
         return name in self.header.statistics
 
+    def without(self, method: Method) -> set[str]:
+        """Weights that the method averages, having no statistic of theirs that it could use."""
+        reordered = self.by_token if "kroneckers" in method.inputs else ()
+        return {*self.header.without, *reordered}
+
     def measure(self, merged: Iterable[str]) -> None:
-        """Find the scale over these weights.
+        """Find the scale over these weights; second moments of inputs alone have none.
 
         Raises InputError where it tells of none of them, or has nothing but zeros.
         """
@@ -64,6 +69,8 @@ class Sidecar:
                 f"{self.tensors.folder}: tells of none of the tensors that are merged; include "
                 "some that it has, or merge without it by another method"
             )
+        if self.header.kind == "activation":
+            return
         elements = sum(statistic.elements for statistic in counted)
         total = sum(statistic.total for statistic in counted)
         squares = sum(statistic.squares for statistic in counted)
