@@ -140,13 +140,17 @@ def test_dense_is_the_product_and_loads_everywhere(
 ) -> None:
     model = make_model("m", kind, dtype=dtype)
     flags = ("factorize", model, "--method", "svd", "--keep", "0.6", "-q")
-    assert cli(*flags, "--format", "dense", "--out", "d").code == 0
+    report = cli(*flags, "--format", "dense", "--out", "d", "--json").report
+    assert report["summary"]["parameters_after"] == report["output"]["parameters"]
     assert cli(*flags, "--out", "l").code == 0
     dense, pairs = weights_of(tmp_path / "d"), weights_of(tmp_path / "l")
     ranks = json.loads((tmp_path / "l/config.json").read_text())["quantization_config"]["ranks"]
     assert len(ranks) > 7
     before = weights_of(model)
     assert dense.keys() == before.keys()
+    for row in report["tensors"]:
+        assert row["shape"] == list(dense[row["name"]].shape)
+        assert row.get("parameters_after", 0) in (0, dense[row["name"]].numel())
     step = torch.finfo(dtype).eps
     for module in ranks:
         weight = dense[f"{module}.weight"]

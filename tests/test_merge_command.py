@@ -231,7 +231,11 @@ def test_same_bytes_at_any_thread_count_shard_layout_and_run(
 def test_report_digests_are_those_of_the_files(
     cli: Cli, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    report = cli("merge", *pair, "--out", "o", "--json", "--report", "copy.json").report
+    flags = ("--max-shard-size", "10KB", "--json", "--report", "copy.json")
+    report = cli("merge", *pair, "--out", "o", *flags).report
+    assert "model.safetensors.index.json" in [row["file"] for row in report["output"]["files"]]
+    total = sum(row["bytes"] for row in report["output"]["files"])
+    assert report["output"]["bytes"] == report["summary"]["bytes"] == total
     for place, folder in ((report["output"], tmp_path / "o"), (report["inputs"][1], pair[1])):
         for row in place["files"]:
             content = (folder / row["file"]).read_bytes()
@@ -278,6 +282,38 @@ def test_dry_run_plans_and_writes_nothing(
     assert abs(summary["bytes_to_write"] - size) < 200
     assert {"bytes_to_read", "free_bytes", "estimated_peak_bytes", "shards"} <= set(summary)
     assert sorted(tmp_path.iterdir()) == before
+    done = cli("merge", *pair, "--out", "o", "--json").report["summary"]
+    assert summary["tensors"] == done["tensors"]
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--evaluate-on", "no.jsonl"], 3, "no.jsonl: no such file"),
+        (
+            ["--evaluate-on", "data.jsonl", "--search-weights", "grid", "--metric", "acuracy"],
+            2,
+            "did you mean 'accuracy'?",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_any_work(
+    cli: Cli, pair: tuple[Path, Path], data: Path, dry_run: list[str], flags: list[str],
+    code: int, told: str,
+) -> None:  # fmt: skip
+    result = cli("merge", *pair, "--out", "o", *flags, *dry_run)
+    assert (result.code, told in result.err) == (code, True), result.err
+    assert not Path("o").exists()
+
+
+def test_weights_are_told_where_the_method_has_a_use_for_them(
+    cli: Cli, pair: tuple[Path, Path]
+) -> None:
+    for method, weights in (("linear", [0.5, 0.5]), ("nearswap", None)):
+        result = cli("merge", *pair, "--method", method, "--out", method, "--json")
+        assert result.code == 0, result.err
+        assert result.report["summary"]["weights"] == weights
 
 
 def test_include_and_exclude_keep_the_first_models_tensors(

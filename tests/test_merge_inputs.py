@@ -77,8 +77,11 @@ def test_a_merge_is_written_as_an_adapter_of_its_base(
     assert cli("merge", *pair, "--out", "whole", "-q").code == 0
     for rank, close in ((16, True), (2, False)):
         flags = ("--base", base, "--as-lora", rank, "--out", f"lora{rank}", "--json")
+        told = cli("merge", *pair, *flags, "--dry-run").report["summary"]
         result = cli("merge", *pair, *flags)
         assert result.code == 0, result.err
+        assert 0 <= result.report["output"]["bytes"] - told["bytes_to_write"] < 10_000  # a header
+        assert told["shards"] == 1
         rows = [row for row in result.report["tensors"] if row["action"] == "low-rank"]
         assert rows and all((row["energy_kept"] > 0.9999) == close for row in rows)
         back = ("merge", f"{base}+{tmp_path / f'lora{rank}'}", "--method", "passthrough")

@@ -420,7 +420,9 @@ def test_the_saved_mask_is_that_of_the_weights(
             bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
             mask = bits.flatten()[: after[name].numel()].reshape(shape).bool()
             assert torch.equal(mask, after[name] != 0)
-    named = [file["file"] for file in result.report["output"]["files"]]
+    written = result.report["output"]
+    assert written["bytes"] == sum(file["bytes"] for file in written["files"])
+    named = [file["file"] for file in written["files"]]
     assert named == ["model.safetensors", "pruning_mask.safetensors"]
     assert cli("prune", tmp_path / "o", "--sparsity", 0.5, "--out", "again", "-q").code == 0
     assert not (tmp_path / "again" / "pruning_mask.safetensors").exists()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fishertool.calibration import DataOptions
+from fishertool.calibration import DataOptions, check_data_source
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, staged
 from fishertool.errors import UsageError
@@ -21,7 +21,7 @@ from fishertool.registry import Method, find_method, suggest
 from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
-from fishertool.searching.weights import Judge, agreement
+from fishertool.searching.weights import Judge, agreement, judged_by
 from fishertool.searching.weights import search_weights as search_weights_by
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_lora import open_lora, write_lora
@@ -102,11 +102,18 @@ def merge(
             if as_lora is not None:
                 lora = open_lora(plan, beside[0], as_lora)
             report.warnings += plan.warnings
-            copies = 1 + bool(search_weights)
-            check_output(out, plan.folders, overwrite, copies * plan.layout.nbytes)
+            needed = (1 + bool(search_weights)) * plan.layout.nbytes
+            check_output(out, plan.folders, overwrite, lora.most_bytes if lora else needed)
+            if evaluate_on is not None:
+                check_data_source(evaluate_on)
+                judged_by(plan, evaluate_on, metric)
         if dry_run:
             report.status = "dry-run"
-            report.summary = merge_report.forecast(plan, threads, out)
+            report.summary = (
+                merge_report.forecast_adapter(plan, lora, threads, out)
+                if lora
+                else merge_report.forecast(plan, threads, out)
+            )
             report.tensors = merge_report.rows(plan, {})
             return report
         judge = None
@@ -162,6 +169,7 @@ def _write(
     report.tensors = merge_report.rows(plan, told if predict else {})
     report.output = checkpoint_output(plan.layout, written.files, plan.companions)
     report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
+    report.summary["bytes"] = report.output.bytes
     report.summary["predicted_loss"] = written.passed.predicted_loss
 
 

@@ -128,7 +128,7 @@ def write_part(
 def _output(layouts: Sequence[Layout], files: Sequence[FileDigest], dtype: str) -> Output:
     return Output(
         list(map(asdict, files)),
-        sum(layout.nbytes for layout in layouts),
+        sum(file.bytes for file in files),
         sum(layout.parameters for layout in layouts),
         dtype,
     )

@@ -94,6 +94,18 @@ class LoraWriter:
         held = [*self._whole.values(), *(side for pair in self._pairs.values() for side in pair)]
         return sum(tensor.numel() for tensor in held)
 
+    @property
+    def most_bytes(self) -> int:
+        """Of what it writes where every tensor differs from the base's, but for the file's header."""
+        found = 0
+        for parameter, place in self._places.items():
+            if parameter not in self._stored:
+                continue
+            info = self.base.info(self._stored[parameter])
+            rank = min(self.rank, *info.shape) if place.low_rank else 0
+            found += 4 * rank * sum(info.shape) if place.low_rank else info.nbytes
+        return found
+
     def add(self, name: str, merged: Tensor) -> dict[str, Any]:
         """Take a tensor by its name on disk, shaped as the base's; what became of it, for a report.
 

@@ -128,6 +128,7 @@ def write_picked(out: Path, plan: MergePlan, recipe: str, environment: Mapping[s
         report.tensors = merge_report.rows(plan, {})
         report.inputs = merge_report.input_files(plan)
         report.output = checkpoint_output(plan.layout, written.files, plan.companions)
+        report.summary["bytes"] = report.output.bytes
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
 

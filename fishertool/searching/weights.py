@@ -20,11 +20,25 @@ from fishertool.evaluation.measure import (
     prepare,
 )
 from fishertool.models.loading import load_model
-from fishertool.models.tasks import task_of
+from fishertool.models.tasks import Task, task_of
 from fishertool.progress import Advance
 from fishertool.registry import suggest
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
+
+
+def judged_by(
+    plan: MergePlan, options: DataOptions, metric: str | None
+) -> tuple[Task, DataOptions, str]:
+    """What merges are measured as, on what, and by which metric; known from headers."""
+    first = plan.first
+    task = task_of(first.config(), first.folder)
+    options = check_measured(task, options)
+    metric = metric or ("accuracy" if task.has_labels else "loss")
+    offered = metrics_of(task, options)
+    if metric not in offered:
+        raise UsageError(f"--metric {suggest(metric, offered)}")
+    return task, options, metric
 
 
 class Judge:
@@ -40,8 +54,7 @@ class Judge:
         trust_remote_code: bool,
     ):
         first = plan.first
-        self.task = task_of(first.config(), first.folder)
-        options = check_measured(self.task, options)
+        self.task, options, self.metric = judged_by(plan, options, metric)
         self.batch_size, self.device = batch_size, device
         self.trust_remote_code = trust_remote_code
         with open_checkpoint(first.folder) as checkpoint:
@@ -50,10 +63,6 @@ class Judge:
             loaded = replace(loaded, tokenizer=plan.vocabulary.tokenizer)
         self.data = load(self.task, options, loaded)
         self._prepared = prepare(self.task, self.data)
-        self.metric = metric or ("accuracy" if self.task.has_labels else "loss")
-        offered = metrics_of(self.task, options)
-        if self.metric not in offered:
-            raise UsageError(f"--metric {suggest(self.metric, offered)}")
 
     def measure(self, folder: Path) -> dict[str, float]:
         with open_checkpoint(folder) as checkpoint:

@@ -13,18 +13,19 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """A row a matrix that was selected, and one for every other tensor, in file order.
 
-    Parameters are those of the factors, also where --format dense writes their product.
+    Shapes are those on disk. --format dense writes products of factors: no fewer parameters.
     """
     found: dict[str, list[dict[str, Any]]] = {}
+    low_rank = plan.format == "low-rank"
     for matrix in plan.matrices:
         rank = ranks[matrix.key]
         row: dict[str, Any] = {
             "name": matrix.key,
-            "shape": list(matrix.shape),
+            "shape": list(matrix.shape[::-1] if matrix.turned else matrix.shape),
             "dtype": matrix.dtype,
             "action": "keep" if rank is None else "factorize",
             "parameters_before": matrix.elements,
-            "parameters_after": parameters(matrix.shape, rank),
+            "parameters_after": parameters(matrix.shape, rank if low_rank else None),
         }
         if rank is None:
             row["why"] = "at break-even: factors would have no fewer parameters"
@@ -47,7 +48,8 @@ def rows_of(
 
 def summary_of(plan: FactorizePlan, ranks: Ranks) -> dict[str, Any]:
     """Parameters that are left, as shares of four wholes: what was selected (which is what `--keep`
-    is of), what of it has factors now, all linear weights, and the model."""
+    is of), what of it has factors now, all linear weights, and the model; these count factors also
+    where --format dense writes their products."""
     shapes = plan.shapes
     gone = {
         key: parameters(shape, None) - parameters(shape, ranks[key])
@@ -68,14 +70,15 @@ def summary_of(plan: FactorizePlan, ranks: Ranks) -> dict[str, Any]:
         ),
         "model": (plan.others + selected, sum(gone.values())),
     }
+    before, lost = kept["model"]
     return {
         "method": plan.chosen.method.name,
         "format": plan.format,
         "matrices": dict(
             Counter("dense" if ranks[m.key] is None else "factorized" for m in plan.matrices)
         ),
-        "parameters_before": kept["model"][0],
-        "parameters_after": kept["model"][0] - kept["model"][1],
+        "parameters_before": before,
+        "parameters_after": before - (lost if plan.format == "low-rank" else 0),
         **{
             f"kept_of_{name}": (before - lost) / before if before else 1.0
             for name, (before, lost) in kept.items()

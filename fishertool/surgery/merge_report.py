@@ -9,6 +9,7 @@ from typing import Any
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.staging import free_bytes
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
+from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
 from fishertool.report import Files, Output
 from fishertool.surgery.merge_plan import MergePlan
@@ -25,7 +26,7 @@ def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
     nbytes += sum(info.nbytes for one in sidecars for info in one.tensors.infos().values())
     floats = len(sources) + len(plan.fishers) + 4
     return {
-        "tensors": len(plan.targets),
+        "tensors": _actions(plan),
         "bytes_to_read": nbytes,
         "bytes_to_write": plan.layout.nbytes,
         "shards": len(plan.layout.shards),
@@ -49,16 +50,32 @@ def rows(plan: MergePlan, more: Mapping[str, Mapping[str, Any]]) -> list[dict[st
 
 
 def summary(plan: MergePlan) -> dict[str, Any]:
-    """The merge in a few figures; weights only where they are the same for all tensors."""
-    weights = {tuple(target.weights) for target in plan.targets.values()}
+    """The merge in a few figures; weights only where the method has a use for them, and they are
+    the same for all tensors."""
+    used = "weights" in plan.method.inputs
+    weights = {tuple(target.weights) for target in plan.targets.values() if used}
     return {
         "method": plan.method.name,
         "weights": list(weights.pop()) if len(weights) == 1 else None,
         "parameters": plan.layout.parameters,
         "bytes": plan.layout.nbytes,
-        "tensors": dict(Counter(target.action for target in plan.targets.values())),
+        "tensors": _actions(plan),
         "rules": {f"{rule.place}: {rule.condition}": rule.tensors for rule in plan.rules},
     }
+
+
+def _actions(plan: MergePlan) -> dict[str, int]:
+    """How many tensors of the output there are of each."""
+    return dict(Counter(target.action for target in plan.targets.values()))
+
+
+def forecast_adapter(plan: MergePlan, lora: LoraWriter, threads: int, out: Path) -> dict[str, Any]:
+    """Likewise of a merge that is written as an adapter, where all tensors differ from the base's."""
+    found, most = forecast(plan, threads, out), lora.most_bytes
+    found |= {"bytes_to_write": most, "shards": 1}
+    found["bytes_to_read"] += sum(lora.base.info(tensor.name).nbytes for tensor in plan.outputs())
+    found["estimated_peak_bytes"] += most
+    return found
 
 
 def adapter_output(files: Sequence[FileDigest], parameters: int) -> Output:

@@ -18,7 +18,7 @@ def checkpoint_output(
     """A checkpoint as it was written."""
     return Output(
         list(map(asdict, digests)),
-        layout.nbytes,
+        sum(one.bytes for one in digests),
         layout.parameters,
         layout.dtype,
         list(companions.copied),
