@@ -289,6 +289,10 @@ BAD: dict[str, tuple[str, int, str]] = {
     "missing model": (
         "merge_method: linear\nmodels: [{model: A}, {model: ./nowhere}]\n", 3, "nowhere",
     ),
+    "a seed of nothing": (
+        "merge_method: linear\nmodels: [{model: A}, {model: B}]\nseed: 0\n", 2,
+        "seed: method linear draws nothing",
+    ),
     "weights that sum to zero": (
         "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 1}}\n"
         "- {model: B, parameters: {weight: -1}}\n",

@@ -1,6 +1,5 @@
 """Recipes read and written, and what of a recipe is merged."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +283,10 @@ def test_what_is_a_recipe() -> None:
     assert not any(map(is_recipe, (None, [], "merge_method")))
 
 
-def test_a_seed_that_decides_nothing_is_noted() -> None:
+def test_a_seed_that_decides_nothing_is_left_out() -> None:
     recipe = recipe_of(TEXTS["ties"] + "seed: 3\n")
-    found = normalised(recipe, METHODS["ties"])
-    assert found.seed == 0
-    assert "seed has no effect in method ties, which draws nothing" in found.notes
-    assert normalised(replace(recipe, where=""), METHODS["ties"]).notes == recipe.notes
-    drawing = find_method("fishertool.merging", "dare-ties")
-    assert normalised(recipe, drawing).seed == 3
+    assert normalised(recipe, METHODS["ties"]).seed == 0
+    assert normalised(recipe, find_method("fishertool.merging", "dare-ties")).seed == 3
 
 
 def test_the_base_is_not_merged_where_the_method_has_one() -> None:

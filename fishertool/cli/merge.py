@@ -39,6 +39,7 @@ from fishertool.cli.flags import (
 from fishertool.cli.importing import importing
 from fishertool.cli.merge_recipe import (
     check_measuring,
+    check_seed,
     load_recipe_or_config,
     recipe_of,
     text_of,
@@ -177,6 +178,7 @@ def merge(
     with importing(recipe.reads, threads, dry_run):
         from fishertool.commands.merge import merge as command
 
+    check_seed(context, MERGE_METHODS, recipe)
     check_measuring(context)
     options = None if evaluate_on is None else data_options(context, evaluate_on)
     report = command(

@@ -77,6 +77,17 @@ def text_of(
     return to_yaml(recipe if weights is None else weighted(recipe, method, weights))
 
 
+def check_seed(context: typer.Context, package: str, recipe: Any) -> None:
+    """Refuse a seed in a recipe's file whose method draws nothing."""
+    from fishertool.recipe.inputs import draws
+
+    said = recipe.where and context.obj.get("seed") is not None
+    if said and not draws(find_method(package, recipe.method)):
+        raise UsageError(
+            f"{recipe.where}: seed: method {recipe.method} draws nothing; leave it out"
+        )
+
+
 def check_measuring(context: typer.Context) -> None:
     """Refuse flags of a measurement, or of a search, that is not asked for."""
     if context.params["evaluate_on"] is None:

@@ -39,11 +39,6 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
             slices.append(replace(piece, base=None))
     if "weights" not in method.inputs:
         slices = [_without_weights(piece, recipe, method, notes) for piece in slices]
-    seed = recipe.seed
-    if seed and "generators" not in method.inputs:
-        seed = 0
-        if recipe.where:
-            notes.append(f"seed has no effect in method {method.name}, which draws nothing")
     tokenizer = recipe.tokenizer
     if tokenizer is not None and tokenizer.source == "base" and recipe.base is not None:
         tokenizer = replace(tokenizer, source=recipe.base)
@@ -52,9 +47,14 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
         slices=tuple(slices),
         base=recipe.base if takes_base else None,
         tokenizer=tokenizer,
-        seed=seed,
+        seed=recipe.seed if draws(method) else 0,
         notes=tuple(notes),
     )
+
+
+def draws(method: Method) -> bool:
+    """Whether it draws at random, by a seed."""
+    return "generators" in method.inputs
 
 
 def spelled_alike(recipe: Recipe) -> Recipe:
