@@ -4,6 +4,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish
@@ -47,11 +49,14 @@ def loss_of(loaded: LoadedSubject) -> float:
 
 
 def split(loaded: LoadedSubject, share: float) -> tuple[LoadedSubject, LoadedSubject]:
-    """The same model with the examples to calibrate on, and with every so many held out."""
+    """The same model with the examples to calibrate on, and with a share of them held out: drawn by
+    the seed of the data, whose order may have a period."""
     examples = loaded.texts.examples
-    held = [int((n + 1) * share) > int(n * share) for n in range(len(examples))]
+    generator = torch.Generator().manual_seed(loaded.subject.data.seed)
+    drawn = torch.randperm(len(examples), generator=generator)[: int(len(examples) * share)]
+    held = set(drawn.tolist())
     parts = [
-        [example for example, out in zip(examples, held, strict=True) if out is wanted]
+        [example for n, example in enumerate(examples) if (n in held) is wanted]
         for wanted in (False, True)
     ]
     first, second = (replace(loaded, texts=replace(loaded.texts, examples=one)) for one in parts)
