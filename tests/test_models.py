@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, Cli, ModelMaker, make_gpt2, make_tokenizer
+from conftest import VOCABULARY, Cli, ModelMaker, make_bert, make_gpt2, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from fishertool.models.loading import LoadedModel, load_model, load_tokenizer
 from fishertool.models.names import (
     empty_model,
     head_names,
+    ignored_buffers,
     parameters_by_disk_name,
     tied_names,
 )
@@ -99,6 +100,64 @@ def test_masks_that_old_gpt2_checkpoints_hold_are_no_parameters(tmp_path: Path) 
     folder = edit(base_model(tmp_path / "base"), lambda t: t.update({"h.0.attn.bias": mask}))
     found, rest, _ = by_name(folder, CAUSAL)
     assert rest == ["h.0.attn.bias"] and "h.0.attn.c_attn.bias" in found
+
+
+OLD_BUFFERS = {
+    "gpt2": {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    },
+    "llama": {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+    "bert": {
+        "bert.embeddings.position_ids": torch.arange(32.0),
+        "bert.embeddings.token_type_ids": torch.zeros(1, 32).long(),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OLD_BUFFERS)
+def test_buffers_that_old_checkpoints_hold_are_in_nobodys_way(
+    cli: Cli, data: Path, make_model: ModelMaker, kind: str
+) -> None:
+    folder, old = make_model(kind, kind), OLD_BUFFERS[kind]
+    flags = ("--data", data, "--quiet", "--json")
+    before = [
+        cli("estimate-fisher", folder, *flags, "--out", "before"),
+        cli("evaluate", folder, *flags),
+    ]
+    with open_checkpoint(folder) as checkpoint:
+        assert ignored_buffers(checkpoint) == []
+    edit(folder, lambda t: t.update(old))
+    with open_checkpoint(folder) as checkpoint:
+        assert set(ignored_buffers(checkpoint)) == set(old)
+    after = [
+        cli("estimate-fisher", folder, *flags, "--out", "after"),
+        cli("evaluate", folder, *flags),
+    ]
+    assert [one.code for one in before + after] == [0] * 4, after
+    found = [load_file(Path(out) / "diagonal.safetensors") for out in ("before", "after")]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert before[1].report["summary"] == after[1].report["summary"]
+
+
+def test_what_only_looks_like_an_old_buffer(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias that is no mask, a buffer that the model still saves, and an unknown architecture."""
+    folder = make_model("g", "gpt2")
+    edit(folder, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(32)}))
+    with open_checkpoint(folder) as checkpoint:
+        assert ignored_buffers(checkpoint) == []
+    edit(folder, lambda t: t.update(OLD_BUFFERS["gpt2"]), architectures=["MyGPT2"])
+    with open_checkpoint(folder) as checkpoint:
+        assert ignored_buffers(checkpoint) == []
+    model = make_bert()
+    model.bert.embeddings.register_buffer("position_ids", torch.arange(32.0))
+    monkeypatch.setattr("fishertool.models.names.empty_model", lambda source: model)
+    folder = edit(make_model("b"), lambda t: t.update(OLD_BUFFERS["bert"]))
+    with open_checkpoint(folder) as checkpoint:
+        assert ignored_buffers(checkpoint) == ["bert.embeddings.token_type_ids"]
 
 
 def test_buffers_on_disk_have_no_fisher(make_model: ModelMaker) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.buffers import is_old_buffer
 from fishertool.models.low_rank_layers import table_length
 from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
 from fishertool.models.tasks import Task, fits_decoder
@@ -112,7 +114,7 @@ def load_model(
     left_over = sorted(
         name
         for name in found["unexpected_keys"]
-        if name not in checkpoint or checkpoint.info(name).dtype in FLOATING
+        if name not in checkpoint or _is_weight(checkpoint.info(name))
     )
     for names, fault in (
         (missing, "lacks tensors the model needs"),
@@ -188,6 +190,10 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not elements or "F16" in elements:
         return torch.float32
     return TORCH[elements.most_common(1)[0][0]]
+
+
+def _is_weight(info: TensorInfo) -> bool:
+    return info.dtype in FLOATING and not is_old_buffer(info.name, info.shape)
 
 
 def _embedded(module: Any, folder: Path) -> int:

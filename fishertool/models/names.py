@@ -13,6 +13,7 @@ from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
+from fishertool.models.buffers import is_old_buffer
 from fishertool.models.probes import Origin, origins
 
 
@@ -54,17 +55,35 @@ def parameters_by_disk_name(
         for name in checkpoint
         if name not in aliases and checkpoint.info(name).dtype in FLOATING
     ]
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
     unknown = [
-        name
-        for name in rest
-        if name not in on_disk and not any(re.search(pattern, name) for pattern in ignored)
+        name for name in rest if name not in on_disk and not _is_ignored(module, checkpoint, name)
     ]
     if unknown:
         raise InputError(f"{checkpoint.folder}: the model has no parameter for {some(unknown)}")
     ordered = {name: found[name] for name in checkpoint if name in found}
     _check_ends(ordered, checkpoint)
     return ordered, rest
+
+
+def _is_ignored(module: nn.Module, checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor that the model has none for is no fault of the checkpoint."""
+    patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
+    return is_old_buffer(name, checkpoint.info(name).shape) or any(
+        re.search(pattern, name) for pattern in patterns
+    )
+
+
+def ignored_buffers(source: TensorSource) -> list[str]:
+    """Tensors on disk that are no weights: buffers which the architecture now computes.
+
+    None of an architecture that transformers does not have, and none that the model still saves.
+    """
+    found = [name for name in source if is_old_buffer(name, source.info(name).shape)]
+    model = empty_model(source) if found else None
+    if model is None:
+        return []
+    saved = origins_by_disk_name(model, model.state_dict(), source.folder)
+    return [name for name in found if name not in saved]
 
 
 def _origins_on_disk(module: nn.Module, checkpoint: TensorSource) -> dict[str, Origin]:
