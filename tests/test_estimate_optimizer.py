@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker
+from conftest import Cli, ModelMaker, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES
 
 from fishertool.sidecar import open_sidecar
 
@@ -67,6 +68,41 @@ def test_moments_are_found_by_order_or_name(
     assert (header.estimator, header.unit, header.statistics[name].standard_error) == (
         "adam", "batch", None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("named", [False, True])
+def test_moments_of_fused_experts_are_parted_as_on_disk(
+    cli: Cli, tmp_path: Path, kind: str, named: bool
+) -> None:
+    folder = tmp_path / "m"
+    torch.manual_seed(0)
+    model = ARCHITECTURES[kind]()
+    model.save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+    state, expected = train(folder, split=False, named=named)
+    torch.save(state, tmp_path / "optimizer.pt")
+    result = cli("estimate-fisher", folder, "--from-optimizer", "optimizer.pt", "--out", "f", "-q")
+    assert result.code == 0, result.err
+    found = load_file(tmp_path / "f" / "diagonal.safetensors")
+    assert set(found) == set(load_file(folder / "model.safetensors"))
+    model.save_pretrained(tmp_path / "e", state_dict=expected)  # parts them as it does weights
+    for name, value in load_file(tmp_path / "e" / "model.safetensors").items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-12)
+
+
+def test_a_moment_of_other_experts_is_refused(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    ARCHITECTURES["qwen3-moe"]().save_pretrained(folder)
+    make_tokenizer(template=False).save_pretrained(folder)
+    state, _ = train(folder, split=False, named=True)
+    names = state["param_groups"][0]["param_names"]
+    stack = names.index("model.layers.0.mlp.experts.down_proj")
+    state["state"][stack]["exp_avg_sq"] = torch.ones(3, 16, 12)
+    torch.save(state, tmp_path / "optimizer.pt")
+    result = cli("estimate-fisher", folder, "--from-optimizer", "optimizer.pt", "--out", "f")
+    told = "of model.layers.0.mlp.experts.down_proj is [3, 16, 12], the weight [4, 16, 12]"
+    assert (result.code, told in result.err) == (3, True), result.err
 
 
 @pytest.mark.parametrize("key", ["{}", "exp_avg_sq.{}", "{}.exp_avg_sq"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError, some
+from fishertool.fisher.views import views_by_parameter
 
 MOMENT = "exp_avg_sq"
 
@@ -22,7 +23,7 @@ def second_moments(path: Path, module: nn.Module, named: Mapping[str, Tensor]) -
     module  whose `named_parameters` the optimizer was given: where the state has only numbers,
             they are those of all parameters in order, or of all matrices and then the rest, as
             decayed and not decayed ones are grouped; whichever fits by number and shapes
-    named   name on disk -> parameter
+    named   name on disk -> parameter, or the view of one that is on disk under that name
 
     Moments are divided by 1 - beta2 ^ step where both are known. Raises InputError for a file
     that holds no such state, and for moments that fit the model in number, name or shape neither way.
@@ -31,13 +32,7 @@ def second_moments(path: Path, module: nn.Module, named: Mapping[str, Tensor]) -
     moments = (
         _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path, module)
     )
-    by_memory_name = {
-        name: disk
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        for disk, other in named.items()
-        if other is parameter
-    }
-    moments = {by_memory_name.get(name, name): value for name, value in moments.items()}
+    moments |= _by_disk_name(path, moments, module, named)
     if lost := [name for name in named if name not in moments]:
         raise InputError(
             f"{path}: has no second moment of {some(lost)}; "
@@ -46,15 +41,32 @@ def second_moments(path: Path, module: nn.Module, named: Mapping[str, Tensor]) -
     found = {}
     for name, parameter in named.items():
         value = moments[name]
-        if value.shape != parameter.shape:
-            raise InputError(
-                f"{path}: the second moment of {name} is {list(value.shape)}, "
-                f"the weight {list(parameter.shape)}; give the optimizer of this model"
-            )
+        _check_shape(path, name, value, parameter)
         if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
             raise InputError(f"{path}: the second moment of {name} is negative or not finite")
         found[name] = value.float()
     return found
+
+
+def _by_disk_name(
+    path: Path, moments: Mapping[str, Tensor], module: nn.Module, named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Of the model's parameters that have a moment, the parts of it by their names on disk."""
+    views = views_by_parameter(named)
+    found = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        for view in views.get(id(parameter), ()) if name in moments else ():
+            _check_shape(path, name, moments[name], parameter)
+            found[view.name] = view.of(moments[name])
+    return found
+
+
+def _check_shape(path: Path, name: str, moment: Tensor, weight: Tensor) -> None:
+    if moment.shape != weight.shape:
+        raise InputError(
+            f"{path}: the second moment of {name} is {list(moment.shape)}, "
+            f"the weight {list(weight.shape)}; give the optimizer of this model"
+        )
 
 
 def check_is_there(path: Path) -> None:
