@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli, ModelMaker, make_text
+from conftest import Cli, ModelMaker, make_text, write_rows
 
 from fishertool.estimation import subject, workers
 from fishertool.models import tasks
@@ -272,6 +272,29 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(
     assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
     assert not list(tmp_path.glob(".f.*"))
     assert cli(*saving, "--overwrite").code == 130  # nothing was left to go on with
+
+
+def test_a_run_killed_before_its_output_has_seen_enough(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed, it stops by the same error, and does not go on to the next window first."""
+    model, texts = make_model("g", "gpt2"), tmp_path / "texts.jsonl"
+    write_rows(texts, [{"text": make_text(n, 4 + n % 3)} for n in range(400)])
+    run = ("estimate-fisher", model, "--data", texts, "--until-relative-error", 0.2, "--json")
+    whole = cli(*run, "--out", "whole")
+    assert whole.code == 0 and whole.report["summary"]["examples"] < 300
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    saving = (*run, "--checkpoint-every", 1, "--out", "f")
+    with monkeypatch.context() as patched:
+        patched.setattr("fishertool.commands.estimate_fisher.finish", killed)
+        assert cli(*saving).code == 130
+    resumed = cli(*saving, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert resumed.report["summary"] == whole.report["summary"]
+    assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

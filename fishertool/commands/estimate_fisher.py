@@ -188,12 +188,17 @@ def _run(
     """Do what is left of this worker's share."""
     until = settings.until_relative_error
 
-    def after_unit(done: Pass) -> bool:
-        saver.after_unit()
+    def enough() -> bool:
         if until is None:
             return False
         return workers.relative_error(worker, worker.gathering.traces) <= until
 
+    def after_unit(done: Pass) -> bool:
+        saver.after_unit()
+        return enough()
+
+    if worker.units and enough():  # killed when all was done but the output
+        return
     left = mine[worker.units :]
     run(loaded, settings, worker, left, advance, shards=workers.shards, after=after_unit)
 
