@@ -15,6 +15,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, some
 from fishertool.models.buffers import is_old_buffer
 from fishertool.models.probes import Origin, origins
+from fishertool.models.use_order import order_of_use
 
 
 def parameters_by_disk_name(
@@ -297,7 +298,8 @@ def check_layers(
 
 
 def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str]) -> list[str]:
-    """Of the tensors outside a stack of layers (`model.layers.`), those the model has after it.
+    """Of the tensors outside a stack of layers (`model.layers.`), those that the model first uses
+    after it has used all layers; where a forward pass does not tell, that it registers after them.
 
     Raises InputError for an architecture transformers does not have.
     """
@@ -307,7 +309,18 @@ def names_after_layers(source: TensorSource, stack: str, outside: Sequence[str])
             f"{source.folder}: what comes before and after its layers cannot be told: its "
             "architecture is not in transformers"
         )
-    order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    last = max((place for place, name in enumerate(order) if stack in name), default=-1)
-    after = order[last + 1 :]
-    return [name for name in outside if any(other.endswith(name) for other in after)]
+    on_disk = names_on_disk(model, source)
+    after: dict[str, bool] = {}
+    for order in (
+        [name for name, _ in model.named_parameters(remove_duplicate=False)],
+        order_of_use(model),
+    ):
+        disk = dict.fromkeys(on_disk[name] for name in order if name in on_disk)
+        after |= _after(stack, list(disk))
+    return [name for name in outside if after.get(name)]
+
+
+def _after(stack: str, order: Sequence[str]) -> dict[str, bool]:
+    """Whether each name comes after all of the stack's; nothing if there are none of it."""
+    layers = [place for place, name in enumerate(order) if name.startswith(stack)]
+    return {name: place > max(layers) for place, name in enumerate(order)} if layers else {}
