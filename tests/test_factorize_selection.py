@@ -14,8 +14,11 @@ from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 
 import fishertool
+from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.svd import svd
+from fishertool.models.layers import layers_of
+from fishertool.models.probes import Origin
 
 
 def save(kind: str, folder: Path) -> Path:
@@ -87,6 +90,30 @@ def test_a_diagonal_tells_of_stacks_whatever_lies_beside_it(
     assert result.code == 0, result.err
     assert "model.layers.0.mlp.experts.down_proj[2]" in rows_of(result)
     assert "model.layers.0.self_attn.q_proj.weight" in rows_of(result)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_experts_saved_as_they_are_in_memory_are_stacks(tmp_path: Path, kind: str) -> None:
+    ARCHITECTURES[kind]().save_pretrained(tmp_path, save_original_format=False)
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = layers_of(checkpoint)
+    down = found["model.layers.1.mlp.experts.down_proj"]
+    assert down.kind == "experts" and down.in_block and not down.turned
+    assert found["model.layers.1.mlp.experts.gate_up_proj"].kind == "experts"
+
+
+def test_stacks_of_a_class_that_does_not_say_how_they_lie(tmp_path: Path) -> None:
+    config = transformers.Llama4TextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=12, intermediate_size_mlp=20,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_local_experts=3, interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "m")
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        found = [one for one in layers_of(checkpoint).values() if one.kind == "experts"]
+    assert len(found) == 2 and all(one.turned for one in found)
+    assert Origin("w", (3, 4, 5), (20, 1, 4), 0).mirrored
+    assert not Origin("w", (3, 4, 5), (20, 5, 1), 0).mirrored
 
 
 @pytest.mark.parametrize(

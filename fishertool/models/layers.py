@@ -11,7 +11,7 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
 from fishertool.models.low_rank_layers import is_linear, is_turned, token_table
 from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
-from fishertool.models.probes import Origin
+from fishertool.models.probes import Origin, whole
 
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 """Blocks are numbered, and what lies outside of them is not."""
@@ -51,7 +51,8 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
     for name, parameter in parameters.items():
         aliases[id(parameter)].append(name)
     found: dict[str, Layer] = {}
-    origins = origins_by_disk_name(module, parameters, checkpoint.folder)
+    as_in_memory = {name: whole(name, parameter) for name, parameter in parameters.items()}
+    origins = as_in_memory | origins_by_disk_name(module, parameters, checkpoint.folder)
     tokens = token_table(module)
     for name in checkpoint:
         origin = origins.get(name)
@@ -63,11 +64,10 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
         if kind is None:
             continue
         others = [alias for alias in aliases[id(parameter)] if alias != origin.name]
-        stacked = kind == "experts" and bool(getattr(owner, "is_transposed", False))
         found[name] = Layer(
             name,
             kind,
-            stacked or is_turned(owner),
+            _are_turned(owner) != origin.mirrored if kind == "experts" else is_turned(owner),
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
             kind == "linear" or owner is tokens,
@@ -86,6 +86,16 @@ def _kind(owner: nn.Module, origin: Origin, parameter: torch.Tensor) -> str | No
     if is_linear(owner):
         return "linear" if origin.shape == tuple(parameter.shape) else "part"
     return None
+
+
+def _are_turned(owner: nn.Module) -> bool:
+    """Whether a stack's matrices are [in, out]: as its class says, or else where the last one only
+    then gives what the first one takes."""
+    if hasattr(owner, "is_transposed"):
+        return bool(owner.is_transposed)
+    stacks = [one.shape for one in owner.parameters(recurse=False) if one.dim() == 3]
+    first, last = stacks[0], stacks[-1]
+    return first[1] == last[2] and first[2] != last[1]
 
 
 def _has_experts(owner: nn.Module) -> bool:

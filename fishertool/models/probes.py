@@ -21,6 +21,11 @@ class Origin:
     stride: tuple[int, ...]
     offset: int
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether rows on disk are columns of the model's."""
+        return len(self.stride) > 1 and self.stride[-1] > self.stride[-2]
+
     def of(self, tensor: Tensor) -> Tensor:
         """The view itself; a tensor that is on disk as it is comes back as it is."""
         if (
@@ -31,6 +36,11 @@ class Origin:
             return tensor
         with torch.no_grad():  # or a view of a leaf could not be a plain tensor
             return tensor.as_strided(self.shape, self.stride, self.offset)
+
+
+def whole(name: str, tensor: Tensor) -> Origin:
+    """All of a tensor of the model, as it is."""
+    return Origin(name, tuple(tensor.shape), tensor.stride(), 0)
 
 
 class _Probe(Tensor):
