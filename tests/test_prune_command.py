@@ -793,20 +793,6 @@ def test_experts_that_a_sidecar_does_not_tell_of_stay_as_they_are(
         assert any("no token of the data reached" in one for one in result.report["warnings"])
 
 
-def test_stacks_of_experts_stay_and_the_report_says_so(cli: Cli, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
-    )  # fmt: skip
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
-    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
-    result = cli("prune", "m", "--sparsity", 0.5, "--out", "o", "--json")
-    assert result.code == 0, result.err
-    [warning] = [one for one in result.report["warnings"] if "experts in one tensor" in one]
-    assert "of the model's weights, and stay as they are" in warning
-
-
 @pytest.mark.parametrize(
     ("pattern", "group"), [("1x16", 16), ("1x64", 64), ("1x128", 1), ("4:8", 8), ("8:16", 1)]
 )

@@ -150,8 +150,9 @@ def prune(
         before: float | None = None
         if trial_plan is not None:
             with report.phase("open"):
-                names = [matrix.name for matrix in plan.matrices]
-                trial = open_trial(opened, trial_plan, names, device, not allow_nonfinite)
+                trial = open_trial(
+                    opened, trial_plan, list(plan.by_name), device, not allow_nonfinite
+                )
                 if plan.statistics is None and "rank-one" in recipe.kinds:
                     check_bank(recipe, -(-len(trial.calibration.texts.examples) // group))
                 before = trial.loss()
@@ -171,7 +172,7 @@ def prune(
             trained: Mapping[str, Tensor] = {}
             if recover_steps and trial is not None:
                 with report.phase("recover"), open_checkpoint(outcome.pruned, STEM) as pruned:
-                    masks = {one.name: pruned[mask_name(one.name)] for one in plan.matrices}
+                    masks = [(trial.part(one), pruned[mask_name(one.key)]) for one in plan.matrices]
                     outcome.recovery = trial.recover(
                         masks, recover_steps, recover_learning_rate, track
                     )
@@ -220,7 +221,7 @@ def _write(
 def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:
     """At most: the checkpoint again, what every step prunes once more with its masks, and
     saliencies."""
-    stored = sum(plan.checkpoint.info(matrix.name).nbytes for matrix in plan.matrices)
+    stored = sum(matrix.info.nbytes for matrix in plan.matrices)
     steps = len(plan.recipe.schedule)
     work = steps * (stored + plan.elements) + 6 * plan.elements
     found = {"output": plan.layout.nbytes, "work": work}
@@ -233,8 +234,8 @@ def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: P
     report.status = "dry-run"
     report.tensors = [
         {
-            "name": matrix.name,
-            "shape": list(plan.checkpoint.info(matrix.name).shape),
+            "name": matrix.key,
+            "shape": list(matrix.info.shape),
             "dtype": matrix.dtype,
             "action": "prune",
         }

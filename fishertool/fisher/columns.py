@@ -44,6 +44,22 @@ class HeldGradients:
         return self._rows[name][:, start:stop]
 
 
+class PartialGradients:
+    """Gradients of parts of tensors.
+
+    parts  the name of a part -> its tensor's, its first element there, and how many it has
+    """
+
+    def __init__(self, gradients: Gradients, parts: Mapping[str, tuple[str, int, int]]):
+        self.members = gradients.members
+        self.sizes = {name: size for name, (_, _, size) in parts.items()}
+        self._gradients, self._parts = gradients, parts
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        whole, first, _ = self._parts[name]
+        return self._gradients.read(whole, first + start, first + stop)
+
+
 class MaskedGradients:
     """Gradients with some columns zero: F is then that of the others, these being held.
 

@@ -60,9 +60,7 @@ class Judge:
         """Of the model with these rows on disk in the place of its own. Low-rank layers are measured
         as their products: the same function, but for rounding."""
         for matrix, values in rows:
-            weight = self._weights[matrix.name]
-            part = weight if matrix.expert is None else weight[matrix.expert]
-            part.copy_(values)
+            matrix.of(self._weights[matrix.name]).copy_(values)
         return self._measure(self._changed, self.original)
 
     @cached_property

@@ -22,7 +22,7 @@ from fishertool.registry import Method
 from fishertool.selection import select
 from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_statistics import SUFFICES, Statistics, open_statistics
-from fishertool.surgery.matrix import Matrix
+from fishertool.surgery.matrix import Matrix, matrices_of
 
 FORMATS = ("low-rank", "dense")
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -152,7 +152,7 @@ def plan_factorize(
         elif layers[name].kind == "experts" and not _serves_stacks(chosen, statistics):
             kept[name] = "a stack of experts, of which only a diagonal Fisher tells"
         else:
-            matrices += _matrices(checkpoint, layers[name])
+            matrices += matrices_of(checkpoint, layers[name])
     if not matrices:
         why = sorted({kept[name] for name in selected if name in kept})
         raise UsageError(f"nothing is selected: {'; '.join(why) or 'all is left out'}")
@@ -216,18 +216,6 @@ def _serves_stacks(chosen: Refined, statistics: Statistics) -> bool:
         "diagonal" in statistics.kinds
         and all("diagonal" in SUFFICES[name] for name in chosen.inputs)
     )
-
-
-def _matrices(checkpoint: Checkpoint, layer: Layer) -> list[Matrix]:
-    info = checkpoint.info(layer.name)
-    rows, width = info.shape[-2:]
-    shape = (width, rows) if layer.turned else (rows, width)
-    if layer.kind != "experts":
-        return [Matrix(layer, 0, rows, shape, info.dtype)]
-    return [
-        Matrix(layer, expert * rows, (expert + 1) * rows, shape, info.dtype, expert)
-        for expert in range(info.shape[0])
-    ]
 
 
 def _factors(matrix: Matrix, rank: int) -> list[TensorInfo]:

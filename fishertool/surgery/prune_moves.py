@@ -30,17 +30,17 @@ def new_weights(step: Step, masks: Checkpoint, advance: Advance) -> Iterator[tup
         assert step.trial is not None
         gate = _Gate(step, masks, step.trial)
     for matrix in step.plan.matrices:
-        weight, mask = step.weight(matrix), masks[matrix.name]
+        weight, mask = step.weight(matrix), masks[matrix.key]
         candidates = _candidates(step, matrix, weight, mask)
         if gate is None:
             *_, (name, new, mask) = candidates  # without a gate, the update that was asked for
         else:
             name, new, mask = gate.best(matrix, candidates)
-        figures = step.figures.setdefault(matrix.name, {})
+        figures = step.figures.setdefault(matrix.key, {})
         figures["update"] = name
         figures["predicted_loss_change"] = _predicted(step, matrix, weight, new)
-        yield matrix.name, matrix.upright(new).contiguous()
-        yield mask_name(matrix.name), matrix.upright(mask).contiguous()
+        yield matrix.key, matrix.upright(new).contiguous()
+        yield mask_name(matrix.key), matrix.upright(mask).contiguous()
         advance(matrix.elements)
 
 
@@ -52,7 +52,7 @@ def _candidates(step: Step, matrix: Matrix, weight: Tensor, mask: Tensor) -> lis
         rounded = torch.where(mask, new, 0.0).to(dtype)
         if not step.plan.allow_nonfinite and not bool(rounded.isfinite().all()):
             raise InputError(
-                f"{matrix.name}: what --compensate {name} moves does not fit {matrix.dtype}; take "
+                f"{matrix.key}: what --compensate {name} moves does not fit {matrix.dtype}; take "
                 "more --damping"
             )
         return name, rounded, mask
@@ -89,7 +89,7 @@ def _updated(
             raise refusal(matrix, error) from error
     found = statistics.curvature(recipe, matrix, step.pruned_before(matrix))
     if found is None:
-        step.counts.setdefault("unmoved", []).append(matrix.name)
+        step.counts.setdefault("unmoved", []).append(matrix.key)
         return None
     fisher, gradients = found
     flat, kept = weight.flatten(), mask.flatten()
@@ -130,17 +130,17 @@ class _Gate:
         self._step, self._trial = step, trial
         for matrix in step.plan.matrices:
             weight = step.weight(matrix)
-            plain = torch.where(masks[matrix.name], weight, 0.0)
-            trial.put({matrix.name: matrix.upright(plain)})
+            plain = torch.where(masks[matrix.key], weight, 0.0)
+            trial.put(matrix, matrix.upright(plain))
         self._loss = trial.loss()
 
     def best(self, matrix: Matrix, candidates: Sequence[Candidate]) -> Candidate:
         best, losses = candidates[0], {candidates[0][0]: self._loss}
         for candidate in candidates[1:]:
-            self._trial.put({matrix.name: matrix.upright(candidate[1])})
+            self._trial.put(matrix, matrix.upright(candidate[1]))
             losses[candidate[0]] = self._trial.loss()
             if losses[candidate[0]] < self._loss:
                 best, self._loss = candidate, losses[candidate[0]]
-        self._trial.put({matrix.name: matrix.upright(best[1])})
-        self._step.figures.setdefault(matrix.name, {})["held_out_loss"] = losses
+        self._trial.put(matrix, matrix.upright(best[1]))
+        self._step.figures.setdefault(matrix.key, {})["held_out_loss"] = losses
         return best

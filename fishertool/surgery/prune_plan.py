@@ -1,8 +1,10 @@
 """What a pruning will do, decided from headers alone: all that can be refused is refused here."""
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +12,7 @@ from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.dtypes import FLOATING
+from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError, some
@@ -18,11 +21,14 @@ from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
 from fishertool.selection import select
-from fishertool.surgery.matrix import Matrix
+from fishertool.surgery.matrix import Matrix, matrices_of
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
 from fishertool.surgery.prune_statistics import Statistics, open_statistics
 
-STACK = "a stack of experts"
+STACKS = (
+    "a stack of experts, of which no activations are estimated",
+    "a stack of experts, over which a factored Fisher is summed",
+)
 UNREACHED = "an expert that no token reached"
 
 
@@ -36,26 +42,46 @@ class PrunePlan:
     recipe: Recipe
     statistics: Statistics | None
     """From the sidecars that were given; None where they are yet to be estimated."""
-    matrices: list[Matrix]
-    """What is pruned, in file order."""
+    selected: list[Matrix]
+    """In file order; of these, experts that no token reached stay."""
     kept: dict[str, str]
-    """Every other tensor, and why it stays."""
+    """Every tensor or expert that stays, by key, and why."""
     layout: Layout
     companions: dict[Path, Companions]
     """By folder."""
     allow_nonfinite: bool
 
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """What is pruned, in file order."""
+        return [matrix for matrix in self.selected if matrix.key not in self.kept]
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Matrix]]:
+        """Those that are selected, by tensor."""
+        found: dict[str, list[Matrix]] = defaultdict(list)
+        for matrix in self.selected:
+            found[matrix.name].append(matrix)
+        return dict(found)
+
+    @property
+    def parts(self) -> list[TensorInfo]:
+        """Every matrix that is selected and every other tensor, by key, in file order."""
+        found: list[TensorInfo] = []
+        for name in self.checkpoint:
+            if name in self.by_name:
+                found += [matrix.info for matrix in self.by_name[name]]
+            elif name in self.kept:  # and no copy of a tied tensor
+                found.append(self.checkpoint.info(name))
+        return found
+
     @property
     def elements(self) -> int:
         return sum(matrix.elements for matrix in self.matrices)
 
-    def without(self, names: Collection[str]) -> Self:
+    def without(self, keys: Collection[str]) -> Self:
         """The same with these experts, of which the data tell nothing, as they are."""
-        return replace(
-            self,
-            matrices=[matrix for matrix in self.matrices if matrix.name not in names],
-            kept=self.kept | dict.fromkeys(names, UNREACHED),
-        )
+        return replace(self, kept=self.kept | dict.fromkeys(keys, UNREACHED))
 
 
 def plan_prune(
@@ -78,32 +104,33 @@ def plan_prune(
     check_not_quantized(checkpoint)
     copies = tied_names(checkpoint)
     layers = layers_of(checkpoint, trust_remote_code)
-    chosen, kept = _choose(checkpoint, layers, include, exclude)
-    matrices = [
-        _matrix(checkpoint, layers[name])
-        for name in checkpoint
-        if name in chosen and name not in copies
-    ]
-    kept = {name: kept[name] for name in checkpoint if name in kept and name not in copies}
-    _check_pattern(checkpoint, recipe, matrices)
     statistics = None
     if recipe.kinds and fisher is not None:
         statistics = open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
-        unreached = statistics.unreached(matrices)
-        kept |= dict.fromkeys(unreached, UNREACHED)
-        matrices = [matrix for matrix in matrices if matrix.name not in unreached]
-        statistics.check(recipe, matrices)
+    chosen, kept = _choose(checkpoint, layers, include, exclude, _stack_stays(recipe, statistics))
+    names = [name for name in checkpoint if name not in copies]
+    selected = [
+        matrix
+        for name in names
+        if name in chosen
+        for matrix in matrices_of(checkpoint, layers[name])
+    ]
+    _check_pattern(checkpoint, recipe, selected)
+    folders = dict.fromkeys([top, checkpoint.folder])
+    plan = PrunePlan(
+        top, checkpoint, recipe, statistics, selected,
+        {name: kept[name] for name in names if name in kept},
+        lay_out([checkpoint.info(name) for name in names], max_shard_bytes),
+        {folder: find_companions(folder) for folder in folders}, allow_nonfinite,
+    )  # fmt: skip
+    if statistics is not None:
+        plan = plan.without(statistics.unreached(selected))
+        statistics.check(recipe, plan.matrices)
         if "rank-one" in recipe.kinds:
             check_bank(recipe, statistics.members)
     elif "activation" in recipe.kinds:
-        _check_inputs_are_seen(checkpoint, matrices)
-    folders = dict.fromkeys([top, checkpoint.folder])
-    layout = lay_out([checkpoint.info(name) for name in checkpoint if name not in copies],
-                     max_shard_bytes)  # fmt: skip
-    return PrunePlan(
-        top, checkpoint, recipe, statistics, matrices, kept, layout,
-        {folder: find_companions(folder) for folder in folders}, allow_nonfinite,
-    )  # fmt: skip
+        _check_inputs_are_seen(checkpoint, selected)
+    return plan
 
 
 def mask_name(weight: str) -> str:
@@ -160,6 +187,7 @@ def _choose(
     layers: dict[str, Layer],
     include: Sequence[str],
     exclude: Sequence[str],
+    stack_stays: str | None,
 ) -> tuple[set[str], dict[str, str]]:
     """Names to prune, and why every other tensor stays: linear weights inside the blocks by default."""
     if not layers:
@@ -169,8 +197,8 @@ def _choose(
     chosen: set[str] = set()
     for name in select(layers, include, exclude):
         layer, info = layers[name], checkpoint.info(name)
-        if layer.kind == "experts":
-            kept[name] = STACK
+        if layer.kind == "experts" and stack_stays is not None:
+            kept[name] = stack_stays
         elif info.dtype not in FLOATING or not info.elements:
             kept[name] = f"{info} cannot be computed with"
         elif include or (layer.in_block and layer.kind != "embedding" and layer.tied is None):
@@ -184,11 +212,11 @@ def _choose(
     return chosen, kept
 
 
-def _matrix(checkpoint: Checkpoint, layer: Layer) -> Matrix:
-    info = checkpoint.info(layer.name)
-    rows, width = info.shape
-    shape = (width, rows) if layer.turned else (rows, width)
-    return Matrix(layer, 0, rows, shape, info.dtype)
+def _stack_stays(recipe: Recipe, statistics: Statistics | None) -> str | None:
+    """Why, where what decides is not told of every expert."""
+    if "activation" in recipe.kinds:
+        return STACKS[0]
+    return STACKS[1] if statistics is not None and statistics.factored else None
 
 
 def _check_inputs_are_seen(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> None:
@@ -207,13 +235,13 @@ def _check_inputs_are_seen(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -
 
 
 def _check_pattern(checkpoint: Checkpoint, recipe: Recipe, matrices: Sequence[Matrix]) -> None:
-    odd = [
-        f"{matrix.name} {list(matrix.shape)}"
+    odd = {
+        f"{matrix.name} {list(matrix.shape)}": None
         for matrix in matrices
         if not recipe.pattern.divides(matrix.shape)
-    ]
+    }
     if odd:
         raise InputError(
-            f"{checkpoint.folder}: --pattern {recipe.pattern} does not divide {some(odd)}; leave "
+            f"{checkpoint.folder}: --pattern {recipe.pattern} does not divide {some([*odd])}; leave "
             "them out with --exclude, or take another pattern"
         )

@@ -183,6 +183,24 @@ def resolve_recipe(
     return replace(recipe, damping=DAMPING, moment_damping=moment)
 
 
+def aligned(block: int, width: int, group: int = 1) -> int:
+    """The largest divisor of a row's width in the upper half below `block`; `block` if there is none,
+    when blocks run on over the ends of rows. Of whole groups, which divide the width.
+
+    >>> aligned(128, 384), aligned(50, 384), aligned(50, 384 + 1), aligned(128, 16)
+    (128, 48, 35, 16)
+    >>> aligned(13, 20), aligned(13, 20, 4)
+    (10, 12)
+    """
+    if block >= width:
+        return width
+    block -= block % group
+    found = [
+        size for size in range(block, block // 2, -1) if width % size == 0 and size % group == 0
+    ]
+    return found[0] if found else block
+
+
 def _sparsity(pattern: Pattern, given: float | None) -> float:
     if pattern.m:
         implied = 1 - pattern.n / pattern.m

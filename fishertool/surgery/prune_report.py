@@ -9,7 +9,7 @@ from typing import Any
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import STACK, UNREACHED, PrunePlan, mask_name
+from fishertool.surgery.prune_plan import STACKS, UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
 
@@ -26,17 +26,17 @@ MAGNITUDES = 0.99
 def rows_of(
     plan: PrunePlan, outcome: Outcome, magnitude: Path, zeros: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """A row for every tensor, in file order. `sparsity` is the mask's; with what was zero before,
-    `zeros` of the weights are."""
-    by_name = {matrix.name: matrix for matrix in plan.matrices}
+    """A row for every tensor, and for every expert of a stack, in file order. `sparsity` is the
+    mask's; with what was zero before, `zeros` of the weights are."""
+    by_key = {matrix.key: matrix for matrix in plan.matrices}
     rows = []
     with open_checkpoint(outcome.pruned, STEM) as pruned, open_checkpoint(magnitude, STEM) as plain:
-        for name in plan.checkpoint:
-            info = plan.checkpoint.info(name)
+        for info in plan.parts:
+            name = info.name
             row: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
-            if name in by_name:
-                matrix = by_name[name]
-                mask = matrix.upright(pruned[mask_name(matrix.name)])
+            if name in by_key:
+                matrix = by_key[name]
+                mask = matrix.upright(pruned[mask_name(name)])
                 common, kept = overlap(mask, plain[name])
                 row |= {
                     "action": "prune",
@@ -46,10 +46,8 @@ def rows_of(
                     "overlap_with_magnitude": common / kept if kept else 1.0,
                     **outcome.figures.get(name, {}),
                 }
-            elif name in plan.kept:
-                row |= {"action": "keep", "why": plan.kept[name]}
             else:
-                continue  # a copy of a tied tensor
+                row |= {"action": "keep", "why": plan.kept[name]}
             rows.append(row)
     return rows
 
@@ -98,12 +96,12 @@ def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> l
             f"no token of the data reached {some(unreached)}, which stay as they are; more examples "
             "reach more"
         )
-    if stacks := [name for name, why in plan.kept.items() if why == STACK]:
+    if stacks := [name for name, why in plan.kept.items() if why in STACKS]:
         whole = sum(info.elements for info in plan.checkpoint.infos().values())
         share = sum(plan.checkpoint.info(name).elements for name in stacks) / whole
         found.append(
-            f"{some(stacks)} have all experts in one tensor, {100 * share:.0f} % of the model's "
-            "weights, and stay as they are: prune takes experts that are stored one by one"
+            f"{some(stacks)}, {100 * share:.0f} % of the model's weights, stay as they are, each "
+            f"{plan.kept[stacks[0]]}; magnitude, a diagonal and a bank tell of every expert"
         )
     method = outcome.recipe.method.name
     same = summary["overlap_with_magnitude"]
@@ -139,9 +137,9 @@ def _by_kind(plan: PrunePlan, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Layers' numbers aside, tensors of one name are of one kind."""
     kept: dict[str, int] = defaultdict(int)
     elements: dict[str, int] = defaultdict(int)
-    sizes = {matrix.name: matrix.elements for matrix in plan.matrices}
+    sizes = {matrix.key: matrix.elements for matrix in plan.matrices}
     for row in rows:
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"])
+        kind = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", row["name"])
         kept[kind] += row["kept"]
         elements[kind] += sizes[row["name"]]
     return {kind: 1 - kept[kind] / elements[kind] for kind in kept}

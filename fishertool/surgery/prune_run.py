@@ -78,7 +78,7 @@ def run_prune(
             ) as advance:
                 outcome.pruned = run_step(step, here, advance)
         with open_checkpoint(outcome.pruned, STEM) as pruned:  # if an earlier run left it
-            plan = plan.without([one.name for one in plan.matrices if one.name not in pruned])
+            plan = plan.without([one.key for one in plan.matrices if one.key not in pruned])
         shutil.rmtree(here / "fisher", ignore_errors=True)
         outcome.figures = step.figures
         predicted = [row["predicted_loss_change"] for row in step.figures.values()]

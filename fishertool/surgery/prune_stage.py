@@ -47,17 +47,22 @@ class Step:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """[out, in], float32 or, stored so, float64."""
-        source = self.before or self.plan.checkpoint
-        values = matrix.upright(source[matrix.name]).to(compute_dtype(matrix.dtype))
+        if self.before is None:
+            source, name = self.plan.checkpoint, matrix.name
+            rows = source.read(name, matrix.start, matrix.stop)
+        else:
+            source, name = self.before, matrix.key
+            rows = source[name]
+        values = matrix.upright(rows).to(compute_dtype(matrix.dtype))
         if not self.plan.allow_nonfinite:
-            check_finite(source, matrix.name, values)
+            check_finite(source, name, values)
         return values
 
     def pruned_before(self, matrix: Matrix) -> Tensor | None:
         """True where an earlier step pruned, [out, in]."""
         if self.before is None:
             return None
-        return ~matrix.upright(self.before[mask_name(matrix.name)])
+        return ~matrix.upright(self.before[mask_name(matrix.key)])
 
 
 NO_ANSWER = (ValueError, LinAlgError)
@@ -67,9 +72,9 @@ def refusal(matrix: Matrix, error: Exception) -> InputError:
     """Of a matrix that a method or an update has no answer for, with what it raised."""
     if isinstance(error, LinAlgError):
         return InputError(
-            f"{matrix.name}: its statistic is singular with so little damping; take more --damping"
+            f"{matrix.key}: its statistic is singular with so little damping; take more --damping"
         )
-    return InputError(f"{matrix.name}: {error}; leave it out with --exclude")
+    return InputError(f"{matrix.key}: {error}; leave it out with --exclude")
 
 
 def stored(

@@ -11,7 +11,12 @@ from torch import Tensor
 from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
-from fishertool.fisher.columns import Gradients, HeldGradients, MaskedGradients
+from fishertool.fisher.columns import (
+    Gradients,
+    HeldGradients,
+    MaskedGradients,
+    PartialGradients,
+)
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.rank_one import RankOneFisher, mean_fisher
 from fishertool.pruning.method import Fisher
@@ -23,7 +28,7 @@ from fishertool.sidecar import (
     read_diagonal,
 )
 from fishertool.surgery.matrix import Matrix
-from fishertool.surgery.prune_recipe import KINDS, Recipe
+from fishertool.surgery.prune_recipe import KINDS, Recipe, aligned
 
 Opened = tuple[Checkpoint, FisherHeader]
 Gone = Callable[[Matrix], Tensor | None]
@@ -40,12 +45,19 @@ class Statistics:
         self.kinds, self.general = kinds, general or {}
         self.fallbacks, self.clamped = 0, 0
         self._means: dict[str, float] = {}
+        self._totals: dict[tuple[Path, str], float] = {}
         self._whole: tuple[float, dict[str, Tensor]] | None = None
 
     @property
     def members(self) -> int:
         """Gradients of the bank."""
         return StoredGradients(self.kinds["rank-one"][0]).members
+
+    @property
+    def factored(self) -> bool:
+        """Whether a diagonal is told by its rows' and columns' sums alone."""
+        opened = (*self.kinds.values(), *self.general.values())
+        return any(header.kind == "factored" for _, header in opened)
 
     def folders(self) -> list[Path]:
         return [tensors.folder for tensors, _ in (*self.kinds.values(), *self.general.values())]
@@ -61,15 +73,16 @@ class Statistics:
         """Experts that are told nothing about: no token went through them."""
 
         def is_told(kind: str, matrix: Matrix) -> bool:
-            found = self.kinds[kind][1].statistics.get(matrix.name)
-            if found is None or kind not in ("diagonal", "rank-one"):
-                return found is not None
-            return (found.total if kind == "diagonal" else self._mean([matrix])) > 0
+            if matrix.name not in self.kinds[kind][1].statistics:
+                return matrix.expert is not None  # a stack that is not there at all is refused
+            if kind == "diagonal":
+                return self._total(self.kinds[kind], [matrix]) > 0
+            return kind != "rank-one" or self._mean([matrix]) > 0
 
         return [
-            matrix.name
+            matrix.key
             for matrix in matrices
-            if matrix.layer.kind == "expert"
+            if matrix.layer.kind in ("expert", "experts")
             and not all(is_told(kind, matrix) for kind in self.kinds)
         ]
 
@@ -81,13 +94,13 @@ class Statistics:
         for kinds in (self.kinds, self.general):
             for kind, (tensors, header) in kinds.items():
                 where = estimated_on or tensors.folder
-                names = [matrix.name for matrix in matrices]
+                names = dict.fromkeys(matrix.name for matrix in matrices)
                 if lost := [name for name in names if name not in header.statistics]:
                     raise InputError(
                         f"{where}: has no {kind} statistic of {some(lost)}; leave these out with "
                         "--exclude, or estimate it of them"
                     )
-                if kind == "diagonal" and not sum(header.statistics[n].total for n in names) > 0:
+                if kind == "diagonal" and not self._total(kinds[kind], matrices) > 0:
                     raise InputError(
                         f"{where}: the Fisher of what is pruned is zero everywhere; estimate it on "
                         "other data"
@@ -113,19 +126,22 @@ class Statistics:
                 found[name] = self.activations(matrix)
             elif name in KINDS or name.startswith("general"):
                 kinds = self.general if name.startswith("general") else self.kinds
-                kind = "mean-gradient" if name.endswith("gradient") else "diagonal"
-                found[name] = _read(*kinds[kind], kind, matrices, matrix)
+                if name.endswith("gradient"):
+                    found[name] = _mean_gradient(kinds["mean-gradient"][0], matrix)
+                else:
+                    opened = kinds["diagonal"]
+                    mean = self._total(opened, matrices) / sum(one.elements for one in matrices)
+                    found[name] = Fisher(_diagonal(opened[0], matrix), mean)
         return found
 
     def diagonal(self, matrix: Matrix) -> Tensor:
         """[out, in]"""
-        found = _read(*self.kinds["diagonal"], "diagonal", [matrix], matrix)
-        assert isinstance(found, Fisher)
-        return found.values
+        return _diagonal(self.kinds["diagonal"][0], matrix)
 
     def activations(self, matrix: Matrix) -> Tensor:
         tensors, header = self.kinds["activation"]
-        return _finite(tensors, f"{header.leaders[matrix.name]}#input")
+        name = f"{header.leaders[matrix.name]}#input"
+        return _finite(tensors, name, tensors[name])
 
     def curvature(
         self, recipe: Recipe, matrix: Matrix, gone: Tensor | None
@@ -134,26 +150,43 @@ class Statistics:
         gradients it is made of; None where all of these are zero."""
         if not (mean := self._mean([matrix])):
             return None
-        tensors, _ = self.kinds["rank-one"]
-        gradients: Gradients = StoredGradients(tensors, [matrix.name])
+        gradients = self._gradients([matrix])
         if matrix.turned:
-            rows = gradients.read(matrix.name, 0, matrix.elements)
+            rows = gradients.read(matrix.key, 0, matrix.elements)
             shaped = rows.reshape(len(rows), *reversed(matrix.shape)).mT
-            gradients = HeldGradients({matrix.name: shaped.contiguous()})
+            gradients = HeldGradients({matrix.key: shaped.contiguous()})
         if gone is not None:
-            gradients = MaskedGradients(gradients, {matrix.name: ~gone.flatten()})
-        block = (
-            None if recipe.block is None else aligned(recipe.block, matrix.shape[1], recipe.group)
-        )
+            gradients = MaskedGradients(gradients, {matrix.key: ~gone.flatten()})
+        block = recipe.block and aligned(recipe.block, matrix.shape[1], recipe.group)
         assert recipe.damping is not None
         return RankOneFisher(gradients, recipe.damping * mean, block), gradients
 
+    def _gradients(self, matrices: Sequence[Matrix]) -> Gradients:
+        names = dict.fromkeys(one.name for one in matrices)
+        stored = StoredGradients(self.kinds["rank-one"][0], list(names))
+        parts = {one.key: (one.name, one.first, one.elements) for one in matrices}
+        return PartialGradients(stored, parts)
+
+    def _total(self, opened: Opened, matrices: Sequence[Matrix]) -> float:
+        """Of a diagonal; a stack's header has no expert's, which takes a pass, once."""
+        tensors, header = opened
+        total = 0.0
+        for one in matrices:
+            place = tensors.folder, one.key
+            if one.expert is None:
+                total += header.statistics[one.name].total
+                continue
+            if place not in self._totals:
+                self._totals[place] = float(_diagonal(tensors, one).sum(dtype=torch.float64))
+            total += self._totals[place]
+        return total
+
     def _mean(self, matrices: Sequence[Matrix]) -> float:
         """Of the rank-one Fisher's diagonal, whatever is gone; each matrix's takes a pass, once."""
-        tensors, _ = self.kinds["rank-one"]
-        for name in (one.name for one in matrices if one.name not in self._means):
-            self._means[name] = mean_fisher(StoredGradients(tensors, [name]))
-        total = sum(self._means[one.name] * one.elements for one in matrices)
+        for one in matrices:
+            if one.key not in self._means:
+                self._means[one.key] = mean_fisher(self._gradients([one]))
+        total = sum(self._means[one.key] * one.elements for one in matrices)
         return total / sum(one.elements for one in matrices)
 
     def _scale(self, matrices: Sequence[Matrix]) -> float:
@@ -168,7 +201,7 @@ class Statistics:
         self, recipe: Recipe, matrices: Sequence[Matrix], matrix: Matrix, gone: Gone
     ) -> Tensor:
         if recipe.block is None:
-            return self._whole_inverse(recipe, matrices, gone)[matrix.name]
+            return self._whole_inverse(recipe, matrices, gone)[matrix.key]
         found = self.curvature(recipe, matrix, gone(matrix))
         if found is None:
             return torch.full(matrix.shape, torch.inf, dtype=torch.float64)
@@ -182,11 +215,10 @@ class Statistics:
         """Its diagonal, by matrix, where F is whole."""
         assert recipe.damping is not None
         if self._whole is None or self._whole[0] != recipe.damping:
-            names = [one.name for one in matrices]
-            gradients: Gradients = StoredGradients(self.kinds["rank-one"][0], names)
+            gradients = self._gradients(matrices)
             held = {one: gone(one) for one in matrices}
             masks = {
-                one.name: one.upright(~mask).flatten()
+                one.key: one.upright(~mask).flatten()
                 for one, mask in held.items()
                 if mask is not None
             }
@@ -198,9 +230,9 @@ class Statistics:
 
             def upright(one: Matrix) -> Tensor:
                 on_disk = one.shape[::-1] if one.turned else one.shape
-                return one.upright(values[fisher.spans[one.name]].reshape(on_disk))
+                return one.upright(values[fisher.spans[one.key]].reshape(on_disk))
 
-            self._whole = recipe.damping, {one.name: upright(one) for one in matrices}
+            self._whole = recipe.damping, {one.key: upright(one) for one in matrices}
         return self._whole[1]
 
     def _inverse_blocks(
@@ -245,44 +277,20 @@ def open_statistics(
     return Statistics(*found)
 
 
-def aligned(block: int, width: int, group: int = 1) -> int:
-    """The largest divisor of a row's width in the upper half below `block`; `block` if there is none,
-    when blocks run on over the ends of rows. Of whole groups, which divide the width.
-
-    >>> aligned(128, 384), aligned(50, 384), aligned(50, 384 + 1), aligned(128, 16)
-    (128, 48, 35, 16)
-    >>> aligned(13, 20), aligned(13, 20, 4)
-    (10, 12)
-    """
-    if block >= width:
-        return width
-    block -= block % group
-    found = [
-        size for size in range(block, block // 2, -1) if width % size == 0 and size % group == 0
-    ]
-    return found[0] if found else block
-
-
-def _read(
-    tensors: Checkpoint,
-    header: FisherHeader,
-    kind: str,
-    matrices: Sequence[Matrix],
-    matrix: Matrix,
-) -> Fisher | Tensor:
-    rows = matrix.stop - matrix.start
-    if kind == "mean-gradient":
-        return matrix.upright(_finite(tensors, matrix.name))
-    values = matrix.upright(read_diagonal(tensors, matrix.name, 0, rows).reshape(rows, -1))
+def _diagonal(tensors: Checkpoint, matrix: Matrix) -> Tensor:
+    values = matrix.upright(read_diagonal(tensors, matrix.name, matrix.start, matrix.stop))
     if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
-        raise InputError(f"{tensors.folder}: {matrix.name}: a Fisher is finite and not negative")
-    statistics = [header.statistics[one.name] for one in matrices]
-    mean = sum(one.total for one in statistics) / sum(one.elements for one in statistics)
-    return Fisher(values, mean)
+        raise InputError(f"{tensors.folder}: {matrix.key}: a Fisher is finite and not negative")
+    return values
 
 
-def _finite(tensors: Checkpoint, name: str) -> Tensor:
-    values = tensors[name].to(torch.float32)
+def _mean_gradient(tensors: Checkpoint, matrix: Matrix) -> Tensor:
+    rows = tensors.read(matrix.name, matrix.start, matrix.stop)
+    return matrix.upright(_finite(tensors, matrix.name, rows))
+
+
+def _finite(tensors: Checkpoint, name: str, values: Tensor) -> Tensor:
+    values = values.to(torch.float32)
     if not bool(values.isfinite().all()):
         raise InputError(f"{tensors.where(name)}: has NaN or Inf; estimate it again")
     return values

@@ -77,14 +77,14 @@ def _outputs(plan: PrunePlan) -> list[TensorInfo]:
         info
         for matrix in plan.matrices
         for info in (
-            plan.checkpoint.info(matrix.name),
-            TensorInfo(mask_name(matrix.name), "BOOL", plan.checkpoint.info(matrix.name).shape),
+            matrix.info,
+            replace(matrix.info, name=mask_name(matrix.key), dtype="BOOL"),
         )
     ]
 
 
 def _infos(plan: PrunePlan, dtype: str) -> list[TensorInfo]:
-    return [TensorInfo(matrix.name, dtype, matrix.shape) for matrix in plan.matrices]
+    return [TensorInfo(matrix.key, dtype, matrix.shape) for matrix in plan.matrices]
 
 
 def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
@@ -108,18 +108,18 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
             raise refusal(matrix, error) from error
         if not bool(saliency.isfinite().all()):
             raise InputError(
-                f"{matrix.name}: its {recipe.method.name} saliency is not finite; estimate the "
+                f"{matrix.key}: its {recipe.method.name} saliency is not finite; estimate the "
                 "Fisher again, or leave it out with --exclude"
             )
         if not bool(saliency.any()) and bool(weight.any()):
-            step.counts.setdefault("by_magnitude", []).append(matrix.name)
+            step.counts.setdefault("by_magnitude", []).append(matrix.key)
         saliency = _told_apart(saliency, weight)
         if recipe.normalize == "mean":
             saliency = saliency / saliency.abs().mean(dtype=torch.float64).clamp(min=1e-300)
         gone = step.pruned_before(matrix)
         if gone is not None:
             saliency = saliency.masked_fill(gone, float("-inf"))
-        yield matrix.name, saliency.to(torch.float32)
+        yield matrix.key, saliency.to(torch.float32)
         advance(matrix.elements)
     if step.statistics is not None and {"inverse_diagonal", "inverse_blocks"} & set(wanted):
         step.counts["fallbacks"] = step.statistics.fallbacks
@@ -141,12 +141,12 @@ def _masks(step: Step, scores: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     matrices, recipe = step.plan.matrices, step.recipe
     if recipe.budget == "global" and not recipe.pattern.m:
         masks = choose_globally(
-            lambda: (scores[matrix.name] for matrix in matrices), recipe.pattern, recipe.sparsity
+            lambda: (scores[matrix.key] for matrix in matrices), recipe.pattern, recipe.sparsity
         )
     else:
         masks = (
-            choose(scores[matrix.name], recipe.pattern, recipe.sparsity, recipe.budget)
+            choose(scores[matrix.key], recipe.pattern, recipe.sparsity, recipe.budget)
             for matrix in matrices
         )
     for matrix, mask in zip(matrices, masks, strict=True):
-        yield matrix.name, mask
+        yield matrix.key, mask

@@ -43,25 +43,32 @@ class Trial:
     parameters: Mapping[str, Tensor]
     """All of the model's, by name on disk."""
 
-    def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Set these weights, by name on disk and as they are there."""
+    def part(self, matrix: Matrix) -> Tensor:
+        """Of the model, as on disk."""
+        return matrix.of(self.calibration.parameters[matrix.name])
+
+    def put(self, matrix: Matrix, rows: Tensor) -> None:
+        """Set a matrix's weights, which are as on disk."""
         with torch.no_grad():
-            for name, values in weights.items():
-                self.calibration.parameters[name].copy_(values)
+            self.part(matrix).copy_(rows)
 
     def put_all(self, pruned: Checkpoint, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:
-            self.put({matrix.name: pruned[matrix.name]})
+            self.put(matrix, pruned[matrix.key])
 
     def loss(self) -> float:
         """Of the held-out examples."""
         return loss_of(self.held_out)
 
     def recover(
-        self, masks: Mapping[str, Tensor], steps: int, learning_rate: float, track: Track
+        self,
+        masks: Sequence[tuple[Tensor, Tensor]],
+        steps: int,
+        learning_rate: float,
+        track: Track,
     ) -> dict[str, Any]:
-        """Train the model on the calibration examples, weights being zero where their mask, by
-        name on disk, is False. What it did, and the held-out loss."""
+        """Train the model on the calibration examples, weights, or parts of them, being zero where
+        their mask is False. What it did, and the held-out loss."""
         subject = self.calibration.subject
         with track("Recovering", steps, "steps") as advance:
             done = recover(
@@ -70,7 +77,7 @@ class Trial:
                 self.calibration.texts,
                 steps=steps,
                 learning_rate=learning_rate,
-                masks=[(self.calibration.parameters[name], mask) for name, mask in masks.items()],
+                masks=masks,
                 seed=subject.data.seed,
                 advance=advance,
             )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
@@ -39,20 +40,25 @@ def write_pruned(
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
-    zeros = {matrix.name: 0 for matrix in plan.matrices}
+    zeros = {matrix.key: 0 for matrix in plan.matrices}
+    homes = {one.key: (one.name, one.start) for one in plan.selected}
     with CheckpointWriter(place, plan.layout) as writer:
 
         def one(piece: Piece) -> int:
-            source = pruned if piece.name in zeros else plan.checkpoint
-            values = source.read(piece.name, piece.start, piece.stop)
-            if piece.name in trained:
-                rows = trained[piece.name].detach()[piece.start : piece.stop]
-                values = as_stored(rows.cpu(), values)
-            if not plan.allow_nonfinite and piece.name in trained:
+            name, first = homes.get(piece.name, (piece.name, 0))
+            start, stop = first + piece.start, first + piece.stop
+            if piece.name in zeros:
+                values = pruned.read(piece.name, piece.start, piece.stop)
+            else:
+                values = plan.checkpoint.read(name, start, stop)
+            if name in trained:
+                rows = trained[name].detach().reshape(plan.checkpoint.info(name).rows, -1)
+                values = as_stored(rows[start:stop].reshape(values.shape).cpu(), values)
+            if not plan.allow_nonfinite and name in trained:
                 check_trained(piece.name, values)
             elif not plan.allow_nonfinite:
-                check_finite(plan.checkpoint, piece.name, values)
-            writer.write(piece.name, values, piece.start)
+                check_finite(plan.checkpoint, name, values)
+            writer.write(name, values, start)
             return int((values == 0).sum()) if piece.name in zeros else 0
 
         def count(piece: Piece, found: int) -> None:
@@ -60,8 +66,7 @@ def write_pruned(
                 zeros[piece.name] += found
             advance(piece.elements)
 
-        outputs = [tensor for shard in plan.layout.shards for tensor in shard.tensors]
-        collect(pieces(outputs), one, threads, count)
+        collect(pieces(plan.parts), one, threads, count)
         digests = writer.finish()
     write_config(plan.checkpoint.folder, place, plan.layout.dtype)
     copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
@@ -70,10 +75,18 @@ def write_pruned(
 
 def write_mask(plan: PrunePlan, pruned: Checkpoint, folder: Path) -> list[FileDigest]:
     """All masks in one file, eight weights a byte; shapes are in its metadata."""
-    shapes = {
-        matrix.name: list(plan.checkpoint.info(matrix.name).shape) for matrix in plan.matrices
-    }
-    packed = Computed(list(shapes), lambda name: pack(pruned[mask_name(name)]))
+    shapes = {one.name: list(plan.checkpoint.info(one.name).shape) for one in plan.matrices}
+
+    def whole(name: str) -> Tensor:
+        masks = (
+            torch.ones(one.info.shape, dtype=torch.bool)
+            if one.key in plan.kept
+            else pruned[mask_name(one.key)]
+            for one in plan.by_name[name]
+        )
+        return torch.cat(list(masks))
+
+    packed = Computed(list(shapes), lambda name: pack(whole(name)))
     (folder / f"{MASK_STEM}.safetensors").unlink(missing_ok=True)  # of a run that was killed
     metadata = {MASK_KEY: json.dumps({"bits": "little", "shapes": shapes})}
     _, digests = write_tensors(folder, MASK_STEM, metadata, packed, ONE_FILE)

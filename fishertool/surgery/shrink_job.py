@@ -125,12 +125,12 @@ def _recover(
 ) -> dict[str, Any]:
     """Train what stays, with what is left out silent behind the joining layers."""
     put(plan, trial.calibration, outcome.kept, outcome.joining)
-    masks = {}
+    masks = []
     for block in plan.units.blocks:
         parameter = trial.calibration.parameters[block.join.name]
         mask = torch.zeros_like(parameter, dtype=torch.bool)
         kept = features_of(outcome.kept[block.join.name], block.join.features).to(mask.device)
-        masks[block.join.name] = mask.index_fill_(block.join.dimension, kept, True)
+        masks.append((parameter, mask.index_fill_(block.join.dimension, kept, True)))
     return trial.recover(masks, examples.recover_steps, examples.learning_rate, track)
 
 
