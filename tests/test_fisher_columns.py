@@ -13,7 +13,7 @@ from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher import columns
-from fishertool.fisher.columns import HeldGradients
+from fishertool.fisher.columns import HeldGradients, PartialGradients
 from fishertool.fisher.rank_one import RankOneFisher
 from fishertool.sidecar import StoredGradients
 
@@ -50,6 +50,9 @@ def test_a_bank_on_disk_is_the_bank_in_memory(
         some = StoredGradients(tensors, ["w3"])
         assert some.sizes == {"w3": 33}
         assert torch.equal(some.read("w3", 5, 31), gradients["w3"].reshape(6, 33)[:, 5:31])
+        part = PartialGradients(some, {"part": ("w3", 11, 20)})
+        assert (part.members, part.sizes) == (6, {"part": 20})
+        assert torch.equal(part.read("part", 2, 20), some.read("w3", 13, 31))
 
 
 def held_rows(bank: HeldGradients) -> dict[str, Tensor]:

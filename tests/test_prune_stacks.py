@@ -116,6 +116,8 @@ def test_every_expert_has_a_budget_along_its_own_inputs(
     assert rows[f"{GATE_UP}[3]"]["shape"] == [16, 24] and rows[f"{GATE_UP}[3]"]["action"] == "prune"
     assert rows[f"{DOWN}[0]"]["kept"] == int((after[DOWN][0] != 0).sum())
     assert GATE_UP not in rows and rows[f"{GATE_UP}_bias"]["why"] == "no linear weight"
+    forecast = cli("prune", stacks, *flags, "--out", "p", "--dry-run").report["summary"]
+    assert forecast["weights_to_prune"] == result.report["summary"]["weights_pruned"]
     by_kind = result.report["summary"]["sparsity_by_kind"]
     assert f"{DOWN.replace('.0.', '.*.')}[*]" in by_kind
 

@@ -229,8 +229,7 @@ class Statistics:
             self._count(fisher)
 
             def upright(one: Matrix) -> Tensor:
-                on_disk = one.shape[::-1] if one.turned else one.shape
-                return one.upright(values[fisher.spans[one.key]].reshape(on_disk))
+                return one.upright(values[fisher.spans[one.key]].reshape(one.info.shape))
 
             self._whole = recipe.damping, {one.key: upright(one) for one in matrices}
         return self._whole[1]
