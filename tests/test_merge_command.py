@@ -412,6 +412,21 @@ def test_what_is_left_out_may_be_missing_or_of_another_shape(
     assert cli("merge", a, b, *flags, "--exclude", "nothing*", "--out", "q").code == 2
 
 
+@pytest.mark.parametrize("old", ["first", "second"])
+def test_a_buffer_that_only_older_files_have_is_in_nobodys_way(
+    cli: Cli, pair: tuple[Path, Path], tmp_path: Path, old: str
+) -> None:
+    name = "bert.embeddings.position_ids"
+    folder = pair[0 if old == "first" else 1]
+    save_file(
+        {**weights_of(folder), name: torch.arange(32)[None]},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert cli("merge", *pair, "--out", "o", "-q").code == 0
+    assert (name in weights_of(tmp_path / "o")) == (old == "first")
+
+
 def test_heads_with_other_class_names(cli: Cli, pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}

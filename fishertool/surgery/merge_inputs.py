@@ -9,7 +9,7 @@ from typing import Any
 from fishertool.checkpoint.compare import check_not_quantized, check_same_shape, check_same_tensors
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError
-from fishertool.models.names import head_names
+from fishertool.models.names import head_names, ignored_buffers
 from fishertool.models.prefixed import named_like
 from fishertool.models.sources import open_source
 from fishertool.recipe.schema import Recipe
@@ -101,6 +101,7 @@ def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
         names = [own_names(model) for model in whole]
         known = list(dict.fromkeys(chain(*names)))
         merged = set(select(known, recipe.include, recipe.exclude)) - heads
+        merged.difference_update(*map(ignored_buffers, whole))
         check_same_tensors(whole, set(known) - merged, names)
         arrangement = _arrange_whole(whole[0], names[0], len(whole), recipe.graded)
     else:
