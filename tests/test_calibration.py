@@ -7,6 +7,7 @@ import pytest
 from conftest import VOCABULARY, make_text, make_tokenizer, write_rows
 
 from fishertool.calibration import UNSCORED, CalibrationData, DataOptions, Example, load
+from fishertool.calibration.data import probes
 from fishertool.errors import InputError, UsageError
 from fishertool.models.tasks import TASKS
 
@@ -84,10 +85,12 @@ def test_a_probe_keeps_the_end_of_its_text(tmp_path: Path) -> None:
     long = list(range(4, 104))
     inputs = {"input_ids": long, "token_type_ids": [0] * 99 + [1]}
     example = Example(inputs, 0, 9, targets=long, candidates=[{"input_ids": [7, 8]}])
-    probe = CalibrationData([example], "texts", 0, 0, 512).probe()
+    probe, longer = probes([example])
     assert probe.inputs["input_ids"] == [*long[:63], long[-1]] == probe.targets
     assert probe.inputs["token_type_ids"] == [0] * 63 + [1]
     assert probe.candidates == example.candidates and probe.label == 0
+    assert longer == example.cut(72)
+    assert probes([probe]) == (probe, None)
 
 
 def test_bytes_are_those_of_both_texts(tmp_path: Path) -> None:

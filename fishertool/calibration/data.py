@@ -9,6 +9,8 @@ from typing import Any
 UNSCORED = -100
 """Stands for a target where nothing is predicted, as in transformers."""
 PROBE_TOKENS = 64
+PADDING = 8
+"""Columns, at most, by which even the longest probe is padded to see what that changes."""
 TOKEN_TYPES = "token_type_ids"
 """The one input that holds no tokens."""
 
@@ -95,6 +97,16 @@ class Example:
         )
 
 
+def probes(examples: Sequence[Example]) -> tuple[Example, Example | None]:
+    """To try a model on: a short example, of two tokens at least, or no layout of a batch can be
+    told from another; and one beside which it is padded, None where all are as long."""
+    shortest = min(examples, key=lambda one: (one.size < 2, one.size))
+    alike = [one for one in examples if len(one.texts) == len(shortest.texts)]
+    short = shortest.cut(PROBE_TOKENS)
+    longer = max(alike, key=lambda one: one.size).cut(PROBE_TOKENS + PADDING)
+    return short, longer if longer.size > short.size else None
+
+
 @dataclass(frozen=True)
 class CalibrationData:
     examples: list[Example]
@@ -117,12 +129,6 @@ class CalibrationData:
     @property
     def tokens(self) -> int:
         return sum(example.tokens for example in self.examples)
-
-    def probe(self) -> Example:
-        """A short example to try a model on: of two tokens at least, or no layout of a batch can be
-        told from another."""
-        shortest = min(self.examples, key=lambda one: (one.size < 2, one.size))
-        return shortest.cut(PROBE_TOKENS)
 
     def fingerprint(self) -> str:
         """SHA-256 of every text's token ids, of labels, targets and scores, in order."""

@@ -98,6 +98,7 @@ def evaluate(
     report.calibration = texts.describe() | {"seed": data.seed}
     count = {"examples": len(texts.examples), "tokens": texts.tokens}
     others: dict[str, float] = {}
+    told: list[str] = []
     with report.phase("evaluate"):
         passes = len(prepared.examples) * (1 if original is None else 2)
         with track("Evaluating", passes, "examples") as advance:
@@ -109,6 +110,7 @@ def evaluate(
                 batch_size=batch_size,
                 device=device,
                 advance=advance,
+                warn=told.append,
             )
             if original is not None:
                 others = measure(
@@ -119,7 +121,9 @@ def evaluate(
                     batch_size=batch_size,
                     device=device,
                     advance=advance,
+                    warn=told.append,
                 )
+    report.warnings += dict.fromkeys(told)
     report.summary = {**metrics, **count}
     report.evaluation = {"against": others or None, "gates": _gate_rows(gates, metrics, others)}
     if chosen.name == "causal-lm":

@@ -240,7 +240,7 @@ def _evaluate(
         others = judge.of_original()
     report.evaluation = {"metrics": metrics, "against": others, **tried}
     report.calibration = judge.data.describe()
-    report.warnings += judge.data.warnings()
+    report.warnings += judge.warnings()
 
 
 def _needed_bytes(plan: FactorizePlan, copies: int) -> dict[str, int]:

@@ -136,7 +136,7 @@ def merge(
                 report.evaluation = {"metrics": measured, "candidates": tried}
                 report.evaluation["predicted_loss_spearman"] = agreement(tried)
                 report.calibration = judge.data.describe()
-                report.warnings += judge.data.warnings()
+                report.warnings += judge.warnings()
             with report.phase("digest"):
                 report.inputs = merge_report.input_files(plan)
             if evaluate_on is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishertool import calibration, hub
 from fishertool.calibration import CalibrationData, DataOptions, Example, check_data_source
-from fishertool.calibration.data import PROBE_TOKENS
+from fishertool.calibration.data import probes
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
@@ -31,8 +31,6 @@ from fishertool.report import Files, data_files, public_name
 from fishertool.selection import select
 
 ADAPTER_FISHERS = ("merged", "adapter")
-PADDING = 8
-"""Columns, at most, by which even the longest probe is padded to see what that changes."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +105,12 @@ class LoadedSubject:
     @property
     def longer(self) -> int | None:
         """That of another such one, beside which the first is padded; None where all are as long."""
-        probe, longer = self._examples[self.probe :]
-        return self.probe + 1 if longer.size > probe.size else None
+        return self.probe + 1 if len(self._examples) > self.probe + 1 else None
 
     @cached_property
     def _examples(self) -> list[Example]:
-        examples, probe = self.texts.examples, self.texts.probe()
-        alike = [one for one in examples if len(one.texts) == len(probe.texts)]
-        longest = max(alike, key=lambda one: one.size)
-        return [*examples, probe, longest.cut(PROBE_TOKENS + PADDING)]
+        short, longer = probes(self.texts.examples)
+        return [*self.texts.examples, short, *([] if longer is None else [longer])]
 
     def batch(self, examples: Sequence[int]) -> Batch:
         device = str(self.model.device)

@@ -43,6 +43,7 @@ def measure_embedding(
     against: LoadedModel | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda examples: None,
+    warn: Callable[[str], None] = lambda told: None,
 ) -> dict[str, float]:
     """ndcg_at_10, mrr and loss of queries, or sts_spearman of sentences with a score.
 
@@ -51,7 +52,7 @@ def measure_embedding(
     that is not finite all are NaN. Raises InputError where the two have different dimensions.
     """
     texts = Texts(data.examples)
-    vectors = vectors_of(model, texts.inputs, batch_size)
+    vectors = vectors_of(model, texts.inputs, batch_size, warn=warn)
     if data.examples[0].score is not None:
         metrics = {"sts_spearman": _sts_spearman(vectors, texts, data.examples)}
     else:
@@ -60,7 +61,7 @@ def measure_embedding(
     if not vectors.isfinite().all():
         metrics = dict.fromkeys(metrics, nan)
     if against is not None:
-        others = vectors_of(against, texts.inputs, batch_size)
+        others = vectors_of(against, texts.inputs, batch_size, warn=warn)
         if others.shape != vectors.shape:
             raise InputError(
                 f"the two models' vectors have {vectors.shape[1]} and {others.shape[1]} dimensions; "

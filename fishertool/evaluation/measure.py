@@ -1,6 +1,6 @@
 """Run a model over data and measure it, alone or against another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import nan
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishertool import calibration
-from fishertool.calibration import CalibrationData, DataOptions, Form
+from fishertool.calibration import CalibrationData, DataOptions, Example, Form
 from fishertool.calibration.forms import FORMS
 from fishertool.errors import InputError, UsageError
 from fishertool.evaluation.agreement import divergence, same_top
@@ -19,6 +19,7 @@ from fishertool.evaluation.perplexity import blocks, perplexity_metrics
 from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.labels import log_probabilities
 from fishertool.models.loading import LoadedModel
+from fishertool.models.padding import ALONE, padding_matters
 from fishertool.models.tasks import Task, collate
 
 HIGHER_IS_BETTER = {
@@ -112,6 +113,7 @@ def measure(
     batch_size: int = 8,
     device: str = "cpu",
     advance: Callable[[int], None] = lambda examples: None,
+    warn: Callable[[str], None] = lambda told: None,
 ) -> dict[str, float]:
     """Metrics of the task (see HIGHER_IS_BETTER), over data from `prepare`.
 
@@ -119,13 +121,18 @@ def measure(
     Every mean is over predictions: texts of a classifier, words of one that labels words, tokens
     of a language model. An embedding model has no predictions: see `measure_embedding`. `labels`
     are those by which the data were read, if not the model's own: classes go by their names. A
-    prediction that is NaN makes every metric of its model NaN. Raises InputError for
-    models of other classes or vocabularies.
+    prediction that is NaN makes every metric of its model NaN. Where padding matters to a model,
+    examples go one at a time, and `warn` is told. Raises InputError for models of other classes or
+    vocabularies.
     """
     if task.name == "embedding":
         return measure_embedding(
-            model, data, against=against, batch_size=batch_size, advance=advance
+            model, data, against=against, batch_size=batch_size, advance=advance, warn=warn
         )
+    models = [model] if against is None else [model, against]
+    if batch_size > 1 and any(_sees_padding(one, task, data.examples, device) for one in models):
+        batch_size = 1
+        warn(ALONE)
     order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
     log_ps: list[Tensor] = []
     targets: list[Tensor] = []
@@ -160,6 +167,13 @@ def measure(
     if against is not None:
         metrics |= {"kl": kl / scored, "top1_agreement": agreed / scored}
     return metrics
+
+
+def _sees_padding(model: LoadedModel, task: Task, examples: Sequence[Example], device: str) -> bool:
+    def run(some: Sequence[Example]) -> Tensor:
+        return logits_of(model.module, collate(task, some, range(len(some)), model.pad_id, device))
+
+    return padding_matters(run, examples)
 
 
 def _predictions(model: LoadedModel, batch: Batch, labels: Labels) -> Tensor:

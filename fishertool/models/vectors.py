@@ -12,6 +12,7 @@ from fishertool.calibration.choice import at_random, kmeans
 from fishertool.errors import InputError
 from fishertool.fisher.batches import micro_batches
 from fishertool.models.loading import LoadedModel
+from fishertool.models.padding import ALONE, padding_matters
 from fishertool.models.sentence import MODES, SentenceScorer
 from fishertool.models.tasks import LABELS, TASKS, collate
 
@@ -24,22 +25,31 @@ def vectors_of(
     texts: Sequence[Inputs],
     size: int | None = None,
     advance: Callable[[int], None] = lambda texts: None,
+    warn: Callable[[str], None] = lambda told: None,
 ) -> Tensor:
     """A unit vector a text, [text, feature], float32, on the CPU: that of an embedding model, or
     the mean over tokens of the last hidden state (an encoder's, where there is one).
 
-    `size` is texts a micro-batch; None goes by tokens.
+    `size` is texts a micro-batch; None goes by tokens. A model that padding matters to gets one
+    text at a time, and `warn` is told.
     """
     model.module.eval()
     examples = [
         Example({k: ids for k, ids in one.items() if k != LABELS}, None, 0) for one in texts
     ]
+
+    def run(some: Sequence[Example]) -> Tensor:
+        places, device = range(len(some)), str(model.device)
+        return _encoded(
+            model, collate(TASKS["embedding"], some, places, model.pad_id, device).inputs
+        )
+
+    if size != 1 and padding_matters(run, examples):
+        size = 1
+        warn(ALONE)
     found: dict[int, Tensor] = {}
     for batch in micro_batches([example.length for example in examples], size=size):
-        inputs = collate(
-            TASKS["embedding"], examples, batch, model.pad_id, str(model.device)
-        ).inputs
-        found |= zip(batch, _encoded(model, inputs).float().cpu(), strict=True)
+        found |= zip(batch, run([examples[n] for n in batch]).float().cpu(), strict=True)
         advance(len(batch))
     return torch.stack([found[n] for n in range(len(texts))])
 

@@ -46,6 +46,7 @@ class Judge:
         self.original = self._load(checkpoint)
         self.data = load(self.task, options, self.original)
         self._prepared = prepare(self.task, self.data)
+        self._told: list[str] = []
 
     def of_original(self) -> dict[str, float]:
         return self._measure(self.original, None)
@@ -63,6 +64,10 @@ class Judge:
             matrix.of(self._weights[matrix.name]).copy_(values)
         return self._measure(self._changed, self.original)
 
+    def warnings(self) -> list[str]:
+        """Of the data, and of what was measured so far."""
+        return [*self.data.warnings(), *dict.fromkeys(self._told)]
+
     @cached_property
     def _changed(self) -> LoadedModel:
         return self._load(self._checkpoint)
@@ -77,7 +82,7 @@ class Judge:
     def _measure(self, model: LoadedModel, against: LoadedModel | None) -> dict[str, float]:
         return measure(
             model, self.task, self._prepared, against=against,
-            batch_size=self.batch_size, device=self.device,
+            batch_size=self.batch_size, device=self.device, warn=self._told.append,
         )  # fmt: skip
 
 

@@ -63,13 +63,19 @@ class Judge:
             loaded = replace(loaded, tokenizer=plan.vocabulary.tokenizer)
         self.data = load(self.task, options, loaded)
         self._prepared = prepare(self.task, self.data)
+        self._told: list[str] = []
 
     def measure(self, folder: Path) -> dict[str, float]:
         with open_checkpoint(folder) as checkpoint:
             model = load_model(checkpoint, self.task, self.device, self.trust_remote_code)
         return measure(
-            model, self.task, self._prepared, batch_size=self.batch_size, device=self.device
-        )
+            model, self.task, self._prepared,
+            batch_size=self.batch_size, device=self.device, warn=self._told.append,
+        )  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        """Of the data, and of what was measured so far."""
+        return [*self.data.warnings(), *dict.fromkeys(self._told)]
 
     def key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         """Sorts best first: by the metric, then by the loss; a NaN last."""

@@ -43,9 +43,8 @@ from fisher_case import LENGTHS, SHAPES, Case, build
 from fisher_peers import PEERS, floor, installed
 from torch import Tensor
 
-from fishertool.calibration.data import PROBE_TOKENS
+from fishertool.calibration.data import PADDING, PROBE_TOKENS
 from fishertool.estimation.settings import BANK_DTYPES
-from fishertool.estimation.subject import PADDING
 from fishertool.estimation.work import divide
 from fishertool.fisher.estimate import Estimator, estimate
 from fishertool.fisher.gradient_bank import GradientBank
