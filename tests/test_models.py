@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, Cli, ModelMaker, make_bert, make_gpt2, make_tokenizer
+from conftest import (
+    VOCABULARY,
+    Cli,
+    ModelMaker,
+    make_bert,
+    make_gpt2,
+    make_text,
+    make_tokenizer,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from torch import Tensor, nn
@@ -401,7 +410,42 @@ def test_rows_of_an_embedding_of_its_own_class_are_counted(tmp_path: Path) -> No
     config = transformers.IBertConfig(**SMALL, intermediate_size=32, num_attention_heads=2)
     transformers.IBertForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer(template=True).save_pretrained(tmp_path)
-    assert load(tmp_path, CLASSIFY).max_length == config.max_position_embeddings
+    assert load(tmp_path, CLASSIFY).max_length == config.max_position_embeddings - 2
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "MPNet", "IBert", "Bert"])
+def test_positions_begin_behind_that_of_padding(cli: Cli, tmp_path: Path, kind: str) -> None:
+    """18 of them hold texts of 16 tokens, where 0 and 1 are the padding token's."""
+    size: dict[str, Any] = {"intermediate_size": 32, "num_attention_heads": 2, "pad_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **size, max_position_embeddings=18)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer = make_tokenizer(template=True)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path / "m")
+    write_rows("long.jsonl", [{"text": make_text(n, 30), "label": n} for n in range(2)])
+    for verb in (("evaluate",), ("estimate-fisher", "--out", "f")):
+        result = cli(*verb, "m", "--data", "long.jsonl", "--json")
+        assert result.code == 0, result.err
+        assert result.report["calibration"]["max_length"] == (18 if kind == "Bert" else 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("FSMT", {"langs": ["de", "en"], "src_vocab_size": 32, "tgt_vocab_size": 32}),
+        ("M2M100", {"vocab_size": 32}),
+    ],
+)
+def test_sines_behind_that_of_padding_have_all_positions(
+    tmp_path: Path, kind: str, words: dict[str, Any]
+) -> None:
+    """The table of FSMT has more rows than positions; that of M2M100 grows."""
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**size, **words, max_position_embeddings=32)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    make_tokenizer(template=True).save_pretrained(tmp_path)
+    assert load(tmp_path, "sequence-to-sequence").max_length == 32
 
 
 def test_a_model_without_a_table_of_embeddings_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fishertool.registry import suggest
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 COMPUTED = ("F16", "BF16", "F32", "F64")
 """Dtypes that models compute in."""
+POSITION_TABLES = ("position_embeddings", "embed_positions")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
 
@@ -159,7 +160,7 @@ def load_model(
         tokenizer,
         pad_id,
         labels if task.has_labels else None,
-        config.get("max_position_embeddings") or config.get("n_positions"),
+        _positions(module, config),
     )
     return loaded if task.name != "embedding" else _scorer(loaded, checkpoint.folder, scale)
 
@@ -194,6 +195,18 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _is_weight(info: TensorInfo) -> bool:
     return info.dtype in FLOATING and not is_old_buffer(info.name, info.shape)
+
+
+def _positions(module: nn.Module, config: Mapping[str, Any]) -> int | None:
+    """How many tokens a text may have, where the model says so. Positions begin behind that of
+    padding, where their table has one, as RoBERTa's does."""
+    limits = [config.get("max_position_embeddings") or config.get("n_positions")]
+    for name, layer in module.named_modules():
+        padding = getattr(layer, "padding_idx", None)
+        stored = next(layer.parameters(), None) is not None  # sines as M2M100's know no end
+        if padding is not None and stored and name.endswith(POSITION_TABLES):
+            limits.append(table_length(layer) - padding - 1)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _embedded(module: Any, folder: Path) -> int:
