@@ -385,6 +385,27 @@ def test_the_dtype_is_what_is_stored_whatever_the_config_says(
     assert {parameter.dtype for parameter in model.module.parameters()} == {stored}
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3-moe"])
+def test_float64_is_measured_and_estimated_as_float32(
+    cli: Cli, data: Path, tmp_path: Path, kind: str
+) -> None:
+    """Also by experts, whose grouped products take no float64."""
+    losses, traces = [], []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        folder = tmp_path / str(dtype)
+        ARCHITECTURES[kind]().to(dtype).save_pretrained(folder)
+        make_tokenizer(template=False).save_pretrained(folder)
+        measured = cli("evaluate", folder, "--data", data, "--json")
+        estimated = cli("estimate-fisher", folder, "--data", data, "--out", f"{dtype}-f", "--json")
+        assert (measured.code, estimated.code) == (0, 0), measured.err + estimated.err
+        losses += [found.report["summary"]["loss"] for found in (measured, estimated)]
+        traces.append(estimated.report["summary"]["trace"])
+        assert not estimated.report["summary"]["one_example_at_a_time"]
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-6)
+    assert traces[1] == pytest.approx(traces[0], rel=1e-5)
+
+
 SMALL = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "num_hidden_layers": 2}
 
 

@@ -57,5 +57,6 @@ def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
 
 
 def _rms(tensor: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
     return norm / math.sqrt(max(tensor.numel(), 1))

@@ -90,17 +90,19 @@ def load_model(
     _quieten(transformers)
     if device == "meta":
         device_map = "meta"
+    dtype = _dtype(checkpoint)
+    one_by_one = watch_experts or dtype == torch.float64  # which no grouped product takes
     try:
         module, found = getattr(transformers, _class_name(task, config)).from_pretrained(
             checkpoint.folder,
-            dtype=_dtype(checkpoint),
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
-            **({"experts_implementation": "eager"} if watch_experts else {}),
+            **({"experts_implementation": "eager"} if one_by_one else {}),
         )
     except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
