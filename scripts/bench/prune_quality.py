@@ -11,7 +11,7 @@ embedder    all-MiniLM-L6-v2 as it is; a docstring's first sentence is the query
 
 What is pruned are the linear weights in the blocks, 10.6M of 22.7M, with the Fisher of so many
 training texts; all figures are of test texts. Nothing is retrained. `2:4` stands beside the
-sparsities. `obs 4 steps` estimates the Fisher anew after each step, `gaprune` is for the embedder,
+sparsities. Those of 4 steps estimate the Fisher anew after each, `gaprune` is for the embedder,
 and the rows that name a budget have another than the default; none of these is run unless --rows
 names it. One JSON line a result, in FOLDER/prune.jsonl, and a Markdown table of means over seeds.
 """
@@ -67,6 +67,8 @@ ROWS = {
     "obs summed": Row("obs", "summed"),
     "obs joint": Row("obs", "joint"),
     "obs 4 steps": Row("obs", steps=4),
+    "obs summed 4 steps": Row("obs", "summed", steps=4),
+    "obs joint 4 steps": Row("obs", "joint", steps=4),
     "gaprune": Row("gaprune"),
     "gaprune normalized": Row("gaprune", settings={"dai_form": "normalized"}),
     "gaprune normalized beta 0 in rows": Row(
