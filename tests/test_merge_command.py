@@ -395,6 +395,21 @@ def test_a_model_that_is_the_base_is_not_counted(cli: Cli, pair: tuple[Path, Pat
     assert "model-stock merges two or more models; 1 given beside the base" in result.err
 
 
+def test_configs_that_use_the_same_weights_otherwise_are_told_of(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    a, b = make_model("a", "llama", 1), make_model("b", "llama", 2)
+    config = json.loads((b / "config.json").read_text())
+    config |= {"rms_norm_eps": 0.5, "use_cache": False}
+    (b / "config.json").write_text(json.dumps(config))
+    result = cli("merge", a, b, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    [told] = result.report["warnings"]
+    assert told == (
+        "b: its config.json has rms_norm_eps 0.5 for 1e-06 in a, whose config the output has"
+    )
+
+
 def test_what_is_left_out_may_be_missing_or_of_another_shape(
     cli: Cli, make_model: ModelMaker, tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """Compare checkpoints by their headers: what can be combined, and what is refused by name."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.checkpoint.source import TensorSource
@@ -50,6 +52,29 @@ def check_same_shape(
             f"{other.where(other_name)} is {theirs}, but {mine} in {first.folder}; "
             f"{WAY_OUT_OF_A_MISMATCH}"
         )
+
+
+OF_THE_PASS = re.compile(
+    "heads$|head_dim|rope|rotary|theta|_eps|epsilon|hidden_act|activation|window|scal|softcap"
+    "|experts_per_tok|topk|position_embedding_type|parallel_residual"
+)
+"""Keys of config.json that say what a forward pass does with weights, and that no shape shows."""
+
+
+def settings_that_differ(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Of two models' configs, what both say of the forward pass and not alike.
+
+    >>> settings_that_differ({"rope_theta": 1e4, "dtype": "a"}, {"rope_theta": 1e6, "dtype": "b"})
+    ['rope_theta 1000000.0 for 10000.0']
+    """
+    found = []
+    for key, value in first.items():
+        theirs = other.get(key, value)
+        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
+            found += [f"{key}.{one}" for one in settings_that_differ(value, theirs)]
+        elif theirs != value and OF_THE_PASS.search(key):
+            found.append(f"{key} {theirs} for {value}")
+    return found
 
 
 def check_not_quantized(model: TensorSource) -> None:

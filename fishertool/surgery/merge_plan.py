@@ -8,11 +8,12 @@ from typing import Any
 
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions, same_file
+from fishertool.checkpoint.compare import settings_that_differ
 from fishertool.checkpoint.dtypes import FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
-from fishertool.errors import UsageError
+from fishertool.errors import UsageError, some
 from fishertool.models.chat_template import choose_template
 from fishertool.models.sources import folders_of, public_reference
 from fishertool.models.stacks import check_layers
@@ -166,6 +167,7 @@ def plan_merge(
     companions = find_companions(inputs.sources[0].folder)
     warnings = [*vocabulary.warnings, *arrangement.warnings]
     warnings += _companions_that_differ(companions, inputs)
+    warnings += _settings_that_differ(inputs)
     needed = factors or (fishers if "fishers" in method.inputs else {})
     without = {number: sidecar.without(method) for number, sidecar in needed.items()}
     targets = {}
@@ -219,6 +221,16 @@ def _companions_that_differ(companions: Companions, inputs: Inputs) -> list[str]
         for name in companions.copied
         for folder in others
         if name.endswith(".safetensors") and not same_file(first / name, folder / name)
+    ]
+
+
+def _settings_that_differ(inputs: Inputs) -> list[str]:
+    first, *others = inputs.sources
+    return [
+        f"{other.folder.name}: its config.json has {some(found)} in {first.folder.name}, whose config "
+        "the output has"
+        for other in others
+        if (found := settings_that_differ(first.config(), other.config()))
     ]
 
 
