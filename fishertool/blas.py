@@ -29,16 +29,23 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
     Shapes: total [side, side] float64, rows [row, side]. The products are in the dtype of `rows`.
     """
-    side, served = len(total), _served(rows)
-    step = STRIP if served else -(-side // BLOCKS)
-    for start in range(0, side, step):
-        here, after = slice(start, start + step), slice(start + step, None)
-        columns = rows[:, here]
-        corner = _gram(columns) if served else columns.T @ columns
-        for first in range(0, len(corner), TILE):
-            tile = slice(first, first + TILE)
-            total[here, here][tile, first:] += corner[tile, first:]
-        total[here, after] += columns.T @ rows[:, after]
+    side = len(total)
+    if not _served(rows):
+        step = -(-side // BLOCKS)
+        for start in range(0, side, step):
+            stop = start + step
+            total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        return
+    for start in range(0, side, STRIP):
+        stop = start + STRIP
+        columns = rows[:, start:stop]
+        _add_upper(total[start:stop, start:stop], _gram(columns))
+        total[start:stop, stop:] += columns.T @ rows[:, stop:]
+
+
+def _add_upper(total: Tensor, product: Tensor) -> None:
+    for start in range(0, len(total), TILE):
+        total[start : start + TILE, start:] += product[start : start + TILE, start:]
 
 
 def triangular_product(lower: Tensor, matrix: Tensor) -> Tensor:
