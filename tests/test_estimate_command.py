@@ -104,6 +104,7 @@ SMALL: dict[str, Any] = {
 LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3}
 
 
+@pytest.mark.parametrize("statistic", ["diagonal", "activation"])
 @pytest.mark.parametrize(
     ("kind", "more", "alone"),
     [
@@ -113,7 +114,13 @@ LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size":
     ],
 )
 def test_padding_that_the_model_lets_through_is_left_out(
-    cli: Cli, data: Path, tmp_path: Path, kind: str, more: dict[str, Any], alone: bool
+    cli: Cli,
+    data: Path,
+    tmp_path: Path,
+    kind: str,
+    more: dict[str, Any],
+    alone: bool,
+    statistic: str,
 ) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SMALL, **more, num_labels=3)
@@ -123,10 +130,10 @@ def test_padding_that_the_model_lets_through_is_left_out(
     make_tokenizer(template=True).save_pretrained(tmp_path / "m")
     found = []
     for size in (1, "auto"):
-        flags = ("--batch-size", size, "--out", f"f{size}", "--json")
+        flags = ("--kind", statistic, "--batch-size", size, "--out", f"f{size}", "--json")
         result = cli("estimate-fisher", "m", "--data", data, *flags)
         assert result.report["summary"]["one_example_at_a_time"] == alone, result.err
-        found.append(load_file(tmp_path / f"f{size}" / "diagonal.safetensors"))
+        found.append(load_file(tmp_path / f"f{size}" / f"{statistic}.safetensors"))
     assert_same(found[1], found[0])
 
 

@@ -1,6 +1,7 @@
 """Models whose outputs padding changes are measured one example at a time."""
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_text, make_tokenizer, write_rows
 from test_fisher_diagonal import randomize
+from test_structured import loaded_from
 
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.estimation.measuring import loss_of
 from fishertool.models.loading import load_model
 from fishertool.models.padding import ALONE
 from fishertool.models.tasks import TASKS
@@ -117,3 +120,11 @@ def test_a_language_model_takes_its_batches(cli: Cli, make_model: ModelMaker) ->
     Path("text.txt").write_text(make_text(1, 70) + "\n" + make_text(2, 5) + "\n")
     result = cli("evaluate", make_model("g", "gpt2"), "--data", "text.txt", "--json")
     assert ALONE not in result.report["warnings"], result.err
+
+
+def test_what_prune_measures_is_without_padding(cli: Cli, data: Path, tmp_path: Path) -> None:
+    make(tmp_path / "m", "FNet")
+    with ExitStack() as opened:
+        loaded = loaded_from(opened, tmp_path / "m", data, "empirical")
+    alone = cli("evaluate", "m", "--data", data, "--batch-size", 1, "--json")
+    assert loss_of(loaded) == pytest.approx(alone.report["summary"]["loss"], rel=1e-6)

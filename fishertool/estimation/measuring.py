@@ -45,7 +45,8 @@ def write_statistics(
 def loss_of(loaded: LoadedSubject) -> float:
     """Mean of -log p(target) over all that is scored."""
     units = divided(loaded, Settings(batch_size="auto")).units
-    return estimate(loaded.module, {}, loaded.batch, units, [], probe=loaded.probe).loss
+    probe, longer = loaded.probe, loaded.longer
+    return estimate(loaded.module, {}, loaded.batch, units, [], probe=probe, longer=longer).loss
 
 
 def split(loaded: LoadedSubject, share: float) -> tuple[LoadedSubject, LoadedSubject]:

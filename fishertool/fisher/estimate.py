@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
+from fishertool.fisher.agreement import equal_but_for_rounding
 from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
@@ -146,14 +147,18 @@ def estimate(
             gradients = hooks.enter_context(SignedGradients(model, parameters, seed, shards))
         else:
             gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
+        one_by_one = False
         if gradients is not None:
             gradients.check(
                 lambda copies: logits_of(model, collate([probe] * copies)),
                 collate([probe]).rows_each,
                 None if longer is None else lambda: logits_of(model, collate([probe, longer]))[:1],
             )
-            done.one_by_one |= gradients.one_by_one
+            one_by_one = gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
+        elif longer is not None and shards == 1:  # processes with shards run as many batches
+            one_by_one = _sees_padding(model, calls, collate([probe]), collate([probe, longer]))
+        done.one_by_one |= one_by_one
         rule = label_rules.rule(labels, draws, seed)
         batches = _Batches(model, calls, gradients, inputs, statistics, rule, done)
 
@@ -162,7 +167,7 @@ def estimate(
 
         for unit in units:
             for indices in unit:
-                for part in _split(indices, gradients, shards):
+                for part in _split(indices, one_by_one, shards):
                     kept = batches.finite(batch_of(part)) if skip_nonfinite else part
                     done.sums["skipped"] += len(part) - len(kept)
                     if kept or shards > 1:  # whoever shares a weight runs every step
@@ -254,10 +259,16 @@ def estimate_diagonal(
     return Estimate(**vars(done), diagonal=dict(diagonal.mean(done.examples)))
 
 
-def _split(
-    indices: Sequence[int], gradients: PerExampleGradients | SignedGradients | None, shards: int
-) -> Iterable[Sequence[int]]:
-    if gradients is not None and gradients.one_by_one:
+def _sees_padding(model: nn.Module, calls: FunctionCalls, alone: Batch, padded: Batch) -> bool:
+    """Whether the example of the first batch gets other logits as the first one of the second."""
+    calls.paused = True
+    same = equal_but_for_rounding(logits_of(model, alone), logits_of(model, padded)[:1])
+    calls.paused = False
+    return not same
+
+
+def _split(indices: Sequence[int], one_by_one: bool, shards: int) -> Iterable[Sequence[int]]:
+    if one_by_one:
         return [[index] for index in indices]
     return [indices] if indices or shards > 1 else []
 

@@ -124,6 +124,7 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
         divide(sizes, rows, size=None).units,
         [] if masks is None else [masks],
         probe=loaded.probe,
+        longer=loaded.longer,
         inputs=inputs,
         labels=loaded.labels,
         seed=loaded.subject.data.seed,
