@@ -70,7 +70,7 @@ def test_experts_that_are_one_stack_on_disk_are_factorized_each(cli: Cli, tmp_pa
     assert result.code == 0, result.err
     name = "model.layers.0.mlp.experts.down_proj"
     row = rows_of(result)[f"{name}[2]"]
-    assert row["shape"] == [16, 12]  # [in, out] on disk
+    assert row["shape"] == [12, 16]  # [in, out] on disk
     before, after = weights_of(tmp_path / "m")[name], weights_of(tmp_path / "d")[name]
     for expert in range(4):
         best = torch.matmul(*svd(before[expert]).truncate(row["rank"]))

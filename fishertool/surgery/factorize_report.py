@@ -21,7 +21,7 @@ def rows_of(
         rank = ranks[matrix.key]
         row: dict[str, Any] = {
             "name": matrix.key,
-            "shape": list(matrix.shape[::-1] if matrix.turned else matrix.shape),
+            "shape": list(matrix.info.shape),
             "dtype": matrix.dtype,
             "action": "keep" if rank is None else "factorize",
             "parameters_before": matrix.elements,
