@@ -18,7 +18,7 @@ from fishertool.fisher.factored import Factored, add_marginals, expand, marginal
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.gradients import OuterProducts
 from fishertool.fisher.kinds import Gathering, Stored
-from fishertool.fisher.kronecker import InputMoments, OutputMoments, mirrored
+from fishertool.fisher.kronecker import InputMoments, OutputMoments, add_gram, mirrored
 from fishertool.fisher.layers import linear, rule_for, transposed_linear
 from fishertool.models.tasks import TASKS, collate
 
@@ -242,6 +242,16 @@ def test_relative_moments_count_a_token_by_the_size_of_its_output() -> None:
             expected += torch.outer(one, one) / size**2 if size else 0
         assert moments.tokens[name] == 5
         assert relative_error(mirrored(moments.sums[name], 1), expected) < BOUND
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 7, 64])
+def test_a_symmetric_product_is_summed_by_its_upper_half(side: int) -> None:
+    rows = torch.randn(10, side, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(side, side, dtype=torch.float64)
+    for _ in range(2):
+        add_gram(total, rows)
+    expected = 2 * rows.double().T @ rows.double() / 5
+    assert relative_error(mirrored(total, 5), expected) < BOUND
 
 
 def test_a_side_too_wide_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from conftest import VOCABULARY
 from tiny import ARCHITECTURES, SIZE
 
 from fishertool.checkpoint.reader import open_checkpoint
-from fishertool.models.stacks import names_after_layers
+from fishertool.models.layer_stacks import names_after_layers
 from fishertool.models.use_order import order_of_use
 
 OPT: dict[str, Any] = {

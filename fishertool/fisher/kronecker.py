@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fishertool.blas import add_gram
 from fishertool.errors import FishertoolError
 from fishertool.fisher.diagonal import wide
 from fishertool.fisher.function_calls import FunctionCalls, Use
@@ -20,6 +19,8 @@ from fishertool.fisher.views import View, views_by_parameter
 
 MAX_SIDE = 16_384
 """A factor of a wider side (a language model's output layer) would not be kept: 2 GB in float64."""
+BLOCKS = 8
+"""A symmetric product by blocks of columns costs (1 + 1 / BLOCKS) / 2 of the whole."""
 
 
 class InputMoments:
@@ -178,6 +179,17 @@ class OutputMoments:
                 side = delta.shape[1]
                 self.sums[name] = delta.new_zeros(side, side, dtype=torch.float64)
             add_gram(self.sums[name], delta)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rows^T rows on and above the diagonal blocks; `mirrored` fills in the rest.
+
+    Shapes: total [side, side] float64, rows [token, side]. The products are in float32.
+    """
+    step = -(-total.shape[0] // BLOCKS)
+    for start in range(0, total.shape[0], step):
+        stop = start + step
+        total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
 
 def mirrored(total: Tensor, count: float) -> Tensor:

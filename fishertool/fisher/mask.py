@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishertool.blas import add_gram
 from fishertool.fisher.diagonal import wide
 from fishertool.fisher.gradients import Gradient, OuterProducts, Whole
+from fishertool.fisher.kronecker import add_gram
 from fishertool.fisher.sums import Groups, Sums
 
 

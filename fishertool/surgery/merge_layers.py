@@ -9,8 +9,8 @@ from typing import Any
 
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.layer_stacks import names_after_layers
 from fishertool.models.names import tied_names
-from fishertool.models.stacks import names_after_layers
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(^|.*?\.)(\d+)\.")

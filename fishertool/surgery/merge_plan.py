@@ -15,8 +15,8 @@ from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import UsageError, some
 from fishertool.models.chat_template import choose_template
+from fishertool.models.layer_stacks import check_layers
 from fishertool.models.sources import folders_of, public_reference
-from fishertool.models.stacks import check_layers
 from fishertool.models.vocabulary import Vocabulary
 from fishertool.paths import expanded
 from fishertool.recipe.resolve import Matches, Resolver

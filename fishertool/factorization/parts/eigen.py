@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fishertool.blas import UPPER, Argument, call
+from fishertool.factorization.parts.blas import UPPER, Argument, call
 
 FEW = 1 / 4
 """Up to this share of all eigenvectors, they take less time one by one than all together."""

@@ -1,5 +1,5 @@
-"""BLAS and LAPACK of scipy, for what torch lacks: products that compute half of a symmetric matrix, or
-read half of a triangular one, and eigenvectors of which only some are wanted.
+"""BLAS and LAPACK of scipy, for what torch lacks: products that read half of a triangular matrix, and
+eigenvectors of which only some are wanted.
 
 By the table that scipy offers compiled code; its own functions hold the interpreter while they work.
 """
@@ -12,40 +12,10 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-BLOCKS = 8
-"""Where torch multiplies, a symmetric product by blocks costs (1 + 1 / BLOCKS) / 2 of the whole."""
-STRIP = 2048
-"""Where BLAS does, as many columns at a time: its result needs memory of its own."""
-TILE = 128
-"""Rows of that to add at a time, each from the diagonal on."""
 LETTERS = {torch.float32: "s", torch.float64: "d"}
 UPPER, LOWER = b"L", b"U"
 """These libraries read by columns, by which the upper half is the lower one."""
 Argument = bytes | int | float | Tensor
-
-
-def add_gram(total: Tensor, rows: Tensor) -> None:
-    """total += rows^T rows on and above the diagonal; below it, anything.
-
-    Shapes: total [side, side] float64, rows [row, side]. The products are in the dtype of `rows`.
-    """
-    side = len(total)
-    if not _served(rows):
-        step = -(-side // BLOCKS)
-        for start in range(0, side, step):
-            stop = start + step
-            total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
-        return
-    for start in range(0, side, STRIP):
-        stop = start + STRIP
-        columns = rows[:, start:stop]
-        _add_upper(total[start:stop, start:stop], _gram(columns))
-        total[start:stop, stop:] += columns.T @ rows[:, stop:]
-
-
-def _add_upper(total: Tensor, product: Tensor) -> None:
-    for start in range(0, len(total), TILE):
-        total[start : start + TILE, start:] += product[start : start + TILE, start:]
 
 
 def triangular_product(lower: Tensor, matrix: Tensor) -> Tensor:
@@ -63,22 +33,9 @@ def triangular_product(lower: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _served(matrix: Tensor) -> bool:
-    """Not with several threads: theirs and those of torch wait for one another's cores."""
+    """Not with several threads: theirs and those of torch would wait for one another's cores."""
     alone = matrix.device.type == "cpu" and torch.get_num_threads() == 1
     return alone and matrix.dtype in LETTERS and matrix.numel() > 0
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """rows^T rows on and above the diagonal; below it, anything."""
-    count, side = rows.shape
-    if rows.stride(1) != 1 or rows.stride(0) < side:
-        rows = rows.contiguous()
-    product = rows.new_empty(side, side)
-    call(
-        "blas", LETTERS[rows.dtype] + "syrk", UPPER, b"N", side, count,
-        rows.new_ones(()), rows, max(rows.stride(0), side), rows.new_zeros(()), product, side,
-    )  # fmt: skip
-    return product
 
 
 def call(library: Literal["blas", "lapack"], name: str, *arguments: Argument) -> None:
