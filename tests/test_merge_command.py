@@ -15,6 +15,7 @@ import transformers
 from conftest import VOCABULARY, Cli, ModelMaker
 from safetensors.torch import load_file, save_file
 
+from fishertool.checkpoint.compare import settings_that_differ
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.searching.weights import Judge
 
@@ -361,8 +362,9 @@ def test_a_base_model_alone_is_the_base_of_models_with_heads(
 ) -> None:
     """Its tensors lack the prefix of theirs."""
     base = make_model("base", seed=3, head="Model")
-    command = ("merge", *pair, "--base", base, "--method", "task-arithmetic", "-q")
-    result = cli(*command, "--weights", "1,-1", "--head", "keep-first", "--out", "o")
+    command = ("merge", *pair, "--base", base, "--method", "task-arithmetic", "-q", "--out", "o")
+    assert cli(*command, "--head", "keep-first", "--dry-run").code == 0
+    result = cli(*command, "--weights", "1,-1", "--head", "keep-first")
     assert result.code == 0, result.err
     a, b, ours, merged = map(weights_of, (*pair, base, tmp_path / "o"))
     for name, value in merged.items():
@@ -388,11 +390,51 @@ def test_one_task_vector_is_scaled_or_negated(
         torch.testing.assert_close(value, ours[name] - 0.5 * (theirs[name] - ours[name]))
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--method", "ties", "--weights", "0.5"], "--set normalize=false"),
+        (["--method", "multislerp", "--weights", "-1"], "merges two or more models; 1 given"),
+    ],
+)
+def test_a_weight_of_one_model_that_has_no_effect_is_refused(
+    cli: Cli, pair: tuple[Path, Path], flags: list[str], told: str
+) -> None:
+    result = cli("merge", pair[0], "--base", pair[1], *flags, "--out", "o")
+    assert (result.code, told in result.err) == (2, True), result.err
+
+
 def test_a_model_that_is_the_base_is_not_counted(cli: Cli, pair: tuple[Path, Path]) -> None:
     flags = ("--base", pair[1], "--method", "model-stock", "--out", "o")
     result = cli("merge", *pair, *flags)
     assert result.code == 2
     assert "model-stock merges two or more models; 1 given beside the base" in result.err
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        ({"rms_norm_eps": 1e-6, "use_cache": 1}, {"rms_norm_eps": 1, "use_cache": 0},
+         ["rms_norm_eps 1 for 1e-06"]),
+        ({"n_head": 2}, {"n_head": 4}, ["n_head 4 for 2"]),
+        ({"rope_theta": 1e4, "rope_scaling": None},
+         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, []),
+        ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e6}},
+         ["rope_theta 1000000.0 for 10000.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2}},
+         {"rope_parameters": {"rope_type": "linear", "factor": 4}}, ["factor 4 for 2"]),
+        ({"rope_scaling": None}, {"rope_scaling": {"type": "yarn", "factor": 4}},
+         ["rope_type yarn for default"]),
+        ({"text_config": {"head_dim": 8}}, {"text_config": {"head_dim": 4}},
+         ["text_config.head_dim 4 for 8"]),
+        ({"max_window_layers": 2, "use_sliding_window": False},
+         {"max_window_layers": 3, "use_sliding_window": False}, []),
+    ],
+)  # fmt: skip
+def test_settings_that_use_the_same_weights_otherwise(
+    mine: dict[str, Any], theirs: dict[str, Any], told: list[str]
+) -> None:
+    assert settings_that_differ(mine, theirs) == told
 
 
 def test_configs_that_use_the_same_weights_otherwise_are_told_of(
@@ -418,6 +460,7 @@ def test_what_is_left_out_may_be_missing_or_of_another_shape(
     save_file(extra, b / "model.safetensors", {"format": "pt"})
     flags = ("--exclude", "classifier*", "--exclude", "*.more", "--head", "merge", "-q")
     for first, second, out in ((a, b, "o"), (b, a, "p")):
+        assert cli("merge", first, second, *flags, "--out", out, "--dry-run").code == 0
         result = cli("merge", first, second, *flags, "--out", out)
         assert result.code == 0, result.err
         mine, merged = weights_of(first), weights_of(tmp_path / out)
@@ -438,6 +481,7 @@ def test_a_buffer_that_only_older_files_have_is_in_nobodys_way(
         folder / "model.safetensors",
         {"format": "pt"},
     )
+    assert cli("merge", *pair, "--out", "o", "--dry-run").code == 0
     assert cli("merge", *pair, "--out", "o", "-q").code == 0
     assert (name in weights_of(tmp_path / "o")) == (old == "first")
 
@@ -641,7 +685,8 @@ def test_what_a_small_float_has_no_room_for_is_refused(
         (["--method", "nearswap", "--set", "t=-0.5"], "method nearswap: t -0.5 is negative"),
         (["--method", "karcher", "--set", "tol=0"], "method karcher: tol 0.0 is not above zero"),
         (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
-        (["--weights", "0,0"], "weights that sum to 0 cannot be normalized"),
+        (["--weights", "0,0"], "--weights must not all be 0"),
+        (["--weights", "0.1,-0.1"], "weights that sum to 0 cannot be normalized"),
         (["--weights", "nan,2"], "--weights nan,2: are finite numbers"),
         (["--method", "slerp", "--set", "t=0.2", "--weights", "1,2"], "give one of them"),
         (["--head", "keep-frist"], "did you mean 'keep-first'?"),

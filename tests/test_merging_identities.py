@@ -71,7 +71,7 @@ def test_pieces_give_what_the_whole_gives(
     if len(shape) == 1 and ((name == "nuslerp" and settings) or settings.get("filter_wise")):
         return  # one row, which is not cut
     models = [random(*shape, seed=n) for n in range(counts(name)[0])]
-    weights = [0.3, 0.7][: len(models)]
+    weights = [0.5, 0.5] if "t" in settings else [0.3, 0.7][: len(models)]
     for base in bases(name, random(*shape, seed=9)):
         at_once = merge(name, models, weights, base, **settings)
         for rows in (1, 2, 5):

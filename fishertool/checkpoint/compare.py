@@ -55,8 +55,8 @@ def check_same_shape(
 
 
 OF_THE_PASS = re.compile(
-    "heads$|head_dim|rope|rotary|theta|_eps|epsilon|hidden_act|activation|window|scal|softcap"
-    "|experts_per_tok|topk|position_embedding_type|parallel_residual"
+    "heads?$|head_dim|rope|rotary|theta|alibi|_eps|epsilon|hidden_act|activation|window|scal(e|ing)"
+    "|multiplier|softcap|experts_per_tok|topk|position_embedding_type|parallel_residual|layer_types"
 )
 """Keys of config.json that say what a forward pass does with weights, and that no shape shows."""
 
@@ -67,13 +67,29 @@ def settings_that_differ(first: Mapping[str, Any], other: Mapping[str, Any]) -> 
     >>> settings_that_differ({"rope_theta": 1e4, "dtype": "a"}, {"rope_theta": 1e6, "dtype": "b"})
     ['rope_theta 1000000.0 for 10000.0']
     """
-    found = []
-    for key, value in first.items():
-        theirs = other.get(key, value)
-        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
-            found += [f"{key}.{one}" for one in settings_that_differ(value, theirs)]
-        elif theirs != value and OF_THE_PASS.search(key):
-            found.append(f"{key} {theirs} for {value}")
+    mine, theirs = _of_the_pass(first), _of_the_pass(other)
+    return [
+        f"{key} {theirs[key]} for {value}"
+        for key, value in mine.items()
+        if key in theirs and theirs[key] != value
+    ]
+
+
+def _of_the_pass(config: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """By paths; rotary settings by those that transformers has for them since version 5."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        path = inside + key
+        if key in ("rope_scaling", "rope_parameters"):
+            rotary = {"rope_type": "default", **(value or {})}
+            rotary["rope_type"] = rotary.pop("type", rotary["rope_type"])
+            found |= {f"{inside}{name}": one for name, one in rotary.items()}
+        elif isinstance(value, Mapping):
+            found |= _of_the_pass(value, f"{path}.")
+        elif OF_THE_PASS.search(key):
+            found[path] = value
+    if config.get("use_sliding_window") is False:
+        return {path: value for path, value in found.items() if "window" not in path}
     return found
 
 

@@ -35,6 +35,8 @@ def weights_of(given: str | None) -> list[float] | str | None:
     weights = [number("--weights", item) for item in given.split(",")]
     if not all(map(isfinite, weights)):
         raise UsageError(f"--weights {given}: are finite numbers")
+    if not any(weights):
+        raise UsageError("--weights must not all be 0")
     return weights
 
 

@@ -40,13 +40,15 @@ def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) ->
     for warning in report.warnings:
         tell(f"warning: {warning}")
     text = report.to_json()
-    if as_json:
-        put(text)
-    elif not quiet:
-        put(_table(report))
-    if report_file is not None:  # after stdout, which has the result also where this fails
-        report_file.parent.mkdir(parents=True, exist_ok=True)
-        report_file.write_text(text, encoding="utf-8")
+    try:
+        if as_json:
+            put(text)
+        elif not quiet:
+            put(_table(report))
+    finally:  # where one of the two places fails, the other has the result
+        if report_file is not None:
+            report_file.parent.mkdir(parents=True, exist_ok=True)
+            report_file.write_text(text, encoding="utf-8")
     if unmet := [gate for gate in (report.evaluation or {}).get("gates", []) if not gate["met"]]:
         told = ", ".join(
             f"{gate['metric']} {gate['rule'].replace('_', '-')} {gate['limit']:g} "

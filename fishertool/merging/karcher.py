@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishertool.merging.method import Passes
+from fishertool.merging.method import Passes, total_of
 from fishertool.merging.parts.sphere import combine, gram
 
 
@@ -40,7 +40,7 @@ def whole(
     """The models' coefficients: every point on the way lies in their span."""
     if not tol > 0:
         raise ValueError(f"tol {tol} is not above zero")
-    if not sum(weights):
+    if not total_of(weights):
         raise ZeroDivisionError("the weights sum to zero")
     products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)

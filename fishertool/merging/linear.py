@@ -2,6 +2,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fishertool.merging.method import total_of
+
 
 def linear(models: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
     """Weighted average of the models.
@@ -12,7 +14,7 @@ def linear(models: Sequence[Tensor], weights: Sequence[float], *, normalize: boo
     zero and are to be normalized. Source: Wortsman et al. 2022, arXiv 2203.05482 (model soups);
     name, parameters and meaning as mergekit's `linear`.
     """
-    total = sum(weights) if normalize else 1.0
+    total = total_of(weights) if normalize else 1.0
     result = models[0] * (weights[0] / total)
     for model, weight in zip(models[1:], weights[1:], strict=True):
         result.add_(model, alpha=weight / total)

@@ -98,6 +98,16 @@ def fractions(setting: PerModel, models: int, name: str) -> list[float]:
     return found
 
 
+def total_of(weights: Sequence[float]) -> float:
+    """Their sum, to divide by; 0 where they cancel but for rounding.
+
+    >>> total_of([0.1, 0.2, -0.3]), total_of([0.5, -0.25])
+    (0.0, 0.25)
+    """
+    total = sum(weights)
+    return total if abs(total) > 1e-9 * sum(map(abs, weights)) else 0.0
+
+
 def refuse_negative(**settings: PerModel) -> None:
     """Raises ValueError with the name of a setting that is below zero, or NaN.
 

@@ -21,7 +21,8 @@ def slerp(
 
     phi is the angle between the two tensors; where |cos(phi)| > 0.9995, or one of them is zero,
     theta = (1 - t) theta_1 + t theta_2. `t` is 0 at the first model (mergekit's `base_model`) and
-    1 at the second; without it, it is the second weight's share. Both together raise ValueError.
+    1 at the second; without it, it is the second weight's share. A `t` beside weights that
+    differ raises ValueError.
 
     A zero tensor has no angle, for which mergekit takes a right one.
 

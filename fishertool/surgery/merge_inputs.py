@@ -11,7 +11,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError
 from fishertool.models.names import head_names, ignored_buffers
 from fishertool.models.prefixed import named_like
-from fishertool.models.sources import open_source
+from fishertool.models.sources import open_source, public_reference
 from fishertool.recipe.schema import Recipe
 from fishertool.registry import Method
 from fishertool.selection import select
@@ -35,6 +35,10 @@ class Inputs:
     bases: list[int | None] = field(default_factory=list)
     """For each slice."""
     sidecars: dict[int, str] = field(default_factory=dict)
+
+    def name(self, number: int) -> str:
+        """For messages and reports."""
+        return public_reference(self.references[number])
 
     @property
     def models(self) -> list[int]:
@@ -159,7 +163,7 @@ def check_tensor(
 
 
 def _check_counts(method: Method, models: int, base: str | None) -> None:
-    scaled = base is not None and {"base", "weights"} <= method.inputs.keys()
+    scaled = base is not None and "base" in method.inputs and "normalize" in method.settings
     fewest = method.models or (1 if scaled else 2)  # one task vector alone is scaled, or negated
     if models < fewest or (method.models is not None and models > fewest):
         wanted = f"{fewest}" if method.models else "two or more"

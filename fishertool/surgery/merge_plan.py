@@ -215,21 +215,21 @@ def _named_places(recipe: Recipe, inputs: Inputs) -> list[Path]:
 
 def _companions_that_differ(companions: Companions, inputs: Inputs) -> list[str]:
     """Weights beside the model's own, as a sentence-transformers Dense module's, are not merged."""
-    first, *others = [inputs.sources[number].folder for number in inputs.models]
+    first, *others = [(inputs.name(n), inputs.sources[n].folder) for n in inputs.models]
     return [
-        f"{name} is taken from {first.name} as it is, not merged; {folder.name} has another or none"
+        f"{name} is taken from {first[0]} as it is, not merged; {other} has another or none"
         for name in companions.copied
-        for folder in others
-        if name.endswith(".safetensors") and not same_file(first / name, folder / name)
+        for other, folder in others
+        if name.endswith(".safetensors") and not same_file(first[1] / name, folder / name)
     ]
 
 
 def _settings_that_differ(inputs: Inputs) -> list[str]:
     first, *others = inputs.sources
     return [
-        f"{other.folder.name}: its config.json has {some(found)} in {first.folder.name}, whose config "
+        f"{inputs.name(number)}: its config.json has {some(found)} in {inputs.name(0)}, whose config "
         "the output has"
-        for other in others
+        for number, other in enumerate(others, 1)
         if (found := settings_that_differ(first.config(), other.config()))
     ]
 
@@ -244,6 +244,8 @@ def _target(place: Place, inputs: Inputs, merged: bool, dtype: str | None) -> Ta
     action = ("merge" if floating else "equal") if merged else "keep-first"
     if merged:
         check_tensor(inputs, named, base)
+    else:  # the others may not have it
+        named, base = named[:1], None
     written = STORED[dtype] if floating and dtype is not None else stored.dtype
     info = TensorInfo(place.name, written, stored.shape)
     return Target(info, action, named, base, [], {})
@@ -269,4 +271,9 @@ def _check_settings(method: Method, targets: Iterable[Target]) -> None:
         combination = repr((target.weights, target.settings))
         if target.action == "merge" and combination not in tried:
             tried.add(combination)
+            if len(target.weights) == 1 != target.weights[0] and target.settings["normalize"]:
+                raise UsageError(
+                    f"method {method.name}: the weight of one model has no effect while weights are "
+                    "normalized; --set normalize=false"
+                )
             try_settings(method, target.weights, target.settings, target.base is not None)

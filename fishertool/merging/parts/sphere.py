@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fishertool.merging.linear import linear
+from fishertool.merging.method import total_of
 from fishertool.merging.parts.blocks import blocks
 
 
@@ -34,7 +35,7 @@ def combine(
 
 def second_share(weights: Sequence[float]) -> float:
     """Where between two models their weights put the result: 0 at the first, 1 at the second."""
-    total = sum(weights)
+    total = total_of(weights)
     return weights[1] / total if total else 0.5
 
 

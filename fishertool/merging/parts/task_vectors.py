@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fishertool.merging.method import total_of
+
 Sparsify = Callable[[int, Tensor], Tensor]
 """A model's number and some rows of its task vector, which may be written to -> what is kept."""
 
@@ -28,7 +30,7 @@ def add_task_vectors(
     With `normalize` the sum is divided by sum_i c_i, where that is not zero. With `elect` the sum
     (and the sum it is divided by) is that of `add_elected`.
     """
-    total = sum(weights)
+    total = total_of(weights)
     scale = 1 / total if normalize and total and not elect else 1.0
     vectors = [sparsify(i, model - base) for i, model in enumerate(models)]
     if elect:
