@@ -297,6 +297,31 @@ def test_a_run_killed_before_its_output_has_seen_enough(
     assert weights_in(tmp_path / "f") == weights_in(tmp_path / "whole")
 
 
+def test_processes_end_with_the_one_that_fails(make_model: ModelMaker, tmp_path: Path) -> None:
+    """The second does not see where the bank is, as on a disk of its own."""
+    (tmp_path / "texts.txt").write_text("the red cat runs\na big dog eats\n" * 4)
+    code = (
+        "import os, pathlib; from fishertool.estimation import bank;"
+        "hidden = type('Hidden', (type(pathlib.Path()),), {'is_dir': lambda self: False});"
+        "real = bank.open_bank;"
+        "from fishertool.commands import estimate_fisher as command;"
+        "command.open_bank = (lambda place, *more: real(hidden(place), *more))"
+        " if os.environ['RANK'] == '1' else real;"
+        "from fishertool.cli import run; run()"
+    )
+    (tmp_path / "run.py").write_text(code)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ("--data", tmp_path / "texts.txt", "--kind", "rank-one", "--out", tmp_path / "f")
+    done = subprocess.run(
+        [sys.executable, *start, tmp_path / "run.py", "estimate-fisher", make_model("g", "gpt2"),
+         *map(str, flags)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0 and not (tmp_path / "f").exists()
+    assert "the first process writes there, and this one does not see it" in done.stderr
+    assert "a bug in fishertool" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("processes", "death"), [(1, signal.SIGKILL), (2, signal.SIGTERM)], ids=["alone", "launched"]
 )

@@ -144,6 +144,7 @@ def search(
             write_front(out, front)
             replace_file(out / REPORT_FILE, report.to_json())  # last: it says that all is there
             remove_replaced(out)
+            found.remove_replaced()
     return report
 
 
@@ -238,7 +239,8 @@ def _open(
 ) -> "Search":
     """The search on its storage, with the sampler that chooses what is tried."""
     from fishertool.searching.samplers import make_sampler
-    from fishertool.searching.study import Search, forget, open_storage
+    from fishertool.searching.storage import old_study_kept, open_storage
+    from fishertool.searching.study import Search
 
     found: Search | None = None
 
@@ -246,12 +248,12 @@ def _open(
         return found is not None and found.begun
 
     store = None if storage is None else open_storage(storage, out)
+    if overwrite and store is not None:
+        opened.enter_context(old_study_kept(store, name, begun))
     if overwrite and out.is_dir():
         opened.enter_context(old_one_kept(out, begun))
     if store is None:
         store = open_storage(None, out)
-    elif overwrite:
-        forget(store, name)
     told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
     found = Search(store, name, space.variables, objectives, fingerprint, join=join, resume=resume)

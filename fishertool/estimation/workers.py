@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from fishertool.errors import UsageError
+from fishertool.errors import FishertoolError, UsageError
 from fishertool.estimation.settings import Settings
 from fishertool.estimation.work import Share, Unit, Work, parse_share
 from fishertool.estimation.worker import Worker
@@ -110,12 +110,25 @@ class Workers:
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """The block is for the first process, and then for the others."""
+        """The block is for the first process, and then for the others; what one of them raises stops
+        them all."""
         if not self.first:
-            self.wait()
-        yield
+            self._agree(None)
+        try:
+            yield
+        except Exception as error:
+            self._agree(str(error))
+            raise
         if self.first:
-            self.wait()
+            self._agree(None)
+        self._agree(None)
+
+    def _agree(self, failure: str | None) -> None:
+        """Raises FishertoolError with the failure of another process."""
+        told = [] if self.alone else self._gather(failure)
+        for number, other in enumerate(told):
+            if failure is None and other is not None:
+                raise FishertoolError(f"process {number} of {len(told)}: {other}")
 
 
 ADDITIVE = ("columns", "pass")
@@ -240,6 +253,10 @@ def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Wo
     try:
         share = Share(distributed.get_rank(), distributed.get_world_size())
         yield ShardedWorkers(share, place) if sharded else Workers(share, place)
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise FishertoolError("another process of this run has ended; see what it said") from error
     finally:
         distributed.destroy_process_group()
 

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,14 +21,13 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fishertool.errors import OutputExistsError, StorageError, UsageError
+from fishertool.errors import OutputExistsError, UsageError
 from fishertool.recipe.space import Variable
 from fishertool.searching.objectives import Objective
-from fishertool.searching.results import JOURNAL
+from fishertool.searching.storage import quiet, remove_replaced_study
 
 BEATS_EVERY, LOST_AFTER = 15.0, 120.0
 """Seconds between signs of life of a worker, and without one until its trial is lost."""
@@ -37,26 +35,6 @@ LOST, SURPLUS = "lost", "surplus"
 """Why a trial that failed is none of the search: its worker is gone; the search was complete."""
 OWNER, SEEN, WHY, RETRIES = "owner", "seen", "error", "retries"
 FINGERPRINT = "fishertool"
-
-
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if url is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    try:
-        with _quiet():
-            return optuna.storages.get_storage(url)
-    except Exception as error:  # whatever the database's driver raises
-        reason = " ".join(str(error).split())[:200]
-        raise StorageError(f"--storage: cannot be opened: {reason}") from error
-
-
-def forget(storage: BaseStorage, name: str) -> None:
-    """Remove the study of that name, if there is one."""
-    if name in optuna.get_all_study_names(storage):
-        optuna.delete_study(study_name=name, storage=storage)
 
 
 class Search:
@@ -105,7 +83,7 @@ class Search:
         self._space = distributions(variables)
         if not known:
             self.study.set_user_attr(FINGERPRINT, fingerprint)
-            with _quiet():
+            with quiet():
                 self.study.set_metric_names([one.name for one in objectives])
         elif self.study.user_attrs.get(FINGERPRINT) != fingerprint:
             raise UsageError(
@@ -117,6 +95,10 @@ class Search:
     def trials(self) -> list[FrozenTrial]:
         """All there are, lost ones too, by number."""
         return self.study.get_trials(deepcopy=False)
+
+    def remove_replaced(self) -> None:
+        """Remove the study that had this one's name before."""
+        remove_replaced_study(self._storage, self.study.study_name)
 
     @property
     def busy(self) -> int:
@@ -149,7 +131,7 @@ class Search:
         taken = self.study.ask()
         taken.set_user_attr(OWNER, _process(os.getpid()))
         taken.set_user_attr(SEEN, time.time())  # a storage's own times may be of another zone
-        with signs_of_life(taken), _quiet():  # to choose a point may take minutes
+        with signs_of_life(taken), quiet():  # to choose a point may take minutes
             for name, distribution in self._space.items():
                 _suggest(taken, name, distribution)
         if index_of(taken.number, self.trials) >= evaluations:
@@ -291,11 +273,3 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
     elif isinstance(distribution, FloatDistribution):
         low, high = distribution.low, distribution.high
         trial.suggest_float(name, low, high, step=distribution.step, log=distribution.log)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's words on features that are experimental, which mean nothing to a user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield

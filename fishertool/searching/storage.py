@@ -1,0 +1,71 @@
+"""Where the trials of searches are: a journal beside the results, or a database that others use too."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from fishertool.errors import StorageError
+from fishertool.searching.results import JOURNAL
+
+REPLACED = " (replaced)"
+"""Follows the name of a study that another one has now."""
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    try:
+        with quiet():
+            return optuna.storages.get_storage(url)
+    except Exception as error:  # whatever the database's driver raises
+        reason = " ".join(str(error).split())[:200]
+        raise StorageError(f"--storage: cannot be opened: {reason}") from error
+
+
+def _rename(storage: BaseStorage, name: str, other: str) -> None:
+    """Give a study, if it is there, another name, by which there is then no other one."""
+    if name in optuna.get_all_study_names(storage):
+        _remove(storage, other)
+        optuna.copy_study(
+            from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=other
+        )
+        _remove(storage, name)
+
+
+def remove_replaced_study(storage: BaseStorage, name: str) -> None:
+    """Remove the study that had this name before, if there is one."""
+    _remove(storage, name + REPLACED)
+
+
+def _remove(storage: BaseStorage, name: str) -> None:
+    if name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+@contextmanager
+def old_study_kept(storage: BaseStorage, name: str, begun: Callable[[], bool]) -> Iterator[None]:
+    """Let the study of that name have another one, until `remove_replaced_study`. Where the block
+    raises and the new search has not `begun`, it gets its name back."""
+    _rename(storage, name, name + REPLACED)
+    try:
+        yield
+    except BaseException:
+        if not begun():
+            _rename(storage, name + REPLACED, name)
+        raise
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's words on features that are experimental, which mean nothing to a user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
