@@ -262,9 +262,10 @@ def estimate_diagonal(
 def _sees_padding(model: nn.Module, calls: FunctionCalls, alone: Batch, padded: Batch) -> bool:
     """Whether the example of the first batch gets other logits as the first one of the second."""
     calls.paused = True
-    same = equal_but_for_rounding(logits_of(model, alone), logits_of(model, padded)[:1])
-    calls.paused = False
-    return not same
+    try:
+        return not equal_but_for_rounding(logits_of(model, alone), logits_of(model, padded)[:1])
+    finally:
+        calls.paused = False
 
 
 def _split(indices: Sequence[int], one_by_one: bool, shards: int) -> Iterable[Sequence[int]]:

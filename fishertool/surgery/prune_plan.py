@@ -21,9 +21,10 @@ from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
 from fishertool.selection import select
+from fishertool.sidecar import check_fits, open_diagonal, open_sidecar
 from fishertool.surgery.matrix import Matrix, matrices_of
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
-from fishertool.surgery.prune_statistics import Statistics, open_statistics
+from fishertool.surgery.prune_statistics import Opened, Statistics
 
 STACKS = (
     "a stack of experts, of which no activations are estimated",
@@ -106,7 +107,7 @@ def plan_prune(
     layers = layers_of(checkpoint, trust_remote_code)
     statistics = None
     if recipe.kinds and fisher is not None:
-        statistics = open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
+        statistics = _open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
     chosen, kept = _choose(checkpoint, layers, include, exclude, _stack_stays(recipe, statistics))
     names = [name for name in checkpoint if name not in copies]
     selected = [
@@ -131,6 +132,29 @@ def plan_prune(
     elif "activation" in recipe.kinds:
         _check_inputs_are_seen(checkpoint, selected)
     return plan
+
+
+def _open_statistics(
+    opened: ExitStack, recipe: Recipe, model: Checkpoint, fisher: str, general: str | None
+) -> Statistics:
+    """The sidecars' parts that the recipe needs.
+
+    Raises InputError for one that lacks a kind, or is of another checkpoint.
+    """
+    found = []
+    for source in (fisher, general):
+        kinds: dict[str, Opened] = {}
+        for kind in recipe.kinds if source is not None else ():
+            assert source is not None
+            folder = hub.resolve(source)
+            tensors, header = (
+                open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
+            )
+            opened.enter_context(tensors)
+            check_fits(tensors, header, model)
+            kinds[kind] = tensors, header
+        found.append(kinds)
+    return Statistics(*found)
 
 
 def mask_name(weight: str) -> str:

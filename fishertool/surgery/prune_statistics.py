@@ -1,14 +1,12 @@
 """What a pruning method asks of sidecars, and one matrix's part of it."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
 from fishertool.fisher.columns import (
@@ -22,9 +20,6 @@ from fishertool.fisher.rank_one import RankOneFisher, mean_fisher
 from fishertool.pruning.method import Fisher
 from fishertool.sidecar import (
     StoredGradients,
-    check_fits,
-    open_diagonal,
-    open_sidecar,
     read_diagonal,
 )
 from fishertool.surgery.matrix import Matrix
@@ -46,6 +41,8 @@ class Statistics:
         self.fallbacks, self.clamped = 0, 0
         self._means: dict[str, float] = {}
         self._totals: dict[tuple[Path, str], float] = {}
+        self._all: Sequence[Matrix] = []
+        self._means_of_all: dict[tuple[Path, str], float] = {}
         self._whole: tuple[float, dict[str, Tensor]] | None = None
 
     @property
@@ -89,8 +86,8 @@ class Statistics:
     def check(
         self, recipe: Recipe, matrices: Sequence[Matrix], estimated_on: str | None = None
     ) -> None:
-        """Refuse, from headers, matrices that a kind tells nothing about, or nothing but zero; by
-        the name of the data, where they were `estimated_on` some."""
+        """Refuse matrices that a kind tells nothing about, or nothing but zero; by the name of the
+        data, where they were `estimated_on` some. From headers, but for stacks of experts."""
         for kinds in (self.kinds, self.general):
             for kind, (tensors, header) in kinds.items():
                 where = estimated_on or tensors.folder
@@ -129,9 +126,8 @@ class Statistics:
                 if name.endswith("gradient"):
                     found[name] = _mean_gradient(kinds["mean-gradient"][0], matrix)
                 else:
-                    opened = kinds["diagonal"]
-                    mean = self._total(opened, matrices) / sum(one.elements for one in matrices)
-                    found[name] = Fisher(_diagonal(opened[0], matrix), mean)
+                    mean = self._once(matrices, kinds["diagonal"], self._diagonal_mean)
+                    found[name] = Fisher(_diagonal(kinds["diagonal"][0], matrix), mean)
         return found
 
     def diagonal(self, matrix: Matrix) -> Tensor:
@@ -167,6 +163,20 @@ class Statistics:
         parts = {one.key: (one.name, one.first, one.elements) for one in matrices}
         return PartialGradients(stored, parts)
 
+    def _once(
+        self, matrices: Sequence[Matrix], opened: Opened, mean: Callable[..., float]
+    ) -> float:
+        """A mean over all that is pruned, which every one of them asks for."""
+        if self._all is not matrices:
+            self._all, self._means_of_all = matrices, {}
+        place = opened[0].folder, opened[1].kind
+        if place not in self._means_of_all:
+            self._means_of_all[place] = mean(matrices, opened)
+        return self._means_of_all[place]
+
+    def _diagonal_mean(self, matrices: Sequence[Matrix], opened: Opened) -> float:
+        return self._total(opened, matrices) / sum(one.elements for one in matrices)
+
     def _total(self, opened: Opened, matrices: Sequence[Matrix]) -> float:
         """Of a diagonal; a stack's header has no expert's, which takes a pass, once."""
         tensors, header = opened
@@ -191,7 +201,8 @@ class Statistics:
 
     def _scale(self, matrices: Sequence[Matrix]) -> float:
         """The mean over all, without which saliencies of a confident model vanish in float32."""
-        if not (mean := self._mean(matrices)):
+        mean = self._once(matrices, self.kinds["rank-one"], lambda some, _: self._mean(some))
+        if not mean:
             raise InputError(
                 "every gradient of what is pruned is zero; estimate the Fisher on other data"
             )
@@ -251,29 +262,6 @@ class Statistics:
     def _count(self, fisher: RankOneFisher) -> None:
         self.fallbacks += len(fisher.fallbacks)
         self.clamped += fisher.clamped
-
-
-def open_statistics(
-    opened: ExitStack, recipe: Recipe, model: Checkpoint, fisher: str, general: str | None
-) -> Statistics:
-    """The sidecars' parts that the recipe needs.
-
-    Raises InputError for one that lacks a kind, or is of another checkpoint.
-    """
-    found = []
-    for source in (fisher, general):
-        kinds: dict[str, Opened] = {}
-        for kind in recipe.kinds if source is not None else ():
-            assert source is not None
-            folder = hub.resolve(source)
-            tensors, header = (
-                open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
-            )
-            opened.enter_context(tensors)
-            check_fits(tensors, header, model)
-            kinds[kind] = tensors, header
-        found.append(kinds)
-    return Statistics(*found)
 
 
 def _diagonal(tensors: Checkpoint, matrix: Matrix) -> Tensor:
