@@ -58,7 +58,6 @@ def summary(plan: MergePlan) -> dict[str, Any]:
         "method": plan.method.name,
         "weights": list(weights.pop()) if len(weights) == 1 else None,
         "parameters": plan.layout.parameters,
-        "bytes": plan.layout.nbytes,
         "tensors": _actions(plan),
         "rules": {f"{rule.place}: {rule.condition}": rule.tensors for rule in plan.rules},
     }
