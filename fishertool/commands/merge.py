@@ -89,18 +89,8 @@ def merge(
             plan = plan_merge(
                 opened, recipe, method, size, allow_nonfinite, trust_remote_code, beside
             )
-            if isinstance(weights, str):
-                check_optimal(plan, weights == FREE)
-            if predict and not plan.predicts:
-                raise UsageError(
-                    "--predict needs a --fisher with a diagonal for each model, of examples (an "
-                    "optimizer's is of batches)"
-                )
-            if candidates:
-                plan.with_weights(candidates[0])
-            lora = None
-            if as_lora is not None:
-                lora = open_lora(plan, beside[0], as_lora)
+            _check_asked(plan, weights, predict, candidates)
+            lora = None if as_lora is None else open_lora(plan, beside[0], as_lora)
             report.warnings += plan.warnings
             needed = (1 + bool(search_weights)) * plan.layout.nbytes
             check_output(out, plan.folders, overwrite, lora.most_bytes if lora else needed)
@@ -143,6 +133,24 @@ def merge(
                 report.inputs += data_files(evaluate_on.data)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+def _check_asked(
+    plan: MergePlan,
+    weights: Sequence[float] | str | None,
+    predict: bool,
+    candidates: Sequence[Sequence[float]],
+) -> None:
+    """Raises UsageError for weights that cannot be found, or tried, and losses not predicted."""
+    if isinstance(weights, str):
+        check_optimal(plan, weights == FREE)
+    if predict and not plan.predicts:
+        raise UsageError(
+            "--predict needs a --fisher with a diagonal for each model, of examples (an optimizer's "
+            "is of batches)"
+        )
+    for candidate in candidates[:1]:
+        plan.with_weights(candidate)
 
 
 def _write(
