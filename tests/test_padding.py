@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_text, make_tokenizer, write_rows
+from test_estimate_command import SMALL
 from test_fisher_diagonal import randomize
 from test_structured import loaded_from
 
@@ -19,13 +20,6 @@ from fishertool.models.padding import ALONE
 from fishertool.models.tasks import TASKS
 from fishertool.models.vectors import vectors_of
 
-SMALL: dict[str, Any] = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 32,
-}
 XLNET = {"vocab_size": len(VOCABULARY), "d_model": 16, "d_inner": 32, "n_layer": 2, "n_head": 2}
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "FNet": (SMALL, True),  # Fourier transforms over all columns; it has no attention mask

@@ -40,6 +40,41 @@ class TensorSource(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class SourceView:
+    """A source seen through another; all is as it is there but for what a subclass changes."""
+
+    def __init__(self, source: TensorSource):
+        self.source = source
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.info(name)
+
+    def where(self, name: str) -> str:
+        return self.source.where(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.source.read(name, start, stop)
+
+    def config(self) -> dict[str, Any]:
+        return self.source.config()
+
+    def digests(self) -> list[FileDigest]:
+        return self.source.digests()
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
 def check_finite(source: TensorSource, name: str, values: Tensor) -> None:
     """Raises InputError if these, of the tensor `name`, have NaN or Inf."""
     if not all_finite(values):

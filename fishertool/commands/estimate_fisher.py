@@ -17,7 +17,7 @@ from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
 from fishertool.estimation.settings import Settings, check_settings
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
-from fishertool.estimation.work import Share, Unit
+from fishertool.estimation.work import Unit
 from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
 from fishertool.fisher.estimate import Pass
@@ -110,7 +110,7 @@ def estimate_fisher(
         place = workers.first_one(place)
         bank: Bank | None = None
         if "rank-one" in settings.kinds:
-            written = members_of(mine if part else work.share(Share()), settings.group)
+            written = members_of(mine if part else work.units, settings.group)
             with workers.first_ahead():
                 again = resume or not workers.first
                 bank = opened.enter_context(

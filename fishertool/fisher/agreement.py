@@ -1,13 +1,15 @@
 """Whether gradients formed by rules are those of plain autograd, and logits those without padding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fishertool.fisher.gradients import Gradient, dtype_of, rows_of
 
+T = TypeVar("T")
 TOLERANCE = 0.05
 """Of a tensor's root mean square; a wrong rule is off by more, bfloat16 by less."""
 
@@ -54,6 +56,12 @@ def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
     error = alone - padded[tuple(map(slice, alone.shape))]
     error, size = (one.double().nan_to_num(0, 0, 0).norm() for one in (error, alone))
     return bool(error <= torch.finfo(alone.dtype).eps ** 0.5 * size)
+
+
+def sees_padding(run: Callable[[Sequence[T]], Tensor], short: T, longer: T) -> bool:
+    """Whether an example gets other outputs beside a longer one than alone. `run` gives those of
+    examples that are padded to one length, [example, ...]."""
+    return not equal_but_for_rounding(run([short]), run([short, longer])[:1])
 
 
 def _rms(tensor: Tensor) -> float:

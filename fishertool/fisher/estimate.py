@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
-from fishertool.fisher.agreement import equal_but_for_rounding
+from fishertool.fisher.agreement import sees_padding
 from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
@@ -157,7 +157,9 @@ def estimate(
             one_by_one = gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
         elif longer is not None and shards == 1:  # processes with shards run as many batches
-            one_by_one = _sees_padding(model, calls, collate([probe]), collate([probe, longer]))
+            calls.paused = True
+            one_by_one = sees_padding(lambda some: logits_of(model, collate(some)), probe, longer)
+            calls.paused = False
         done.one_by_one |= one_by_one
         rule = label_rules.rule(labels, draws, seed)
         batches = _Batches(model, calls, gradients, inputs, statistics, rule, done)
@@ -257,15 +259,6 @@ def estimate_diagonal(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done = estimate(model, parameters, collate, [batches], [diagonal], probe=order[-1], **options)
     return Estimate(**vars(done), diagonal=dict(diagonal.mean(done.examples)))
-
-
-def _sees_padding(model: nn.Module, calls: FunctionCalls, alone: Batch, padded: Batch) -> bool:
-    """Whether the example of the first batch gets other logits as the first one of the second."""
-    calls.paused = True
-    try:
-        return not equal_but_for_rounding(logits_of(model, alone), logits_of(model, padded)[:1])
-    finally:
-        calls.paused = False
 
 
 def _split(indices: Sequence[int], one_by_one: bool, shards: int) -> Iterable[Sequence[int]]:

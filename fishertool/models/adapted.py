@@ -1,24 +1,21 @@
 """A checkpoint with a LoRA adapter in it, merged row by row while it is read."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import FLOATING, compute_dtype
-from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.source import SourceView
 from fishertool.checkpoint.stream import pieces
 from fishertool.errors import InputError, some
 from fishertool.models.adapters import Adapter
 from fishertool.models.names import empty_model, names_on_disk
 
 
-class AdaptedCheckpoint:
+class AdaptedCheckpoint(SourceView):
     """The base's tensors by name; those that the adapter changes come in float32 (F64 in float64).
 
     Raises InputError, by name and shape, for an adapter of another base.
@@ -41,22 +38,10 @@ class AdaptedCheckpoint:
                 raise InputError(
                     f"{base.where(name)} is {base.info(name).dtype}; dequantize the base first"
                 )
+        super().__init__(base)
         self.base, self.adapter, self._changed = base, adapter, adapter.names
         self._norms: dict[str, Tensor] = {}
         self._lock = Lock()
-
-    @property
-    def folder(self) -> Path:
-        return self.base.folder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
-
-    def info(self, name: str) -> TensorInfo:
-        return self.base.info(name)
 
     def where(self, name: str) -> str:
         adapter = f" with {self.adapter.tensors.folder}" if name in self._changed else ""
@@ -70,9 +55,6 @@ class AdaptedCheckpoint:
         if (one := self.adapter.layers.get(name)) is not None and one.magnitude is not None:
             rows = one.stretch(rows, start, self._column_norms(name) if one.turned else None)
         return rows
-
-    def config(self) -> dict[str, Any]:
-        return self.base.config()
 
     def digests(self) -> list[FileDigest]:
         """Of the base's files, and then the adapter's."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fishertool.calibration import Example
 from fishertool.calibration.data import probes
-from fishertool.fisher.agreement import equal_but_for_rounding
+from fishertool.fisher.agreement import sees_padding
 
 ALONE = "padding changes the model's outputs: examples went one at a time, whatever --batch-size"
 
@@ -21,6 +21,4 @@ def padding_matters(
     `run` gives the outputs of examples that are padded to one length, [example, ...].
     """
     short, longer = probes(examples)
-    if longer is None:
-        return False
-    return not equal_but_for_rounding(run([short]), run([short, longer])[:1])
+    return longer is not None and sees_padding(run, short, longer)

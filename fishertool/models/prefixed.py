@@ -2,29 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.source import SourceView, TensorSource
 from fishertool.models.names import model_class_of
 
 
-class Prefixed:
+class Prefixed(SourceView):
     """A source whose tensors have other names.
 
     names  name here -> name there
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]):
-        self.source, self.names = source, names
-
-    @property
-    def folder(self) -> Path:
-        return self.source.folder
+        super().__init__(source)
+        self.names = names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -40,15 +34,6 @@ class Prefixed:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.source.read(self.names[name], start, stop)
-
-    def config(self) -> dict[str, Any]:
-        return self.source.config()
-
-    def digests(self) -> list[FileDigest]:
-        return self.source.digests()
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
 
 
 def named_like(source: TensorSource, model: TensorSource) -> TensorSource:

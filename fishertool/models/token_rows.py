@@ -1,18 +1,15 @@
 """A model read by another tokenizer's ids: row i of its embeddings is that of output token i."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.source import SourceView, TensorSource
 from fishertool.errors import InputError, some
 from fishertool.models.names import empty_model, names_on_disk
 
@@ -31,34 +28,21 @@ class TokenRows:
         return len(self.own)
 
 
-class TokenAligned:
+class TokenAligned(SourceView):
     """A model whose token tensors are read by output rows, in float32 (F64 in float64).
 
     Raises InputError, by name, where it cannot be told which tensors these are.
     """
 
     def __init__(self, source: TensorSource, rows: TokenRows):
-        self.source, self.rows = source, rows
-        self.by_token = token_tensors(source)
-
-    @property
-    def folder(self) -> Path:
-        return self.source.folder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.source
+        super().__init__(source)
+        self.rows, self.by_token = rows, token_tensors(source)
 
     def info(self, name: str) -> TensorInfo:
         info = self.source.info(name)
         if name not in self.by_token:
             return info
         return replace(info, shape=(self.rows.size, *info.shape[1:]))
-
-    def where(self, name: str) -> str:
-        return self.source.where(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `[start, stop)` of a tensor, as `Checkpoint.read` gives them."""
@@ -74,15 +58,6 @@ class TokenAligned:
         if bool(lacking.any()):
             values[lacking] = self._donated(name, start, stop, values[lacking], lacking)
         return values
-
-    def config(self) -> dict[str, Any]:
-        return self.source.config()
-
-    def digests(self) -> list[FileDigest]:
-        return self.source.digests()
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
 
     def _donated(self, name: str, start: int, stop: int, zeros: Tensor, lacking: Tensor) -> Tensor:
         total, count = zeros.clone(), torch.zeros(len(zeros), dtype=zeros.dtype)

@@ -271,7 +271,11 @@ def _check_settings(method: Method, targets: Iterable[Target]) -> None:
         combination = repr((target.weights, target.settings))
         if target.action == "merge" and combination not in tried:
             tried.add(combination)
-            if len(target.weights) == 1 != target.weights[0] and target.settings["normalize"]:
+            if (
+                len(target.weights) == 1
+                and target.weights[0] != 1
+                and target.settings.get("normalize")
+            ):
                 raise UsageError(
                     f"method {method.name}: the weight of one model has no effect while weights are "
                     "normalized; --set normalize=false"
