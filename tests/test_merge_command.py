@@ -425,6 +425,8 @@ def test_a_model_that_is_the_base_is_not_counted(cli: Cli, pair: tuple[Path, Pat
          {"rope_parameters": {"rope_type": "linear", "factor": 4}}, ["factor 4 for 2"]),
         ({"rope_scaling": None}, {"rope_scaling": {"type": "yarn", "factor": 4}},
          ["rope_type yarn for default"]),
+        ({"rope_scaling": "hostile"}, {"rope_scaling": {"type": "yarn"}},
+         ["rope_type yarn for default"]),
         ({"text_config": {"head_dim": 8}}, {"text_config": {"head_dim": 4}},
          ["text_config.head_dim 4 for 8"]),
         ({"max_window_layers": 2, "use_sliding_window": False},

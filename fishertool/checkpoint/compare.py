@@ -81,7 +81,7 @@ def _of_the_pass(config: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     for key, value in config.items():
         path = inside + key
         if key in ("rope_scaling", "rope_parameters"):
-            rotary = {"rope_type": "default", **(value or {})}
+            rotary = {"rope_type": "default", **(value if isinstance(value, Mapping) else {})}
             rotary["rope_type"] = rotary.pop("type", rotary["rope_type"])
             found |= {f"{inside}{name}": one for name, one in rotary.items()}
         elif isinstance(value, Mapping):
