@@ -14,6 +14,7 @@ import yaml
 from conftest import Cli, ModelMaker
 
 import fishertool
+from fishertool import launcher
 from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError, UsageError
 from fishertool.report import Report, is_report
@@ -30,6 +31,25 @@ def test_help_of_each_verb_gives_an_example(cli: Cli, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.code == 0
     assert f"fishertool {verb}" in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[verb] for verb in VERBS[1:]]
+    + [
+        ["combine-fisher"],
+        ["estimate-fisher", "m", "--from-optimizer", "o.pt", "--out", "f"],
+    ],
+)
+def test_what_one_process_does_is_refused_under_torchrun(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    for name, value in zip(launcher.MEETING, ("0", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = cli(*arguments)
+    assert result.code == 2
+    assert "is done by one process, and WORLD_SIZE=2 in the environment" in result.err
 
 
 def test_help_shows_brackets(cli: Cli) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from conftest import Cli, ModelMaker, make_text, write_rows
 
-from fishertool.estimation import subject, workers
+from fishertool import launcher
+from fishertool.estimation import subject
 from fishertool.models import tasks
 
 SUMS = "diagonal,factored,kronecker,activation,mean-gradient"
@@ -147,28 +148,12 @@ def test_a_world_without_a_launcher(
     size: str,
     told: str,
 ) -> None:
-    for name in workers.MEETING:
+    for name in launcher.MEETING:
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("WORLD_SIZE", size)
     flags = ("--data", texts, "--out", "f", "--dry-run")
     result = cli("estimate-fisher", make_model("g", "gpt2"), *flags)
     assert (result.code, told in result.err) == (2 if told else 0, True), result.err
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", "neurons"])
-def test_prune_is_done_by_one_process(
-    cli: Cli, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, pattern: str
-) -> None:
-    for name, value in zip(workers.MEETING, ("0", "localhost", "29500"), strict=True):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = ("--method", "magnitude", "--sparsity", 0.5, "--pattern", pattern, "--out", "o")
-    result = cli("prune", make_model("g", "gpt2"), *flags)
-    assert (result.code, "prune is done by one process, and WORLD_SIZE=2" in result.err) == (
-        2,
-        True,
-    )
-    assert not Path("o").exists()
 
 
 @pytest.mark.parametrize(("processes", "group"), [(2, 1), (4, 4)])

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fishertool import __version__
+from fishertool.launcher import check_alone
 
 app = typer.Typer(
     help="Fisher-guided surgery on Hugging Face checkpoints.",
@@ -12,6 +13,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+SHARED = "estimate-fisher"
+"""The verb whose work several processes share."""
 
 
 def _show_version(show: bool) -> None:
@@ -22,9 +26,12 @@ def _show_version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
     ] = False,
 ) -> None:
     """Fisher-guided surgery on Hugging Face checkpoints."""
+    if context.invoked_subcommand not in (None, SHARED):
+        check_alone(context.invoked_subcommand)

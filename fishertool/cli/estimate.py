@@ -52,6 +52,7 @@ from fishertool.cli.flags import (
 from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.errors import UsageError
+from fishertool.launcher import check_alone
 
 
 @app.command("estimate-fisher")
@@ -264,6 +265,7 @@ def _estimate_from_optimizer(context: typer.Context, model: str, path: Path, out
     known = {"model", "out", "from_optimizer", *taken, *shown}
     if other := sorted(given - known):
         raise UsageError(f"--{other[0].replace('_', '-')} means nothing with --from-optimizer")
+    check_alone("estimate-fisher --from-optimizer")
     from fishertool.commands.fisher_from_optimizer import fisher_from_optimizer as command
 
     values = context.params

@@ -17,7 +17,6 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.errors import UsageError
 from fishertool.estimation.settings import Settings
-from fishertool.estimation.workers import check_alone
 from fishertool.models.loading import check_device
 from fishertool.models.units import PATTERNS
 from fishertool.progress import Track, silent
@@ -94,7 +93,6 @@ def prune(
     """
     given = dict(locals())
     report = Report("prune", options_of(given), environment=environment(threads, device))
-    check_alone("prune")
     if not 0 < recover_learning_rate < float("inf"):
         raise UsageError(f"--recover-learning-rate {recover_learning_rate:g}: a number above 0")
     if pattern in PATTERNS:

@@ -16,6 +16,7 @@ from fishertool.estimation.worker import Worker
 from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Sums, absorb, flattened
+from fishertool.launcher import world_size
 
 T = TypeVar("T")
 
@@ -196,33 +197,6 @@ class ShardedWorkers(Workers):
         return asked[0]
 
 
-MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What else a launcher tells each of several processes."""
-
-
-def _world_size() -> int:
-    """What the environment says. A variable that is empty is not set."""
-    told = os.environ.get("WORLD_SIZE") or "1"
-    if not told.isdecimal() or not int(told):
-        raise UsageError(f"WORLD_SIZE={told!r} in the environment: is a number of processes")
-    missing = [name for name in MEETING if not os.environ.get(name)]
-    if int(told) > 1 and missing:
-        raise UsageError(
-            f"WORLD_SIZE={told} in the environment, but no {', '.join(missing)}: start the "
-            "processes with torchrun, or unset WORLD_SIZE"
-        )
-    return int(told)
-
-
-def check_alone(verb: str) -> None:
-    """Refuse several processes, of which each would do the whole work of a verb."""
-    if (of := _world_size()) > 1:
-        raise UsageError(
-            f"{verb} is done by one process, and WORLD_SIZE={of} in the environment: start it "
-            "without torchrun, or unset WORLD_SIZE"
-        )
-
-
 @contextmanager
 def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Workers]:
     """Join the processes that the environment names (RANK, WORLD_SIZE, as torchrun sets them).
@@ -231,7 +205,7 @@ def joined(asked: int | None, device: str, sharded: bool = False) -> Iterator[Wo
     started one process of several would otherwise go unnoticed; or where there is nobody to share
     the weights with, which are to be `sharded`; or where variables of the environment are missing.
     """
-    of = _world_size()
+    of = world_size()
     if asked is not None and asked != of:
         raise UsageError(
             f"--world-size {asked}: this run has {of}; start it with "
