@@ -11,6 +11,8 @@ from conftest import VOCABULARY, Cli, ModelMaker, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fishertool.models.chat_template import NAMED
+
 RANK, ALPHA = 2, 6
 ADAPTED = "model.layers.1.mlp.up_proj"
 
@@ -251,7 +253,7 @@ TEMPLATES = ("{{ messages }} one", "{{ messages }} two")
 @pytest.mark.parametrize(
     ("choice", "wanted"),
     [("auto", TEMPLATES[1]), ("'{% if x %}own{% endif %}'", "{% if x %}own{% endif %}"),
-     ("t.jinja", TEMPLATES[0])],
+     ("t.jinja", TEMPLATES[0]), ("chatml", NAMED["chatml"])],
 )  # fmt: skip
 def test_a_recipe_chooses_the_chat_template(
     cli: Cli, make_model: ModelMaker, choice: str, wanted: str, tmp_path: Path
@@ -269,6 +271,45 @@ def test_a_recipe_chooses_the_chat_template(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (
+            "chatml",
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+            "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("mistral", "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]"),
+        (
+            "alpaca",
+            "S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n"
+            "### Instruction:\nV\n\n### Response:\n",
+        ),
+        (
+            "exaone",
+            "[|system|]S[|endofturn|]\n[|user|]U\n[|assistant|]A[|endofturn|]\n[|user|]V\n"
+            "[|assistant|]",
+        ),
+    ],
+)
+def test_named_chat_templates(name: str, wanted: str) -> None:
+    tokenizer: Any = make_tokenizer(template=False)
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    roles = zip(("system", "user", "assistant", "user"), "SUAV", strict=True)
+    messages = [{"role": role, "content": text} for role, text in roles]
+    how = {"chat_template": NAMED[name], "add_generation_prompt": True, "tokenize": False}
+    assert tokenizer.apply_chat_template(messages, **how) == wanted
+
+
 def test_a_chat_template_that_is_no_text_is_refused(cli: Cli, make_model: ModelMaker) -> None:
     a, _ = make_model("a", "llama", 1), make_model("b", "llama", 2)
     (a / "chat_template.jinja").write_bytes(b"\xff\xfe{{x")
@@ -281,7 +322,7 @@ def test_a_chat_template_that_is_no_text_is_refused(cli: Cli, make_model: ModelM
 
 def test_a_chat_template_that_is_none_is_refused(cli: Cli, make_model: ModelMaker) -> None:
     make_model("a", "llama", 1), make_model("b", "llama", 2)
-    for choice, code in (("chatml", 2), ("auto", 3)):
+    for choice, code in (("chatlm", 2), ("auto", 3)):
         Path("r.yml").write_text(
             f"merge_method: linear\nchat_template: {choice}\nmodels: [{{model: a}}, {{model: b}}]"
         )

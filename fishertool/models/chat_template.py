@@ -10,10 +10,60 @@ from fishertool.paths import expanded
 
 FILE = "chat_template.jinja"
 AUTO = "auto"
+NAMED = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+        "{{ message.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}"
+        "{% set start = namespace(text='[INST] ') %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}"
+        "{% set start.text = '[INST] ' + message.content + '\n\n' %}"
+        "{% elif message.role == 'user' %}"
+        "{{ start.text + message.content + ' [/INST]' }}{% set start.text = '[INST] ' %}"
+        "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+    "alpaca": (
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+        "{% elif message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + message.content + eos_token + '\n\n' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}"
+        "{% if loop.first and message.role != 'system' %}"
+        "{{ '[|system|][|endofturn|]\n' }}"
+        "{% endif %}"
+        "{{ '[|' + message.role + '|]' + message.content }}"
+        "{{ '\n' if message.role == 'user' else '[|endofturn|]\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+    ),
+}
+"""Common formats by the names that mergekit gives them. Their spaces are those of the models that were
+trained so, where mergekit's own files have others."""
 
 
 def choose_template(choice: str, folders: Iterable[Path]) -> str:
-    """`auto`: the one most models have, of as many the first; else a Jinja file, or its text.
+    """`auto`: the one most models have, of as many the first; else a name of NAMED, a Jinja file, or
+    its text.
 
     Raises UsageError for what is neither, InputError where no model has a template.
     """
@@ -22,12 +72,15 @@ def choose_template(choice: str, folders: Iterable[Path]) -> str:
         if not found:
             raise InputError("chat_template auto: none of the models has a chat template")
         return found.most_common(1)[0][0]
+    if choice in NAMED:
+        return NAMED[choice]
     if "{{" in choice or "{%" in choice:
         return choice
     path = expanded(choice)
     if not path.is_file():
         raise UsageError(
-            f"chat_template {choice!r} is neither auto, nor a file, nor the text of a template"
+            f"chat_template {choice!r} is none of {', '.join([AUTO, *NAMED])}, nor a file, nor the "
+            "text of a template"
         )
     return _text_of(path)
 
