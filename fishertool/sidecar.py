@@ -78,9 +78,15 @@ def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tens
     return expand(tensors.read(f"{name}#rows", start, stop), tensors.read(f"{name}#columns"))
 
 
-def read_activation(tensors: Checkpoint, header: FisherHeader, name: str) -> Tensor:
-    """Second moment of the input of a linear layer's weight, [in, in]."""
-    return tensors.read(f"{header.leaders[name]}#input")
+def read_activation(
+    tensors: Checkpoint, header: FisherHeader, name: str, expert: int | None = None
+) -> Tensor:
+    """Second moment of the input of a linear layer's weight, or of one expert's in a stack, [in, in]."""
+    stored = f"{header.leaders[name]}#input"
+    if expert is None:
+        return tensors.read(stored)
+    side = tensors.info(stored).width
+    return tensors.read(stored, expert * side, (expert + 1) * side)
 
 
 def read_kronecker(tensors: Checkpoint, header: FisherHeader, name: str) -> tuple[Tensor, Tensor]:
@@ -249,14 +255,16 @@ def _check_factors(
     tensors: Checkpoint, header: FisherHeader, name: str, model: TensorSource
 ) -> None:
     shape = model.info(name).shape
-    sides = shape[::-1] if name in header.transposed else shape
-    parts = {f"{header.leaders[name]}#input": sides[-1]}
+    *stack, out, width = shape
+    if name in header.transposed:
+        out, width = width, out
+    parts = {f"{header.leaders[name]}#input": width}
     if header.kind == "kronecker":
-        parts[f"{name}#output"] = sides[0]
+        parts[f"{name}#output"] = out
     for part, side in parts.items():
-        theirs = tensors.info(part).shape
-        if theirs != (side, side):
+        mine, theirs = [*stack, side, side], list(tensors.info(part).shape)
+        if theirs != mine:
             raise InputError(
-                f"{tensors.where(part)} is {list(theirs)}, but {name} is {list(shape)} in "
-                f"{model.folder}, which needs {[side, side]}"
+                f"{tensors.where(part)} is {theirs}, but {name} is {list(shape)} in "
+                f"{model.folder}, which needs {mine}"
             )

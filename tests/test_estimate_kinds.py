@@ -226,6 +226,23 @@ def test_plan_counts_each_kind(cli: Cli, make_model: ModelMaker, data: Path) -> 
     assert report["warnings"] == []
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("moments", ["kronecker", "activation"])
+def test_plan_counts_moments_by_their_sides(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, kind: str, moments: str
+) -> None:
+    """Each layer's by itself, of weights that lie either way; they may share some."""
+    flags = ("--data", data, "--kind", moments, "--include", "*.0.*", "--out", "f", "--json")
+    command = ("estimate-fisher", make_model("m", kind), *flags)
+    told = cli(*command, "--dry-run").report["summary"]["bytes_by_kind"][moments]
+    assert cli(*command).code == 0
+    tensors, header = open_sidecar(tmp_path / "f", moments)
+    with tensors:
+        once = {name: tensors.info(name).nbytes for name in tensors}
+    shared = [leader for name, leader in header.leaders.items() if name != leader]
+    assert told == sum(once.values()) + sum(once[f"{leader}#input"] for leader in shared)
+
+
 def test_a_kind_that_is_not_there_is_named(
     cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
 ) -> None:

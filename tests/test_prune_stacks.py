@@ -1,6 +1,7 @@
 """`fishertool prune` of stacks: all experts of a layer in one tensor, each a matrix of its own."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tiny import _decoder
 from torch import Tensor
 
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.surgery import prune_run
+from fishertool.surgery.prune_trial import opened_statistics
 
 GATE_UP, DOWN = (f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
 STACKS = "*.mlp.experts.*_proj"
@@ -26,16 +29,21 @@ def stacks(tmp_path: Path) -> Path:
     return save_stacks(tmp_path / "m")
 
 
-@pytest.fixture
-def both(tmp_path: Path) -> tuple[str, str]:
+def save_both(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     """One mixture with a tensor for every expert's matrix, and with stacks."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     experts = {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
     made: Any = _decoder("Qwen3Moe", head_dim=8, **experts)()
     for name, apart in (("apart", True), ("stacked", False)):
-        made.save_pretrained(tmp_path / name, save_original_format=apart)
-        make_tokenizer(template=False).save_pretrained(tmp_path / name)
-    assert GATE_UP in weights_of(tmp_path / "stacked")
+        made.save_pretrained(folder / name, save_original_format=apart)
+        make_tokenizer(template=False).save_pretrained(folder / name)
+    assert GATE_UP in weights_of(folder / "stacked")
+    return folder / "apart", folder / "stacked"
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[str, str]:
+    save_both(tmp_path)
     return "apart", "stacked"
 
 
@@ -59,6 +67,10 @@ def loaded(folder: Path) -> dict[str, Tensor]:
         "--method obs --pattern 2:4 --include *.down_proj* --compensate joint --data data.jsonl",
         "--method mfac --sparsity 0.5 --include *.down_proj* --data data.jsonl --steps 2",
         "--method fisher --sparsity 0.5 --include *.down_proj* --compensate auto --data data.jsonl",
+        "--method wanda --sparsity 0.5 --data data.jsonl",
+        "--method wanda --pattern 2:4 --data data.jsonl --steps 2",
+        "--method sparsegpt --sparsity 0.5 --include *.down_proj* --data data.jsonl --steps 2",
+        "--method sparsegpt --pattern 2:4 --data data.jsonl",
     ],
 )
 def test_stacks_are_pruned_as_the_same_experts_apart(
@@ -229,34 +241,74 @@ def test_a_resumed_run_knows_the_experts_that_stay(
     loaded(tmp_path / "o")
 
 
-@pytest.mark.parametrize(
-    ("flags", "kinds", "why"),
-    [
-        ("--method wanda", "activation", "of which no activations are estimated; magnitude,"),
-        ("--method sparsegpt", "activation", "of which no activations are estimated"),
-        ("--method obs --compensate columnwise", "rank-one,activation", "of which no activations"),
-        ("--method fisher", "factored", "over which a factored Fisher is summed; magnitude, a"),
-    ],
-)
-def test_stacks_that_a_statistic_does_not_tell_apart_stay(
-    cli: Cli, stacks: Path, estimated: Estimate, flags: str, kinds: str, why: str
+def test_stacks_that_a_factored_fisher_sums_over_stay(
+    cli: Cli, stacks: Path, estimated: Estimate
 ) -> None:
-    fisher = estimated(stacks, kinds)
-    command = ("prune", stacks, *flags.split(), "--sparsity", 0.5, "--fisher", fisher)
+    fisher = estimated(stacks, "factored")
+    command = ("prune", stacks, "--method", "fisher", "--sparsity", 0.5, "--fisher", fisher)
     result = cli(*command, "--out", "o", "--json")
     assert result.code == 0, result.err
     [warning] = [one for one in result.report["warnings"] if "stack of experts" in one]
-    assert f"{DOWN}, {GATE_UP}, " in warning and why in warning
+    why = "over which a factored Fisher is summed"
+    assert f"{DOWN}, {GATE_UP}, " in warning and f"{why}; a diagonal tells" in warning
     result = cli(*command, "--include", STACKS, "--out", "p")
-    assert result.code == 2 and why.partition(";")[0] in result.err
+    assert result.code == 2 and why in result.err
 
 
-def test_a_stack_that_a_sidecar_has_not_is_refused(cli: Cli, stacks: Path, data: Path) -> None:
-    told = ("--data", data, "--exclude", DOWN, "--out", "f", "-q")
+@pytest.mark.parametrize(
+    ("method", "kind"), [("fisher", "diagonal"), ("wanda", "activation"), ("obs", "rank-one")]
+)
+def test_a_stack_that_a_sidecar_has_not_is_refused(
+    cli: Cli, stacks: Path, data: Path, method: str, kind: str
+) -> None:
+    told = ("--data", data, "--kind", kind, "--exclude", DOWN, "--out", "f", "-q")
     assert cli("estimate-fisher", stacks, *told).code == 0
-    flags = ("--method", "fisher", "--fisher", "f", "--sparsity", 0.5, "--out", "o")
+    flags = ("--method", method, "--fisher", "f", "--sparsity", 0.5, "--out", "o")
     result = cli("prune", stacks, *flags)
-    assert result.code == 3 and f"has no diagonal statistic of {DOWN}; leave" in result.err
+    assert result.code == 3 and f"has no {kind} statistic of {DOWN}; leave" in result.err
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_experts_that_a_later_step_does_not_reach_go_by_size(
+    cli: Cli,
+    both: tuple[str, str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    kind: int,
+) -> None:
+    model = both[kind]
+    few = ("--kind", "activation", "--num-examples", 1, "--data", data, "--out", "few", "-q")
+    assert cli("estimate-fisher", model, *few).code == 0
+    estimated, halves = prune_run._estimated, dict[str, Tensor]()
+
+    def later_by_few(opened: ExitStack, trial: Any, recipe: Any, here: Path, track: Any) -> Any:
+        if here.name == "step-1":
+            return estimated(opened, trial, recipe, here, track)
+        with open_checkpoint(here.with_name("step-1") / "pruned", "tensors") as pruned:
+            halves.update((name, pruned[name]) for name in pruned)
+        return opened_statistics(opened, tmp_path / "few", recipe.kinds)
+
+    monkeypatch.setattr(prune_run, "_estimated", later_by_few)
+    flags = ("--method", method, "--data", data, "--include", "*.down_proj*", "--steps", 2)
+    more = ("--budget", "row", "--compensate", "none", "--out", "o", "--json")
+    result = cli("prune", model, *flags, "--sparsity", 0.75, *more)
+    assert result.code == 0, result.err
+    pruned = {row["name"]: row for row in result.report["tensors"] if row["action"] == "prune"}
+    after, unseen = weights_of(tmp_path / "o"), 0
+    with open_checkpoint(tmp_path / "few", "activation") as tensors:
+        for name in pruned:
+            tensor, _, expert = name.removesuffix("]").partition("[")
+            own = int(expert) if expert else ...
+            stored = f"{tensor}#input"
+            if stored in tensors and bool(tensors[stored][own].any()):
+                continue
+            unseen += 1
+            mask = torch.stack([smallest(row, 9) for row in halves[name].abs()])
+            assert torch.equal(after[tensor][own] != 0, mask), name
+    assert 0 < unseen < len(pruned)
 
 
 def test_a_pattern_that_does_not_divide_a_stack_names_it_once(cli: Cli, stacks: Path) -> None:

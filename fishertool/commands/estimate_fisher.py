@@ -11,7 +11,7 @@ from fishertool.checkpoint.layout import parse_size, show_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, resumable, staged
 from fishertool.errors import UsageError
 from fishertool.estimation.bank import Bank, members_of, open_bank
-from fishertool.estimation.forecast import bytes_of, forecast
+from fishertool.estimation.forecast import MOMENTS, bytes_of, forecast
 from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
@@ -87,7 +87,8 @@ def estimate_fisher(
         _refuse_saving(saves and together, "stop together (--until-relative-error)")
         subject = find_subject(opened, source, data)
         report.options |= options_of({"data": subject.data})
-        needed = bytes_of(settings, subject.infos(), data.num_examples)
+        layers = subject.layers() if MOMENTS & set(settings.kinds) else None
+        needed = bytes_of(settings, subject.infos(), data.num_examples, layers)
         if workers.first:
             check_output(out, [subject.checkpoint.folder], overwrite, sum(needed.values()))
             check_nothing_saved(out, resume, overwrite)

@@ -1,6 +1,7 @@
 """What an estimate will take, from headers alone."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from fishertool.checkpoint.dtypes import BITS
@@ -9,20 +10,33 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.staging import free_bytes
 from fishertool.estimation.settings import BANK_DTYPES, Settings
 from fishertool.fisher.kronecker import MAX_SIDE
+from fishertool.models.layers import Layer
 from fishertool.report import Report
 
 ACCUMULATOR_BYTES = 8
+MOMENTS = {"kronecker", "activation"}
+"""Kinds of which a layer's sides decide."""
 
 
 def bytes_of(
-    settings: Settings, infos: Sequence[TensorInfo], examples: int | None
+    settings: Settings,
+    infos: Sequence[TensorInfo],
+    examples: int | None,
+    layers: Mapping[str, Layer] | None = None,
 ) -> dict[str, int]:
-    """What each kind takes on disk, at most; of a bank, what is known from headers."""
-    return {kind: _bytes_of(kind, settings, infos, examples) for kind in settings.kinds}
+    """What each kind takes on disk, at most; of a bank, what is known from headers.
+
+    layers  the linear ones, by weight; without, every matrix is taken for one's
+    """
+    return {kind: _bytes_of(kind, settings, infos, examples, layers) for kind in settings.kinds}
 
 
 def _bytes_of(
-    kind: str, settings: Settings, infos: Sequence[TensorInfo], examples: int | None
+    kind: str,
+    settings: Settings,
+    infos: Sequence[TensorInfo],
+    examples: int | None,
+    layers: Mapping[str, Layer] | None,
 ) -> int:
     if kind == "rank-one":
         members = -(-(examples or 1) // settings.group)
@@ -34,10 +48,22 @@ def _bytes_of(
     if kind == "factored":
         rest = sum(info.elements for info in infos if len(info.shape) < 2)
         return 4 * (rest + sum(info.rows + info.width for info in matrices))
-    sides = [
-        info.shape for info in matrices if len(info.shape) == 2 and max(info.shape) <= MAX_SIDE
-    ]
-    return 4 * sum(a * a + (b * b if kind == "kronecker" else 0) for a, b in sides)
+    whole = kind == "kronecker"
+    return 4 * sum(_factors(info, layers, whole) for info in matrices)
+
+
+def _factors(info: TensorInfo, layers: Mapping[str, Layer] | None, whole: bool) -> int:
+    """Elements of the second moments of a layer's inputs and, of the `whole` Fisher, gradients."""
+    layer = None if layers is None else layers.get(info.name)
+    *stack, out, width = info.shape
+    experts = layer is not None and layer.kind == "experts"
+    if max(out, width) > MAX_SIDE or (stack and (whole or not experts)):
+        return 0
+    if layers is not None and (layer is None or (layer.kind == "embedding" and not layer.tied)):
+        return 0
+    if layer is not None and layer.turned:
+        out, width = width, out
+    return prod(stack) * (width**2 + (out**2 if whole else 0))
 
 
 def forecast(

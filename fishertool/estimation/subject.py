@@ -1,6 +1,6 @@
 """What an estimate is of: a model, perhaps with an adapter, on some data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from fishertool.fisher.batches import Batch
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.labels import Labels
 from fishertool.models.adapters import Adapter, open_adapter
+from fishertool.models.layers import Layer, layers_of
 from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.sentence import transformer_folder
@@ -72,6 +73,12 @@ class Subject:
 
     def infos(self) -> list[TensorInfo]:
         return [self.tensors.info(name) for name in self.wanted]
+
+    def layers(self) -> Mapping[str, Layer] | None:
+        """The linear ones that the Fisher is of; None of an adapter's own, which all are."""
+        if self.tensors is not self.checkpoint:
+            return None
+        return layers_of(self.checkpoint, self.source.trust_remote_code)
 
     def files(self) -> list[Files]:
         """All that was read, with digests."""

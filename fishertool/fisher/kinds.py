@@ -60,7 +60,7 @@ class Gathering:
         elif "factored" in kinds:
             self._diagonal = Factored(values)
         if "kronecker" in kinds or "activation" in kinds:
-            self.inputs = InputMoments(model, parameters)
+            self.inputs = InputMoments(model, parameters, stacks="activation" in kinds)
         if "kronecker" in kinds:
             self._outputs = OutputMoments()
         if "mean-gradient" in kinds:
@@ -163,7 +163,7 @@ def stored_activation(inputs: InputMoments, elements: Mapping[str, int]) -> Stor
     """A alone; it is no Fisher, and has no trace."""
     return Stored(
         {
-            f"{name}#input": mirrored(total, float(inputs.tokens[name]))
+            f"{name}#input": mirrored(total, inputs.tokens[name])
             for name, total in inputs.sums.items()
         },
         {name: TensorStatistics(elements[name]) for name in inputs.leader},

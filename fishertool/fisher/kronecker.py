@@ -28,8 +28,9 @@ class InputMoments:
 
     sums    weight name -> [in, in], float64; of layers that are given one and the same input
             (query, key and value; gate and up) only the first has an entry
+            with `stacks` also of a stack of experts' matrices, [expert, in, in]
     leader  weight name -> the name whose entry is its own
-    tokens  name with an entry -> tokens seen
+    tokens  name with an entry -> tokens seen, of a stack [expert]
 
     With `relative`, each token counts by 1 / |y|^2, y the layer's output, bias and all: the sum of
     x x^T / |y|^2, in which W' x - W x is an error relative to y. A few tokens can have outputs many
@@ -41,9 +42,15 @@ class InputMoments:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], *, relative: bool = False
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        *,
+        relative: bool = False,
+        stacks: bool = False,
     ):
         self.relative = relative
+        self.stacks = stacks
         self.sums: Sums = {}
         self.tokens: Sums = {}
         self.groups: Groups = {"inputs": self.sums, "tokens": self.tokens}
@@ -114,6 +121,8 @@ class InputMoments:
                 if 0 <= start < stop <= use.rows:
                     part = x[..., start:stop] if transposed else x
                     self._see(view, part, y, padded, transposed)
+                elif self.stacks and _is_whole_stack(view) and use.rows == use.parameter.shape[1]:
+                    self._see_expert(view, use.first // use.rows, x, y, padded, transposed)
         return y
 
     def _see(self, view: View, x: Tensor, y: Tensor, padded: bool, transposed: bool) -> None:
@@ -133,17 +142,41 @@ class InputMoments:
                 return
         self._follow(name, name)
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
+        rows = self._rows(x, y, padded)
+        self._begin(name, (), rows)
+        add_gram(self.sums[name], rows)
+        self.tokens[name] += len(rows)
+
+    def _see_expert(
+        self, view: View, expert: int, x: Tensor, y: Tensor, padded: bool, transposed: bool
+    ) -> None:
+        """Every expert has tokens of its own, and no layer beside it the same."""
+        if not self._active or max(view.tensor.shape[1:]) > MAX_SIDE:
+            return
+        name, mirrored_on_disk = view.name, not view.tensor.is_contiguous()
+        if transposed != mirrored_on_disk:
+            self.transposed.add(name)
+        self._follow(name, name)
+        rows = self._rows(x.detach(), y, padded)
+        self._begin(name, (len(view.tensor),), rows)
+        add_gram(self.sums[name][expert], rows)
+        self.tokens[name][expert] += len(rows)
+
+    def _rows(self, x: Tensor, y: Tensor, padded: bool) -> Tensor:
+        """[token, in], as they count."""
         rows = wide(x).reshape(-1, x.shape[-1])
         if self.relative:
             sizes = wide(y).detach().reshape(len(rows), -1).norm(dim=1, keepdim=True)
             rows = torch.where(sizes > 0, rows / sizes, 0.0)
         if padded and (kept := self._kept.get(len(rows))) is not None:
             rows = rows[kept.to(rows.device)]
+        return rows
+
+    def _begin(self, name: str, stack: tuple[int, ...], rows: Tensor) -> None:
         if name not in self.sums:
-            self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            self.tokens[name] = torch.zeros((), dtype=torch.float64)
-        add_gram(self.sums[name], rows)
-        self.tokens[name] += len(rows)
+            side = rows.shape[1]
+            self.sums[name] = rows.new_zeros(*stack, side, side, dtype=torch.float64)
+            self.tokens[name] = torch.zeros(stack, dtype=torch.float64)
 
     def _follow(self, name: str, leader: str) -> None:
         if self.leader.setdefault(name, leader) != leader:
@@ -192,10 +225,17 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
 
-def mirrored(total: Tensor, count: float) -> Tensor:
-    """The mean [side, side], float32, symmetric, of a sum whose lower half is not kept."""
-    upper = (total / max(count, 1)).float().triu_()
-    return upper + upper.triu(1).T
+def mirrored(total: Tensor, count: Tensor | float) -> Tensor:
+    """The mean [..., side, side], float32, symmetric, of sums whose lower halves are not kept; of
+    `count` tokens each, [...]."""
+    count = torch.as_tensor(count).clamp(min=1)[..., None, None]
+    upper = (total / count.to(total.device)).float().triu_()
+    return upper + upper.triu(1).mT
+
+
+def _is_whole_stack(view: View) -> bool:
+    shape = view.tensor.shape
+    return len(shape) == 3 and shape.numel() == view.parameter.numel() > 0
 
 
 def kept_rows(mask: Tensor) -> Tensor | None:

@@ -149,8 +149,8 @@ def plan_factorize(
             continue
         if name not in selected:
             kept.setdefault(name, "not selected" if name in layers else "no linear weight")
-        elif layers[name].kind == "experts" and not _serves_stacks(chosen, statistics):
-            kept[name] = "a stack of experts, of which only a diagonal Fisher tells"
+        elif layers[name].kind == "experts" and not statistics.apart(chosen.inputs, name):
+            kept[name] = "a stack of experts, of which only a diagonal Fisher and activations tell"
         else:
             matrices += matrices_of(checkpoint, layers[name])
     if not matrices:
@@ -208,14 +208,6 @@ def _choose(
             f"nothing is selected: {'; '.join(sorted(set(kept.values())))}; say what with --include"
         )
     return selected, kept
-
-
-def _serves_stacks(chosen: Refined, statistics: Statistics) -> bool:
-    """Sums and moments of a stack on disk are not by expert."""
-    return not chosen.inputs or (
-        "diagonal" in statistics.kinds
-        and all("diagonal" in SUFFICES[name] for name in chosen.inputs)
-    )
 
 
 def _factors(matrix: Matrix, rank: int) -> list[TensorInfo]:

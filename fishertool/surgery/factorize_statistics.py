@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.registry import Method
-from fishertool.sidecar import check_fits, open_sidecar
+from fishertool.sidecar import check_fits, open_sidecar, read_activation
 from fishertool.surgery.matrix import Matrix
 
 SUFFICES = {
     "fisher": ("diagonal",),
     "rows": ("factored", "diagonal"),
     "columns": ("factored", "diagonal"),
-    "inputs": ("kronecker", "activation"),
+    "inputs": ("activation", "kronecker"),
     "gradients": ("kronecker",),
 }
 """Input of a method -> the kinds that give it, the cheapest first."""
@@ -31,27 +32,37 @@ class Statistics:
         self.kinds = kinds
 
     def kind_of(self, wanted: str, matrix: Matrix) -> str:
-        """Which of the open kinds gives an input; of an expert in a stack only the diagonal does."""
-        if matrix.expert is not None:
+        """Which of the open kinds gives an input; of an expert in a stack no sums over all do."""
+        if matrix.expert is not None and wanted in SUMMED:
             return "diagonal"
         return next(kind for kind in SUFFICES[wanted] if kind in self.kinds)
 
+    def apart(self, wanted: Sequence[str], stack: str) -> bool:
+        """Whether these inputs are there of every expert in a stack, and not of all together."""
+        kinds = {one: "diagonal" if one in SUMMED else "activation" for one in wanted}
+        return "gradients" not in wanted and all(
+            kind in self.kinds and stack not in self.kinds[kind][1].without
+            for kind in kinds.values()
+        )
+
     def read(self, wanted: str, matrix: Matrix) -> Tensor:
-        """One input of a method for one matrix, as [out, in] says whatever is on disk.
+        """One input of a method for one matrix, as [out, in] says whatever is on disk; of an expert
+        in a stack that is told nothing about, one that makes no difference.
 
         Raises InputError for values that are not finite or, of a Fisher, negative.
         """
         kind = self.kind_of(wanted, matrix)
         tensors, header = self.kinds[kind]
         name = matrix.name
-        if wanted == "inputs":
-            name = f"{header.leaders[name]}#input"
-        elif wanted == "gradients":
+        if wanted == "gradients":
             name = f"{name}#output"
         elif kind == "factored":
             part = "rows" if (wanted == "rows") != matrix.turned else "columns"
             name = f"{name}#{part}"
-        if kind == "diagonal":
+        if wanted == "inputs":
+            name = f"{header.leaders[name]}#input"
+            values = read_activation(tensors, header, matrix.name, matrix.expert)
+        elif kind == "diagonal":
             values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
             values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
         else:
@@ -60,6 +71,8 @@ class Statistics:
             wanted in SUMMED and not bool((values >= 0).all())
         ):
             raise InputError(f"{tensors.where(name)}: a Fisher must be finite and not negative")
+        if matrix.expert is not None and not bool(values.any()):  # no token reached this one
+            return torch.eye(len(values)) if wanted == "inputs" else torch.ones_like(values)
         return values
 
     def check(self, wanted: Sequence[str], matrices: Sequence[Matrix]) -> None:
@@ -105,7 +118,7 @@ class Statistics:
         name = f"{header.leaders[matrix.name]}#input"
         if wanted == "gradients":
             name = f"{matrix.name}#output"
-        if name not in tensors or tensors.info(name).shape != (side, side):
+        if name not in tensors or tensors.info(name).shape[-2:] != (side, side):
             raise InputError(
                 f"{tensors.folder}: tensor {name} should be [{side}, {side}] for {matrix.name} of "
                 f"{list(matrix.shape)}; estimate it again"

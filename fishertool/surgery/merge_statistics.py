@@ -95,9 +95,9 @@ class Sidecar:
         statistic = self.header.statistics[name]
         return Fisher(values, statistic.total / statistic.elements, *self.scale)
 
-    def activation(self, name: str) -> Tensor:
-        """Second moment of a linear layer's input."""
-        return self._finite(name, read_activation(self.tensors, self.header, name))
+    def activation(self, name: str, expert: int | None = None) -> Tensor:
+        """Second moment of a linear layer's input, or of one expert's in a stack."""
+        return self._finite(name, read_activation(self.tensors, self.header, name, expert))
 
     def kronecker(self, name: str) -> Kronecker:
         """Both factors of a linear layer's Fisher."""

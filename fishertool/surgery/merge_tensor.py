@@ -173,20 +173,30 @@ def reader(plan: MergePlan, target: Target, *, trusted: bool = False) -> Callabl
 
 
 def _merge_matrices(plan: MergePlan, target: Target, part: Part) -> Tensor:
-    """By the second moments of a linear layer, for which its weight is [out, in]."""
+    """By the second moments of a linear layer, for which its weight is [out, in]; of experts in a
+    stack one by one."""
     named = [(plan.factors[number], name) for number, name in target.sources]
-    models = [
-        sidecar.oriented(name, model)
-        for (sidecar, name), model in zip(named, part.models, strict=True)
-    ]
-    statistics: dict[str, Any] = {}
-    if "activations" in plan.method.inputs:
-        statistics["activations"] = [sidecar.activation(name) for sidecar, name in named]
-    else:
-        statistics["kroneckers"] = [sidecar.kronecker(name) for sidecar, name in named]
-    merged = plan.method.function(models, target.weights, **statistics, **target.settings)
-    sidecar, name = named[0]
-    return sidecar.oriented(name, merged)
+
+    def one(weights: Sequence[Tensor], expert: int | None = None) -> Tensor:
+        models = [
+            sidecar.oriented(name, weight)
+            for (sidecar, name), weight in zip(named, weights, strict=True)
+        ]
+        statistics: dict[str, Any] = {}
+        if "activations" in plan.method.inputs:
+            moments = [sidecar.activation(name, expert) for sidecar, name in named]
+            statistics["activations"] = moments
+        else:
+            statistics["kroneckers"] = [sidecar.kronecker(name) for sidecar, name in named]
+        merged = plan.method.function(models, target.weights, **statistics, **target.settings)
+        sidecar, name = named[0]
+        return sidecar.oriented(name, merged)
+
+    *stack, rows, _ = target.info.shape
+    if not stack:
+        return one(part.models)
+    experts = zip(*(torch.split(model, rows) for model in part.models), strict=True)
+    return torch.cat([one(weights, expert) for expert, weights in enumerate(experts)])
 
 
 def _generator(seed: int, name: str, model: int, start: int) -> torch.Generator:

@@ -26,10 +26,7 @@ from fishertool.surgery.matrix import Matrix, matrices_of
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
 from fishertool.surgery.prune_statistics import Opened, Statistics
 
-STACKS = (
-    "a stack of experts, of which no activations are estimated",
-    "a stack of experts, over which a factored Fisher is summed",
-)
+SUMMED_STACK = "a stack of experts, over which a factored Fisher is summed"
 UNREACHED = "an expert that no token reached"
 
 
@@ -108,7 +105,8 @@ def plan_prune(
     statistics = None
     if recipe.kinds and fisher is not None:
         statistics = _open_statistics(opened, recipe, checkpoint, fisher, general_fisher)
-    chosen, kept = _choose(checkpoint, layers, include, exclude, _stack_stays(recipe, statistics))
+    summed = statistics is not None and statistics.factored
+    chosen, kept = _choose(checkpoint, layers, include, exclude, summed)
     names = [name for name in checkpoint if name not in copies]
     selected = [
         matrix
@@ -211,7 +209,7 @@ def _choose(
     layers: dict[str, Layer],
     include: Sequence[str],
     exclude: Sequence[str],
-    stack_stays: str | None,
+    summed: bool,
 ) -> tuple[set[str], dict[str, str]]:
     """Names to prune, and why every other tensor stays: linear weights inside the blocks by default."""
     if not layers:
@@ -221,8 +219,8 @@ def _choose(
     chosen: set[str] = set()
     for name in select(layers, include, exclude):
         layer, info = layers[name], checkpoint.info(name)
-        if layer.kind == "experts" and stack_stays is not None:
-            kept[name] = stack_stays
+        if layer.kind == "experts" and summed:
+            kept[name] = SUMMED_STACK
         elif info.dtype not in FLOATING or not info.elements:
             kept[name] = f"{info} cannot be computed with"
         elif include or (layer.in_block and layer.kind != "embedding" and layer.tied is None):
@@ -234,13 +232,6 @@ def _choose(
         why = sorted({kept[name] for name in layers})
         raise UsageError(f"nothing is selected ({'; '.join(why)}); say what with --include")
     return chosen, kept
-
-
-def _stack_stays(recipe: Recipe, statistics: Statistics | None) -> str | None:
-    """Why, where what decides is not told of every expert."""
-    if "activation" in recipe.kinds:
-        return STACKS[0]
-    return STACKS[1] if statistics is not None and statistics.factored else None
 
 
 def _check_inputs_are_seen(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> None:

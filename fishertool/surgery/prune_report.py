@@ -9,7 +9,7 @@ from typing import Any
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
-from fishertool.surgery.prune_plan import STACKS, UNREACHED, PrunePlan, mask_name
+from fishertool.surgery.prune_plan import SUMMED_STACK, UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
 
@@ -96,12 +96,12 @@ def warnings_of(plan: PrunePlan, outcome: Outcome, summary: dict[str, Any]) -> l
             f"no token of the data reached {some(unreached)}, which stay as they are; more examples "
             "reach more"
         )
-    if stacks := [name for name, why in plan.kept.items() if why in STACKS]:
+    if stacks := [name for name, why in plan.kept.items() if why == SUMMED_STACK]:
         whole = sum(info.elements for info in plan.checkpoint.infos().values())
         share = sum(plan.checkpoint.info(name).elements for name in stacks) / whole
         found.append(
             f"{some(stacks)}, {100 * share:.0f} % of the model's weights, stay as they are, each "
-            f"{plan.kept[stacks[0]]}; magnitude, a diagonal and a bank tell of every expert"
+            f"{SUMMED_STACK}; a diagonal tells of every expert"
         )
     method = outcome.recipe.method.name
     same = summary["overlap_with_magnitude"]

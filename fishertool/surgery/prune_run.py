@@ -62,9 +62,11 @@ def run_prune(
             if statistics is None and recipe.kinds and not (here / "pruned").exists():
                 assert trial is not None
                 statistics = _estimated(opened, trial, recipe, here, track)
+                unreached = set(statistics.unreached(plan.matrices))
                 if number == 1:
-                    plan = plan.without(statistics.unreached(plan.matrices))
-                statistics.check(recipe, plan.matrices, trial.calibration.texts.name)
+                    plan = plan.without(unreached)
+                reached = [one for one in plan.matrices if one.key not in unreached]
+                statistics.check(recipe, reached, trial.calibration.texts.name)
             now = outcome.recipe.schedule[number - 1]
             step = Step(plan, now, statistics, before, seed, trial)
             if recipe.has_damping and recipe.damping is None and number == 1:

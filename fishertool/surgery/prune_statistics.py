@@ -18,10 +18,7 @@ from fishertool.fisher.columns import (
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.rank_one import RankOneFisher, mean_fisher
 from fishertool.pruning.method import Fisher
-from fishertool.sidecar import (
-    StoredGradients,
-    read_diagonal,
-)
+from fishertool.sidecar import StoredGradients, read_activation, read_diagonal
 from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import KINDS, Recipe, aligned
 
@@ -68,20 +65,25 @@ class Statistics:
 
     def unreached(self, matrices: Sequence[Matrix]) -> list[str]:
         """Experts that are told nothing about: no token went through them."""
-
-        def is_told(kind: str, matrix: Matrix) -> bool:
-            if matrix.name not in self.kinds[kind][1].statistics:
-                return matrix.expert is not None  # a stack that is not there at all is refused
-            if kind == "diagonal":
-                return self._total(self.kinds[kind], [matrix]) > 0
-            return kind != "rank-one" or self._mean([matrix]) > 0
-
         return [
             matrix.key
             for matrix in matrices
             if matrix.layer.kind in ("expert", "experts")
-            and not all(is_told(kind, matrix) for kind in self.kinds)
+            and not all(self._is_told(kind, matrix) for kind in self.kinds)
         ]
+
+    def _is_told(self, kind: str, matrix: Matrix) -> bool:
+        tensors, header = self.kinds[kind]
+        if matrix.name not in header.statistics:
+            return matrix.expert is not None  # a stack that is not there at all is refused
+        if kind == "diagonal":
+            return self._total(self.kinds[kind], [matrix]) > 0
+        if kind == "rank-one":
+            return self._mean([matrix]) > 0
+        if kind == "activation" and matrix.expert is not None:
+            moment = read_activation(tensors, header, matrix.name, matrix.expert)
+            return bool(moment.diagonal().any())
+        return True
 
     def check(
         self, recipe: Recipe, matrices: Sequence[Matrix], estimated_on: str | None = None
@@ -135,9 +137,13 @@ class Statistics:
         return _diagonal(self.kinds["diagonal"][0], matrix)
 
     def activations(self, matrix: Matrix) -> Tensor:
+        """Of an expert that no token reaches any more after an earlier step, that of white noise:
+        its weights go by their size."""
         tensors, header = self.kinds["activation"]
-        name = f"{header.leaders[matrix.name]}#input"
-        return _finite(tensors, name, tensors[name])
+        if self._is_told("activation", matrix):
+            moment = read_activation(tensors, header, matrix.name, matrix.expert)
+            return _finite(tensors, f"{header.leaders[matrix.name]}#input", moment)
+        return torch.eye(matrix.shape[1])
 
     def curvature(
         self, recipe: Recipe, matrix: Matrix, gone: Tensor | None

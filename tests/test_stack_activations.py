@@ -1,0 +1,186 @@
+"""Second moments of the inputs of experts that are one stack on disk, and what is done with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Cli, Estimate
+from test_factorize_selection import save_stacks
+from test_prune_command import weights_of
+from test_prune_stacks import DOWN, GATE_UP, save_both
+from torch import Tensor
+
+from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.factorization.svd import svd
+from fishertool.fisher.kronecker import InputMoments
+from fishertool.merging.regmean import regmean
+from fishertool.sidecar import open_sidecar
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def moments_of(folder: Path) -> dict[str, Tensor]:
+    with open_checkpoint(folder, "activation") as tensors:
+        return {name.removesuffix("#input"): tensors[name] for name in tensors}
+
+
+@pytest.mark.parametrize("batch", ["1", "3", "auto"])
+def test_they_are_those_of_the_same_experts_apart(
+    cli: Cli, data: Path, tmp_path: Path, batch: str
+) -> None:
+    found = []
+    for model in save_both(tmp_path):
+        flags = ("--data", data, "--kind", "activation", "--batch-size", batch, "-q")
+        result = cli("estimate-fisher", model, *flags, "--out", f"{model}-f")
+        assert result.code == 0, result.err
+        found.append(moments_of(tmp_path / f"{model.name}-f"))
+    apart, stacked = found
+    assert stacked[GATE_UP].shape == (16, 16, 16) and stacked[DOWN].shape == (16, 12, 12)
+    for expert in range(16):
+        for stack, name in ((DOWN, "down_proj"), (GATE_UP, "gate_proj")):
+            wanted = apart.get(f"{EXPERTS}.{expert}.{name}.weight")
+            if wanted is None:  # no token went there
+                assert not stacked[stack][expert].any()
+            else:
+                torch.testing.assert_close(stacked[stack][expert], wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_those_of_a_turned_stack(estimated: Estimate, data: Path, tmp_path: Path) -> None:
+    """By the definition: every token that the router sends to an expert, in float64."""
+    model = save_stacks(tmp_path / "m")
+    with open_checkpoint(fisher := estimated(model, "activation"), "activation") as tensors:
+        found = tensors[f"{GATE_UP}#input"]
+    tensors, header = open_sidecar(fisher, "activation")
+    tensors.close()
+    assert {GATE_UP, DOWN} <= set(header.transposed)
+    made: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, experts_implementation="eager"
+    )
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+    totals, counts = torch.zeros(4, 16, 16, dtype=torch.float64), torch.zeros(4)
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        hidden, chosen = list[Any]([*args, *kwargs.values()])[:2]
+        for row, experts in zip(hidden.reshape(-1, 16), chosen, strict=True):
+            for expert in experts:
+                totals[expert] += row.outer(row)
+                counts[expert] += 1
+
+    made.model.layers[0].mlp.experts.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        for line in data.read_text().splitlines():
+            made(**tokenizer(json.loads(line)["text"], return_tensors="pt"))
+    wanted = totals / counts.clamp(min=1)[:, None, None]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stack_that_is_mirrored_on_disk_has_the_same(tmp_path: Path) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        save_stacks(tmp_path / "m"), experts_implementation="eager"
+    )
+    ids = torch.tensor([[4, 9, 7, 5], [8, 6, 5, 11]])
+    sums, transposed = [], []
+    down = model.get_parameter(DOWN)
+    for tensor in (down, down.mT):
+        moments = InputMoments(model, {DOWN: tensor}, stacks=True)
+        with moments, torch.no_grad():
+            moments.begin([torch.ones_like(ids)])
+            model(ids)
+            moments.end()
+        sums.append(moments.sums[DOWN])
+        transposed.append(moments.transposed)
+    assert sums[0].any() and torch.equal(*sums)
+    assert transposed == [{DOWN}, set()]
+
+
+def test_a_kronecker_fisher_keeps_none(cli: Cli, estimated: Estimate, tmp_path: Path) -> None:
+    """It has no other half of them."""
+    fisher = estimated(save_stacks(tmp_path / "m"), "kronecker")
+    tensors, header = open_sidecar(fisher, "kronecker")
+    with tensors:
+        assert {DOWN, GATE_UP} <= set(header.without)
+        assert not any(DOWN in name or GATE_UP in name for name in tensors)
+
+
+def test_regmean_of_stacks_is_that_of_the_experts_apart(
+    cli: Cli, estimated: Estimate, tmp_path: Path
+) -> None:
+    """An expert that the tokens of one model alone reach, with nothing but zeros of the other."""
+    merged, folders = [], [save_both(tmp_path / f"seed{seed}", seed) for seed in (0, 1)]
+    for models in zip(*folders, strict=True):
+        fishers = [flag for one in models for flag in ("--fisher", estimated(one, "activation"))]
+        out = tmp_path / f"merged-{models[0].name}"
+        result = cli("merge", *models, "--method", "regmean", *fishers, "--out", out, "--json")
+        assert result.code == 0, result.err
+        merged.append(weights_of(out))
+    rows = {row["name"]: row["action"] for row in result.report["tensors"]}
+    assert rows[DOWN] == rows[GATE_UP] == "merge"
+    before = [weights_of(stacked) for _, stacked in folders]
+    moments = [moments_of(stacked.with_name("fisher-stacked")) for _, stacked in folders]
+    both = 0
+    for expert in range(16):
+        inputs = [one[DOWN][expert] for one in moments]
+        wanted = regmean([one[DOWN][expert] for one in before], [0.5, 0.5], inputs)
+        torch.testing.assert_close(merged[1][DOWN][expert], wanted, rtol=1e-5, atol=1e-7)
+        if all(bool(one.any()) for one in inputs):
+            both += 1
+            apart = merged[0][f"{EXPERTS}.{expert}.down_proj.weight"]
+            torch.testing.assert_close(apart, wanted, rtol=1e-4, atol=1e-6)
+    assert 0 < both < 16
+
+
+@pytest.mark.parametrize(("method", "kind"), [("whitened", "activation"), ("fwsvd", "diagonal")])
+def test_factorize_of_stacks_is_that_of_the_experts_apart(
+    cli: Cli, estimated: Estimate, tmp_path: Path, method: str, kind: str
+) -> None:
+    """And plain, of those that no token reached."""
+    apart, stacked = save_both(tmp_path)
+    fishers = [estimated(model, kind) for model in (apart, stacked)]
+    with open_checkpoint(fishers[0], kind) as tensors:
+        suffix = "#input" if kind == "activation" else ""
+        names = [f"{EXPERTS}.{expert}.down_proj.weight" for expert in range(16)]
+        told = [name + suffix in tensors and bool(tensors[name + suffix].any()) for name in names]
+    assert 0 < sum(told) < 16
+    factorized = []
+    unreached = [
+        flag
+        for name, one in zip(names, told, strict=True)
+        if not one
+        for flag in ("--exclude", name)
+    ]
+    for model, fisher, more in zip((apart, stacked), fishers, (unreached, []), strict=True):
+        flags = ("--method", method, "--fisher", fisher, "--format", "dense")
+        chosen = ("--rank", 4, "--include", "*.layers.0.*.down_proj*", *more)
+        result = cli("factorize", model, *flags, *chosen, "--out", f"{model}-out")
+        assert result.code == 0, result.err
+        factorized.append(weights_of(tmp_path / f"{model.name}-out"))
+    one, other = factorized
+    for expert, name in enumerate(names):
+        wanted = one[name]
+        if not told[expert]:
+            wanted = torch.matmul(*svd(wanted).truncate(4)).float()
+        torch.testing.assert_close(other[DOWN][expert], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plan_counts_their_bytes(cli: Cli, data: Path, tmp_path: Path) -> None:
+    model = save_stacks(tmp_path / "m")
+    flags = ("--data", data, "--kind", "activation", "--out", "f", "--json")
+    for more, exactly in (("*.experts.*", True), ("*", False)):
+        command = ("estimate-fisher", model, *flags, "--include", more, "--overwrite")
+        told = cli(*command, "--dry-run").report["summary"]["bytes_by_kind"]["activation"]
+        assert cli(*command).code == 0
+        found = sum(4 * one.numel() for one in moments_of(tmp_path / "f").values())
+        assert told == found if exactly else told >= found
+
+
+def test_parts_add_up_to_the_same_bytes(cli: Cli, data: Path, tmp_path: Path) -> None:
+    flags = ("estimate-fisher", save_stacks(tmp_path / "m"), "--data", data, "--kind", "activation")
+    assert cli(*flags, "--out", "whole").code == 0
+    for part in (1, 2):
+        assert cli(*flags, "--part", f"{part}/2", "--out", f"p{part}").code == 0
+    assert cli("combine-fisher", "p1", "p2", "--out", "f").code == 0
+    names = [folder / "activation.safetensors" for folder in (tmp_path / "whole", tmp_path / "f")]
+    assert names[0].read_bytes() == names[1].read_bytes()
