@@ -124,8 +124,34 @@ def make_t5(**more: Any) -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
-MAKERS = {"bert": make_bert, "gpt2": make_gpt2, "llama": make_llama, "t5": make_t5}
-TEMPLATED = ("bert", "t5")
+def make_marian(**more: Any) -> Any:
+    """Its positions are computed, and not on disk."""
+    config = transformers.MarianConfig(
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+        **more,
+    )
+    return transformers.MarianMTModel(config)
+
+
+MAKERS = {
+    "bert": make_bert,
+    "gpt2": make_gpt2,
+    "llama": make_llama,
+    "t5": make_t5,
+    "marian": make_marian,
+}
+TEMPLATED = ("bert", "t5", "marian")
 
 
 @pytest.fixture

@@ -43,7 +43,12 @@ def parameters_by_disk_name(
             taken[place] = name
             found[name] = origin.of(parameter)
             covered[id(parameter)] += found[name].numel()
-    lost = [name for name, parameter in main.items() if covered[id(parameter)] != parameter.numel()]
+    computed = set(getattr(module, "_keys_to_ignore_on_save", None) or ())  # Marian's positions
+    lost = [
+        name
+        for name, parameter in main.items()
+        if covered[id(parameter)] != parameter.numel() and name not in computed
+    ]
     if lost:
         raise InputError(
             f"{checkpoint.folder}: has no tensor of the same name and shape for the model's "
