@@ -58,7 +58,8 @@ class PerExampleGradients:
         self._received: dict[int, list[tuple[int, Part]]] = defaultdict(list)
         self._consume: Consume = lambda name, parts: None
         self._checking = False
-        self._mixed = False
+        self._leading: dict[int, list[int]] = {}
+        """While checking, parameter -> first dimensions of what its calls read and gave."""
         self._retain = False
         self._exit = ExitStack()
 
@@ -94,9 +95,10 @@ class PerExampleGradients:
         """Hold every rule against plain autograd, on two examples together, of `rows_each` rows.
 
         They are the same but for their cotangents, so a layer in which they cannot be told apart
-        gives gradients that differ; then examples go one by one. A parameter whose gradient
-        differs even so (its layer is bypassed or has its input changed) is left to autograd.
-        They go one by one, too, where the example's logits among padding, `padded`, are others.
+        gives gradients that differ, or reads no more than of one; then examples go one by one. A
+        parameter whose gradient differs even so (its layer is bypassed or has its input changed)
+        is left to autograd. They go one by one, too, where the example's logits among padding,
+        `padded`, are others.
         """
         parameters = {key: views[0].parameter for key, views in self._views.items()}
         for parameter in parameters.values():
@@ -121,11 +123,14 @@ class PerExampleGradients:
         }
         del logits, theirs
         self._checking = True
-        mixed = self.one_by_one or self._differing(forward, 2, rows_each, cotangent, exact)
-        if mixed or self._mixed:
-            self.one_by_one = True
-            differing = self._differing(forward, 1, rows_each, cotangent, exact)
-            self._leave_to_autograd(differing)
+        differing = self._differing(forward, 1, rows_each, cotangent, exact)
+        twice = {key: [2 * size for size in sizes] for key, sizes in self._leading.items()}
+        self.one_by_one |= bool(
+            differing
+            or self._differing(forward, 2, rows_each, cotangent, exact)
+            or any(twice.get(key) != sizes for key, sizes in self._leading.items())
+        )
+        self._leave_to_autograd(differing)
         self._checking = False
 
     def _differing(
@@ -142,6 +147,7 @@ class PerExampleGradients:
         factors = [1.0, SECOND][:examples]
         agreement = Agreement(exact, named, factors)
         self._begin(examples, rows_each)
+        self._leading = defaultdict(list)
         self.calls.begin(examples, rows_each, counting=False)
         try:
             logits = forward(examples)
@@ -256,8 +262,9 @@ class PerExampleGradients:
     ) -> Tensor:
         """Wait for the gradient of a layer's output; what the model is to go on with."""
         if self._checking and not apart:
-            leading = [one.shape[0] for one in (reads, output) if one is not None and one.dim()]
-            self._mixed |= any(size % self.rows for size in leading)
+            sizes = [len(one) for one in (reads, output) if one is not None and one.dim()]
+            for key in keys:
+                self._leading[key] += sizes
         keys = [key for key in keys if key not in self._left]
         if not output.requires_grad:  # the graph begins here; the sum keeps in-place changes legal
             output = output + output.new_zeros(()).requires_grad_()
