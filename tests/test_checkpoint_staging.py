@@ -417,3 +417,13 @@ def test_output_that_appears_during_the_run_stays(tmp_path: Path) -> None:
         out.mkdir()
         (out / "theirs").write_text("1")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_run_leaves_the_folder_of_another_alone(out: Path) -> None:
+    """Nothing is saved in it yet, which is when a run that fails removes its own."""
+    with staged(out, keep="saved-*") as folder:
+        (folder / "file").write_bytes(b"at work")
+        told = "another run works there"
+        with pytest.raises(OutputExistsError, match=told), staged(out, keep="saved-*"):
+            pass
+    assert contents(out) == {"file": b"at work"}

@@ -105,21 +105,22 @@ def staged(out: Path, overwrite: bool = True, keep: str | None = None) -> Iterat
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError:  # the folder is the other's, and stays
             raise OutputExistsError(f"{folder}: another run works there; wait for it") from None
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        for path in folder.rglob("*"):
-            _fsync(path)
-        _fsync(folder)
-        if not overwrite and out.exists() and any(out.iterdir()):
-            raise OutputExistsError(f"{out}: appeared during the run; choose another name")
-        _take_place(folder, out)
-        _fsync(out.parent)
-    except BaseException:
-        if keep is None or not any(folder.glob(keep)):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            folder.chmod(0o777 & ~_umask())
+            yield folder
+            for path in folder.rglob("*"):
+                _fsync(path)
+            _fsync(folder)
+            if not overwrite and out.exists() and any(out.iterdir()):
+                raise OutputExistsError(f"{out}: appeared during the run; choose another name")
+            _take_place(folder, out)
+            _fsync(out.parent)
+        except BaseException:
+            if keep is None or not any(folder.glob(keep)):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
