@@ -23,17 +23,25 @@ from fishertool.fisher.factored import expand
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import KINDS
 
+PARTIAL = "partial"
+"""Stem of the file with the sums of one part of an estimate."""
+
 
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
     """Open one kind of a sidecar and check its header against its tensors.
 
-    Raises InputError for a folder that is no sidecar or has not that kind, or whose header and
-    tensors disagree.
+    Raises InputError for a folder that is no sidecar, or one part of it, or has not that kind, or
+    whose header and tensors disagree.
     """
-    if (there := kinds_of(folder)) and kind not in there:
+    if (folder / f"{PARTIAL}.safetensors").exists():  # its bank has some of the members
         raise InputError(
-            f"{folder}: has no Fisher of kind {kind}, but {', '.join(there)}; estimate it with --kind "
-            f"{kind}"
+            f"{folder}: is one part of an estimate; put all of them together with fishertool "
+            "combine-fisher"
+        )
+    if folder.is_dir() and kind not in (there := kinds_of(folder)):
+        others = f", but {', '.join(there)}" if there else ""
+        raise InputError(
+            f"{folder}: has no Fisher of kind {kind}{others}; estimate it with --kind {kind}"
         )
     tensors = open_checkpoint(folder, stem=kind)
     try:

@@ -87,7 +87,7 @@ def test_parts_combine_to_the_same_bytes(
         (["p1", "p2"], "p1: one of 3 parts, of which 3 is not given"),
         (["p1", "p2", "p2", "p3"], "p2: part 2/3 is given twice"),
         (["p1", "p2", "other"], "other: is no part of the same estimate as"),
-        (["p1", "whole"], "whole: no partial.safetensors in it"),
+        (["p1", "whole"], "whole: no partial.safetensors in it; give folders that"),
         (["p1", "g"], "g: no partial.safetensors in it"),
     ],
 )
@@ -103,6 +103,17 @@ def test_what_is_no_set_of_parts_is_refused(
     result = cli("combine-fisher", *folders, "--out", "sum")
     assert (result.code, told in result.err) == (3, True), result.err
     assert not (tmp_path / "sum").exists()
+
+
+def test_a_part_is_no_sidecar(cli: Cli, make_model: ModelMaker, texts: Path) -> None:
+    """Its bank would pass for one, and has only some of the members."""
+    model = make_model("g", "gpt2")
+    flags = ("--data", texts, "--kind", "rank-one", "--part", "1/2", "--out", "part", "-q")
+    assert cli("estimate-fisher", model, *flags).code == 0
+    more = ("--sparsity", "0.5", "--fisher", "part", "--out", "pruned")
+    result = cli("prune", model, "--method", "obs", *more)
+    assert result.code == 3
+    assert "part: is one part of an estimate; put all of them together" in result.err
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_sidecar_that_does_not_serve_is_refused(
     for target, method, told in (
         (other, "fwsvd", "was estimated on other weights"),
         (model, "kronecker", "method kronecker needs a Fisher of kind kronecker"),
-        (model, "asvd", "of kind kronecker or activation, which this has not"),
+        (model, "asvd", "which this has not; estimate it with --kind kronecker\n"),
     ):
         result = cli("factorize", target, "--method", method, *base, sidecar)
         assert result.code == 3

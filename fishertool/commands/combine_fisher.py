@@ -22,7 +22,7 @@ from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.kinds import Gathering
 from fishertool.progress import Track, silent
 from fishertool.report import Files, Report, environment, options_of
-from fishertool.sidecar import BankWriter
+from fishertool.sidecar import PARTIAL, BankWriter
 
 RANK_ONE = "rank-one"
 
@@ -81,6 +81,10 @@ def combine_fisher(
 
 
 def _open(opened: ExitStack, folder: Path) -> tuple[Checkpoint, Partial]:
+    if folder.is_dir() and not (folder / f"{PARTIAL}.safetensors").exists():
+        raise InputError(
+            f"{folder}: no {PARTIAL}.safetensors in it; give folders that estimate-fisher --part wrote"
+        )
     tensors, partial = open_partial(folder)
     return opened.enter_context(tensors), partial
 

@@ -16,9 +16,8 @@ from fishertool.checkpoint.layout import Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError
 from fishertool.fisher.header import FisherHeader
-from fishertool.sidecar import write_tensors
+from fishertool.sidecar import PARTIAL, write_tensors
 
-STEM = "partial"
 KEY = "fishertool.partial"
 FORMAT = 1
 ONE_FILE = 1 << 62
@@ -92,12 +91,12 @@ class Partial:
 
 
 def write_partial(
-    folder: Path, partial: Partial, sums: Mapping[str, Tensor], stem: str = STEM
+    folder: Path, partial: Partial, sums: Mapping[str, Tensor], stem: str = PARTIAL
 ) -> tuple[Layout, list[FileDigest]]:
     return write_tensors(folder, stem, partial.to_metadata(), sums, ONE_FILE)
 
 
-def open_partial(folder: Path, stem: str = STEM) -> tuple[Checkpoint, Partial]:
+def open_partial(folder: Path, stem: str = PARTIAL) -> tuple[Checkpoint, Partial]:
     """Raises InputError for a folder that holds no partial result."""
     tensors = open_checkpoint(folder, stem=stem)
     try:

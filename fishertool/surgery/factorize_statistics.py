@@ -147,7 +147,9 @@ def open_statistics(
                 raise UsageError(f"{need}; give --fisher")
             usable = [kind for kind in kinds if kind in there]
             if not usable:
-                raise InputError(f"{folder}: {need}, which this has not; estimate it with --kind")
+                raise InputError(
+                    f"{folder}: {need}, which this has not; estimate it with --kind {kinds[0]}"
+                )
             wanted.append(usable[0])
     if folder is not None and not wanted:
         names = " and ".join(method.name for method in methods)
