@@ -29,7 +29,7 @@ def resolve(source: str) -> Path:
     if match is None:
         raise InputError(f"{source}: no such folder, and not a Hub id such as org/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(
@@ -37,8 +37,8 @@ def resolve(source: str) -> Path:
         )
     except HFValidationError as error:
         raise InputError(f"{source}: no such folder, and not a Hub id: {error}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except Exception as error:  # of the Hub, a proxy, the HTTP client, JSON, the disk
+        reason = " ".join(str(error).split())
         raise HubError(
             f"{source}: no such folder here, and not fetched from the Hub: {reason}"
         ) from error

@@ -14,7 +14,9 @@ import pytest
 from fishertool import hub
 from fishertool.errors import HubError, InputError
 
-COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs/pr/1": "c" * 40}
+COMMITS = {
+    "main": "a" * 40, "v1": "b" * 40, "refs/pr/1": "c" * 40, "portal": "d" * 40, "broken": "e" * 40,
+}  # fmt: skip
 
 
 def content(commit: str, file: str) -> bytes:
@@ -44,7 +46,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", code)
             self.end_headers()
             return
-        if listing and "/tree/" in path:
+        if asked == "broken":
+            self.close_connection = True
+            return
+        if asked == "portal":
+            sent = b"<html>Log in to this network</html>"
+        elif listing and "/tree/" in path:
             entries = [{"type": "file", "path": one, "oid": "0" * 40, "size": 9} for one in files]
             sent = json.dumps(entries).encode()
         elif listing:
@@ -102,12 +109,21 @@ def test_a_revision_is_fetched(loopback: None, source: str, commit: str) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "config.json"]
 
 
-@pytest.mark.parametrize("source", ["org/model@v2", "org/other"])
-def test_what_the_hub_has_not(loopback: None, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("org/model@v2", "Revision Not Found"),
+        ("org/other", "make sure you are authenticated"),
+        ("org/model@portal", "Expecting value"),
+        ("org/model@broken", "Server disconnected"),
+    ],
+)
+def test_what_is_not_fetched(loopback: None, source: str, told: str) -> None:
     with pytest.raises(
         HubError, match=re.escape(f"{source}: no such folder here, and not fetched")
-    ):
+    ) as raised:
         hub.resolve(source)
+    assert told in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
