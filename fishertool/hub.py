@@ -7,7 +7,10 @@ from fishertool.errors import HubError, InputError
 from fishertool.paths import expanded
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+MODEL_FILES = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja",
+    "*.tiktoken", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 def may_be(source: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fishertool.checkpoint.compare import (
 )
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError
+from fishertool.hub import MODEL_FILES
 
 MODULES = [
     {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -41,6 +43,10 @@ COPIED = [
     "processor_config.json", "qwen.tiktoken", "sentence_bert_config.json",
     "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json",
     "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+    # of the tokenizers of Marian, FSMT, Luke, BARTpho, BERTweet, MyT5, Whisper, Mistral, ...
+    "source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json",
+    "entity_vocab.json", "dict.txt", "bpe.codes", "byte_maps.json", "emoji.json", "normalizer.json",
+    "prophetnet.tokenizer", "tekken.json", "word_pronunciation.json", "word_shape.json",
 ]  # fmt: skip
 
 LEFT_OUT = [
@@ -80,6 +86,11 @@ def test_what_a_loader_needs_goes_along_and_the_rest_is_listed(folder: Path) -> 
     companions = find_companions(folder)
     assert sorted(companions.copied) == sorted(COPIED)
     assert sorted(companions.left_out) == sorted(LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_goes_along_is_fetched_from_the_hub(name: str) -> None:
+    assert any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def test_copies_are_whole_and_take_the_mode_of_the_umask(folder: Path, tmp_path: Path) -> None:
