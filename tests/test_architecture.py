@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "surgery": LIBRARIES | PURE | {"models", "estimation", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER,
-    "cli": {"cli", "errors", "launcher", "memory", "registry", ""},
+    "cli": {"cli", "errors", "launcher", "memory", "paths", "registry", ""},
     "__main__": {"cli"},
 }
 LAZILY = {

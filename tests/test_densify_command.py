@@ -238,3 +238,18 @@ def test_other_verbs_name_densify(cli: Cli, make_model: ModelMaker) -> None:
     assert "low: its layers are low-rank pairs; make them dense first with fishertool densify" in (
         result.err
     )
+
+
+def test_homes_are_found_wherever_a_place_is_named(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell does so only at the beginning of a word, and never in a file."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    make_low_rank(make_model("m"), home / "low")
+    (home / "flags.yml").write_text("model: ~/low\nout: ~/dense\nreport: ~/report.json\n")
+    result = cli("densify", "--config=~/flags.yml", "-q")
+    assert result.code == 0, result.err
+    assert {path.name for path in home.iterdir()} == {"low", "dense", "flags.yml", "report.json"}
+    assert not (tmp_path / "~").exists()

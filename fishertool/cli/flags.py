@@ -10,6 +10,7 @@ import typer
 
 from fishertool.cli.printing import put
 from fishertool.errors import StorageError, UsageError
+from fishertool.paths import expanded
 from fishertool.registry import find_method, method_names
 
 
@@ -48,6 +49,7 @@ def is_given(context: typer.Context, name: str) -> bool:
 def report_place(context: typer.Context, path: Path | None) -> Path | None:
     """Refuse, before any work, a report that could not be written after it."""
     if path is not None:
+        path = expanded(path)
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir() or not there.is_dir():
             raise UsageError(f"--report {path}: is no place for a file")
@@ -63,6 +65,8 @@ def report_place(context: typer.Context, path: Path | None) -> Path | None:
 
 def out_place(context: typer.Context, out: Path | None) -> Path | None:
     """The output's folder; it and the report are held against each other by which is read last."""
+    if out is not None:
+        out = expanded(out)
     _check_apart(context.params.get("report_file"), out)
     return out
 

@@ -20,6 +20,7 @@ from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.worker import Worker
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.kinds import Gathering
+from fishertool.paths import expanded
 from fishertool.progress import Track, silent
 from fishertool.report import Files, Report, environment, options_of
 from fishertool.sidecar import PARTIAL, BankWriter
@@ -45,7 +46,7 @@ def combine_fisher(
     report = Report("combine-fisher", options_of(locals()), environment=environment(1, "cpu"))
     shard_bytes = parse_size(max_shard_size)
     with ExitStack() as opened:
-        found = [_open(opened, folder) for folder in parts]
+        found = [_open(opened, expanded(folder)) for folder in parts]
         found.sort(key=lambda part: part[1].progress.number)
         job = _common_job(found)
         bytes_in = sum(info.nbytes for tensors, _ in found for info in tensors.infos().values())

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fishertool.errors import UsageError
+from fishertool.paths import expanded
 from fishertool.registry import suggest
 
 MOST_BYTES = 200_000
@@ -56,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 def read_document(path: Path) -> Any:
     """The plain data of a YAML file. Raises UsageError, in one line, for what is none."""
     try:
-        with path.open("rb") as file:
+        with expanded(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
