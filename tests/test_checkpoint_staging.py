@@ -419,6 +419,28 @@ def test_output_that_appears_during_the_run_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
+@pytest.mark.parametrize("place", ["", "below"])
+def test_the_current_folder_is_not_replaced(
+    place: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is in it would stay in the old one."""
+    (out / place).mkdir(parents=True)
+    monkeypatch.chdir(out / place)
+    with pytest.raises(UsageError, match="is the current folder, or holds it"), staged(out):
+        pass
+    assert beside(out) == []
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    with pytest.raises(UsageError, match="is a mount point; choose another"), staged(out):
+        pass
+    assert beside(out) == []
+
+
 def test_a_run_leaves_the_folder_of_another_alone(out: Path) -> None:
     """Nothing is saved in it yet, which is when a run that fails removes its own."""
     with staged(out, keep="saved-*") as folder:

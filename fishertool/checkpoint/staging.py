@@ -93,6 +93,7 @@ def staged(out: Path, overwrite: bool = True, keep: str | None = None) -> Iterat
     file of that pattern, when the block raises.
     """
     out = out.resolve()
+    _check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if keep is None:
         prefix = f".{out.name}.staged-"
@@ -124,6 +125,13 @@ def staged(out: Path, overwrite: bool = True, keep: str | None = None) -> Iterat
     finally:
         os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse what a rename cannot replace, or would from under whoever is in it."""
+    if out.is_mount() or Path.cwd().is_relative_to(out):
+        what = "is a mount point" if out.is_mount() else "is the current folder, or holds it"
+        raise UsageError(f"--out {out}: {what}; choose another folder, such as one in it")
 
 
 def _take_place(folder: Path, out: Path) -> None:
