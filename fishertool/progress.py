@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 Advance = Callable[[int], None]
@@ -36,11 +36,12 @@ def plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
             shown = now
             rate = done / (now - start)
             left = (total - done) / rate
-            print(
-                f"{description}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            with suppress(OSError):  # whoever read it may have left
+                print(
+                    f"{description}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     yield advance
 

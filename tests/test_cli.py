@@ -1,6 +1,7 @@
 """The command line itself: help, typos, config files, signals, exit codes."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import yaml
 from conftest import Cli, ModelMaker
 
 import fishertool
-from fishertool import launcher
+from fishertool import launcher, progress
 from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError, UsageError
 from fishertool.report import Report, is_report
@@ -375,9 +376,15 @@ run()
         ("run.py evaluate m --data d.jsonl | sleep 0", 4),
         ("run.py evaluate m --data d.jsonl --json >&-", 4),
         ("run.py evaluate m --data d.jsonl >&- 2>&-", 4),
+        ("run.py evaluate m --data d.jsonl 2>&1 | sleep 0", 4),
+        ("run.py evaluate m --data d.jsonl 2>&1 >&- | sleep 0", 4),
+        ("run.py evaluate m --data d.jsonl >&- 2>/dev/full", 4),
+        ("-m fishertool nothing 2>&1 | sleep 0", 2),
     ],
 )
-def test_a_closed_stdout_changes_no_exit_code(command: str, code: int, tmp_path: Path) -> None:
+def test_a_closed_stdout_or_stderr_changes_no_exit_code(
+    command: str, code: int, tmp_path: Path
+) -> None:
     (tmp_path / "run.py").write_text(EVALUATE)
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} {command}"],
@@ -387,6 +394,18 @@ def test_a_closed_stdout_changes_no_exit_code(command: str, code: int, tmp_path:
     assert done.returncode == code, done.stderr[-2000:]
     assert not done.stdout
     assert "Traceback" not in done.stderr and "bug" not in done.stderr
+
+
+def test_progress_goes_on_when_nobody_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with progress.for_stderr(False)("Merging", 2, "weights") as advance:
+        advance(1)
+        advance(1)
 
 
 def test_an_ascii_stdout_gets_whole_results(tmp_path: Path) -> None:

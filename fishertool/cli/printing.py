@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ def tell(message: str) -> None:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in " ".join(message.split())
     )
-    print(f"fishertool: {line}", file=sys.stderr)
+    with suppress(OSError):  # whoever read it may have left, or its disk be full
+        print(f"fishertool: {line}", file=sys.stderr)
 
 
 @contextmanager
