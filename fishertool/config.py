@@ -26,7 +26,10 @@ def parse_config(
         flag = str(key).replace("_", "-")
         if flag not in flags:
             raise UsageError(f"{path}: no key {suggest(flag, flags)}")
-        if isinstance(value, bool) and flag not in switches:
+        if flag in values:
+            raise UsageError(f"{path}: {flag}: is there twice, as {key} too")
+        inside = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) for one in inside) and flag not in switches:
             raise UsageError(
                 f"{path}: {flag}: takes a value, not yes or no; quote a word that is meant"
             )
@@ -41,6 +44,8 @@ def _as_flag(where: str, value: Any, several: bool) -> Any:
     if isinstance(value, list):
         if any(isinstance(item, dict | list) for item in value):
             raise UsageError(f"{where}: is nested too deep")
+        if None in value:
+            raise UsageError(f"{where}: has a place with nothing in it; quote a word that is meant")
         items = [str(item) for item in value]
         return items if several else ",".join(items)
     if isinstance(value, bool):
