@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import Cli, ModelMaker
 
 import fishertool
 from fishertool import launcher, progress
+from fishertool.checkpoint.staging import staged
 from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError, UsageError
 from fishertool.report import Report, is_report
@@ -337,6 +339,29 @@ def test_a_signal_that_comes_back_as_another_error_is_still_one(
     assert "nothing half-written is left" in result.err
     assert "bug" not in result.err
     assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_promises_nothing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, usual))
+
+    def impatient(*args: object, **options: object) -> None:
+        with staged(Path("out")):
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*args: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(evaluate_module, "evaluate", impatient)
+    result = cli("evaluate", "model", "--data", "d.jsonl")
+    assert result.code == 130 and "nothing half-written is left" in result.err
+    assert not list(Path().glob(".out.*"))
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    result = cli("evaluate", "model", "--data", "d.jsonl")
+    assert result.code == 130 and "half-written may be left; the next run" in result.err
+    assert list(Path().glob(".out.*"))
 
 
 def test_an_ignored_interrupt_stays_ignored(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

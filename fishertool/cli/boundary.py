@@ -82,7 +82,10 @@ def main(arguments: list[str]) -> int:
         if not came_of_it and not isinstance(error, KeyboardInterrupt):
             return _failed(error)
         how, code = STOPS[signal.Signals(stopped[0] if stopped else signal.SIGINT)]
-        return _fail(f"{how}; nothing half-written is left", code)
+        left = "nothing half-written is left"
+        if len(stopped) > 1:  # the second may have stopped the removing
+            left = "what is half-written may be left; the next run for that output removes it"
+        return _fail(f"{how}; {left}", code)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
