@@ -48,7 +48,14 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
         header = FisherHeader.from_metadata(tensors.metadata, f"{folder}")
         if header.kind != kind:
             raise InputError(f"{folder}: says it is {header.kind}, expected {kind}")
-        if {weight_of(name) for name in tensors} | set(header.leaders) != set(header.statistics):
+        names = set(header.statistics)
+        if kind in ("kronecker", "activation"):
+            parts = {f"{leader}#input" for leader in header.leaders.values()}
+            parts |= {f"{name}#output" for name in names if kind == "kronecker"}
+            agree = set(header.leaders) == names and set(tensors) == parts
+        else:
+            agree = {weight_of(name) for name in tensors} == names
+        if not agree:
             raise InputError(f"{folder}: its header and its tensors have different names")
     except BaseException:
         tensors.close()

@@ -1,14 +1,18 @@
 """Reading the factors of a weight from a sidecar."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, ModelMaker
+from conftest import Cli, Estimate, ModelMaker
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
+from fishertool.fisher.header import KEY
 from fishertool.sidecar import check_fits, open_sidecar, oriented, read_activation, read_kronecker
 
 
@@ -65,3 +69,25 @@ def test_factors_of_other_sides_than_the_weights_are_refused(
         wanted = r"c_fc\.weight#input is \[16, 16\], but .* is \[16, 64\] .* needs \[64, 64\]"
         with pytest.raises(InputError, match=wanted):
             check_fits(tensors, turned, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"leaders": None}, "not a Fisher sidecar"),
+        ({"transposed": 5}, "not a Fisher sidecar"),
+        ({"leaders": {}}, "its header and its tensors have different names"),
+        ({"leaders": {"classifier.weight": "classifier"}}, "have different names"),
+    ],
+)
+def test_a_header_that_is_none_of_its_tensors_is_refused(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, change: dict[str, object], told: str
+) -> None:
+    model = make_model("m")
+    path = estimated(model, "kronecker") / "kronecker.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[KEY])
+    save_file(load_file(path), path, {KEY: json.dumps(header | change)})
+    flags = ("--method", "kronecker", "--keep", "0.5", "--fisher", path.parent, "--out", "o")
+    result = cli("factorize", model, *flags)
+    assert result.code == 3 and told in result.err

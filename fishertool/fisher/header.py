@@ -77,6 +77,9 @@ class FisherHeader:
             known = {item.name for item in fields(cls)}
             if set(content) != known:
                 raise KeyError(*(known ^ set(content)))
+            for name, kind in (("leaders", dict), ("transposed", list), ("without", list)):
+                if not isinstance(content[name], kind):
+                    raise TypeError(name)
             return cls(**{**content, "statistics": statistics})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: not a Fisher sidecar ({error!r})") from error
