@@ -18,12 +18,13 @@ from torch import Tensor
 import fishertool
 from fishertool.factorization.fwsvd import fwsvd
 from fishertool.factorization.kronecker import kronecker
-from fishertool.factorization.rank import Ranks
+from fishertool.factorization.rank import Ranks, under_budget_globally
 from fishertool.factorization.svd import svd
 from fishertool.factorization.whitened import whitened
 from fishertool.models.low_rank_layers import LowRankLinear
 from fishertool.registry import method_names
 from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.sidecar import open_sidecar, read_kronecker
 from fishertool.surgery.factorize_plan import FactorizePlan
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -217,6 +218,28 @@ def test_every_method_and_allocation_meets_the_budget(
     assert evaluation["chosen_by"] == "kl"
     assert by_name[summary["allocate"]] == min(by_name.values())
     assert evaluation["metrics"]["kl"] == pytest.approx(min(by_name.values()), rel=0.01, abs=1e-6)
+
+
+def test_a_budget_for_all_compares_layers_by_the_loss_of_an_example(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate
+) -> None:
+    """The pooler sees one token of an example, and the blocks all of them."""
+    model = make_model("m", spread=0.2)
+    sidecar, weights = estimated(model), weights_of(model)
+    names = ["bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.weight"]
+    tensors, header = open_sidecar(sidecar, "kronecker")
+    with tensors:
+        found = {
+            name: kronecker(weights[name], *read_kronecker(tensors, header, name)) for name in names
+        }
+    spectra = {name: one.singular_values(one.length) for name, one in found.items()}
+    shapes = {name: (len(weights[name]), weights[name].shape[1]) for name in names}
+    budget = sum(weights[name].numel() for name in names) // 2
+    flags = ("--keep", "0.5", "--allocate", "global", *(f"--include={name}" for name in names))
+    result = cli("factorize", model, "--fisher", sidecar, *flags, "--out", "o", "--json")
+    assert result.code == 0, result.err
+    ranks = {name: row["rank"] for name, row in rows_of(result).items()}
+    assert ranks == under_budget_globally(spectra, shapes, budget)
 
 
 def test_an_embedding_models_allocation_is_chosen_by_its_vectors(

@@ -11,7 +11,7 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.registry import Method
-from fishertool.sidecar import check_fits, open_sidecar, read_activation
+from fishertool.sidecar import check_fits, open_sidecar, read_activation, read_kronecker
 from fishertool.surgery.matrix import Matrix
 
 SUFFICES = {
@@ -54,9 +54,7 @@ class Statistics:
         kind = self.kind_of(wanted, matrix)
         tensors, header = self.kinds[kind]
         name = matrix.name
-        if wanted == "gradients":
-            name = f"{name}#output"
-        elif kind == "factored":
+        if kind == "factored":
             part = "rows" if (wanted == "rows") != matrix.turned else "columns"
             name = f"{name}#{part}"
         if wanted == "inputs":
@@ -65,6 +63,8 @@ class Statistics:
         elif kind == "diagonal":
             values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
             values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
+        elif wanted == "gradients":  # times the tokens of an example, so that layers compare
+            values = read_kronecker(tensors, header, name)[1]
         else:
             values = tensors[name]
         if not bool(values.isfinite().all()) or (
