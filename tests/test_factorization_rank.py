@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fishertool.factorization import rank as ranks
+from fishertool.surgery.factorize_ranks import Budget
 
 SIDES = {"wide": (8, 24), "tall": (20, 10), "square": (16, 16), "vector": (1, 9)}
 
@@ -47,6 +48,13 @@ def test_uniform_ranks_keep_the_share(keep: float, multiple: int) -> None:
         assert chosen * sum(shape) <= keep * shape[0] * shape[1] or chosen == multiple
         assert (chosen + multiple) * sum(shape) > keep * shape[0] * shape[1]
     assert ranks.uniform(SIDES, 1.0) == dict.fromkeys(SIDES)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_share_that_is_a_rank_gives_it(percent: int) -> None:
+    shapes = {"square": (1600, 1600), "wide": (1600, 6400)}
+    chosen = Budget(keep=percent / 100, multiple=8).known(shapes, 0)
+    assert chosen["square"] == 8 * percent  # of 800 at break-even
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -65,7 +65,8 @@ def uniform(shapes: Shapes, keep: float, multiple: int = 1) -> Ranks:
     if keep >= 1:
         return dict.fromkeys(shapes)
     return {
-        name: settle(int(keep * shape[0] * shape[1] / sum(shape)), shape, multiple)
+        # rounded, as 0.58 * 200 is 115.99999999999999
+        name: settle(int(round(keep * shape[0] * shape[1] / sum(shape), 6)), shape, multiple)
         for name, shape in shapes.items()
     }
 

@@ -73,7 +73,7 @@ class Budget:
         """
         whole = ranks.total(shapes, dict.fromkeys(shapes))
         if self.keep is not None:
-            budget, flag = int(self.keep * whole), f"--keep {self.keep:g}"
+            budget, flag = int(round(self.keep * whole, 3)), f"--keep {self.keep:g}"
         else:
             assert self.target_parameters is not None
             budget, flag = self.target_parameters - others, "--target-parameters"
