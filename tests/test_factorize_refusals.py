@@ -36,6 +36,7 @@ def test_tied_weights_are_refused_with_the_way_out(
         (("--rank", "0"), 2, "--rank 0 is not at least 1"),
         (("--rank", "17"), 2, "--rank 17: is above the smaller side of bert.encoder.layer.0"),
         (("--keep", "0.5", "--rank-multiple", "0"), 2, "--rank-multiple 0 is not at least 1"),
+        (("--rank", "4", "--rank-multiple", "40"), 2, "parameters than the matrix; lower --rank-m"),
         (("--keep", "0.01"), 2, "ranks of 1 already take"),
         ((), 2, "give one of --keep, --rank, --energy, --target-parameters; 0 given"),
         (("--keep", "0.5", "--rank", "3"), 2, "; 2 given"),
@@ -73,6 +74,20 @@ def test_bad_flags_are_told_before_any_work(
     assert result.code == code
     assert told in result.err
     assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "budget", [("--keep", 1), ("--energy", 0.5), ("--keep", 1, "--allocate", "global")]
+)
+def test_vectors_are_not_factorized(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, budget: tuple[str, ...]
+) -> None:
+    model = make_model("m", labels=1)
+    flags = ("--method", "svd", "--include", "classifier.weight", *budget, "--out", "o")
+    result = cli("factorize", model, *flags)
+    assert result.code == 2
+    assert "of none of 1 selected matrices have factors of rank 1 fewer" in result.err
     assert not (tmp_path / "o").exists()
 
 

@@ -43,6 +43,10 @@ UNMEASURED = (
     "nothing was measured: a small weighted error does not mean a small loss; "
     "--evaluate-on measures both on held-out data"
 )
+UNFACTORIZED = (
+    "nothing was factorized: every selected matrix stays dense, as at its rank factors would have no "
+    "fewer parameters; give a smaller budget"
+)
 UNTRAINED = "nothing was trained: no matrix has factors; --finetune-steps needs a smaller budget"
 
 
@@ -128,6 +132,8 @@ def factorize(
                 )
             report.summary = summary_of(plan, ranks) | {"allocate": name}
             report.tensors = rows_of(plan, ranks, figures)
+            if not any(ranks.values()):
+                report.warnings.append(UNFACTORIZED)
             if isinstance(cut, KeptTerms):
                 cut.discard()
             _evaluate(report, plan.place(folder), judge, tried)

@@ -162,9 +162,9 @@ def plan_factorize(
         {folder: find_companions(folder) for folder in dict.fromkeys([top, checkpoint.folder])},
         allow_nonfinite, max_shard_bytes,
     )  # fmt: skip
+    budget.check_rank(plan.shapes)
     if budget.is_shared:
         budget.kept_of(plan.shapes, plan.others)
-    budget.check_rank(plan.shapes)
     return plan
 
 

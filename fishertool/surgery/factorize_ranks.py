@@ -89,7 +89,14 @@ class Budget:
         return budget
 
     def check_rank(self, shapes: Shapes) -> None:
-        """Refuse a rank above a side. Raises UsageError naming the matrix."""
+        """Refuse matrices of which none can have factors, and a rank above a side. Raises UsageError,
+        naming the matrix."""
+        if not any(ranks.largest_saving(shape, self.multiple) for shape in shapes.values()):
+            raise UsageError(
+                f"nothing can be factorized: of none of {len(shapes)} selected matrices have factors "
+                f"of rank {self.multiple} fewer parameters than the matrix; "
+                + ("lower --rank-multiple" if self.multiple > 1 else "select others with --include")
+            )
         for name, shape in shapes.items():
             if self.rank is not None and self.rank > min(shape):
                 raise UsageError(
