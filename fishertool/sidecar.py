@@ -111,7 +111,7 @@ def read_kronecker(tensors: Checkpoint, header: FisherHeader, name: str) -> tupl
     """
     a, b = read_activation(tensors, header, name), tensors.read(f"{name}#output")
     traces = float(a.diagonal().double().sum()) * float(b.diagonal().double().sum())
-    return a, b * (header.statistics[name].total / traces if traces else 1.0)
+    return a, b * (header.statistics[name].total / traces if traces > 0 else 1.0)
 
 
 def oriented(header: FisherHeader, name: str, weight: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """What `fishertool factorize` refuses: one line, the right exit code, and nothing written."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Cli, Estimate, ModelMaker
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_factorize_command import QUERY
 from test_merge_command import weights_of
+
+from fishertool.checkpoint.reader import open_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -148,8 +151,12 @@ def test_a_sidecar_that_does_not_serve_is_refused(
     base = ("--keep", "0.5", "--out", "o", "--fisher")
     for target, method, told in (
         (other, "fwsvd", "was estimated on other weights"),
-        (model, "kronecker", "method kronecker needs a Fisher of kind kronecker"),
-        (model, "asvd", "which this has not; estimate it with --kind kronecker\n"),
+        (
+            model,
+            "kronecker",
+            "method kronecker needs a Fisher of kind kronecker, which this has not",
+        ),
+        (model, "asvd", "of kind activation or kronecker, which this has not"),
     ):
         result = cli("factorize", target, "--method", method, *base, sidecar)
         assert result.code == 3
@@ -185,6 +192,29 @@ def test_a_fisher_of_nothing_is_refused(
     assert not (tmp_path / "o").exists()
     result = cli("factorize", model, "--method", "whitened", *flags[2:], "-q")
     assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (math.nan, "self.query.weight#output: a Fisher must be finite"),
+        (-9.0, "is zero everywhere, or"),
+    ],
+)
+def test_second_moments_that_are_none_are_refused(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, value: float, told: str
+) -> None:
+    model = make_model("m")
+    path = estimated(model, "kronecker") / "kronecker.safetensors"
+    moments = load_file(path)
+    with open_checkpoint(path.parent, stem="kronecker") as stored:
+        metadata = dict(stored.metadata)
+    moments[f"{QUERY}.weight#output"].fill_diagonal_(value)
+    save_file(moments, path, metadata)
+    result = cli("factorize", model, "--fisher", path.parent, "--keep", "0.5", "--out", "o")
+    assert result.code == 3
+    assert told in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_a_statistic_that_settings_swamp_is_refused(

@@ -16,12 +16,13 @@ from fishertool.surgery.matrix import Matrix
 
 SUFFICES = {
     "fisher": ("diagonal",),
+    "gradients": ("kronecker",),
     "rows": ("factored", "diagonal"),
     "columns": ("factored", "diagonal"),
     "inputs": ("activation", "kronecker"),
-    "gradients": ("kronecker",),
 }
-"""Input of a method -> the kinds that give it, the cheapest first."""
+"""Input of a method -> the kinds that give it, the cheapest first; what only one gives comes first, as
+a method that needs it is not served by others."""
 SUMMED = ("fisher", "rows", "columns")
 
 
@@ -54,19 +55,19 @@ class Statistics:
         kind = self.kind_of(wanted, matrix)
         tensors, header = self.kinds[kind]
         name = matrix.name
-        if kind == "factored":
-            part = "rows" if (wanted == "rows") != matrix.turned else "columns"
-            name = f"{name}#{part}"
         if wanted == "inputs":
+            values = read_activation(tensors, header, name, matrix.expert)
             name = f"{header.leaders[name]}#input"
-            values = read_activation(tensors, header, matrix.name, matrix.expert)
-        elif kind == "diagonal":
-            values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
-            values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
         elif wanted == "gradients":  # times the tokens of an example, so that layers compare
             values = read_kronecker(tensors, header, name)[1]
-        else:
+            name = f"{name}#output"
+        elif kind == "factored":
+            part = "rows" if (wanted == "rows") != matrix.turned else "columns"
+            name = f"{name}#{part}"
             values = tensors[name]
+        else:
+            values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
+            values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
         if not bool(values.isfinite().all()) or (
             wanted in SUMMED and not bool((values >= 0).all())
         ):
