@@ -159,7 +159,8 @@ def test_dry_run_overwrite_config_and_report(cli: Cli, make_model: ModelMaker) -
     result = cli("densify", "low", "out", "--dry-run", "--json")
     assert result.code == 0
     assert result.report["status"] == "dry-run"
-    assert result.report["summary"]["free_bytes"] > 0
+    told = result.report["summary"]
+    assert told["free_bytes"] > 0
     assert not Path("out").exists()
 
     Path("densify.yml").write_text("threads: 1\nquiet: true\nreport: told.json\n")
@@ -170,6 +171,8 @@ def test_dry_run_overwrite_config_and_report(cli: Cli, make_model: ModelMaker) -
     assert result.code == 7
     assert "out: exists; --overwrite replaces it" in result.err
     assert cli("densify", "low", "out", "--overwrite", "-q").code == 0
+    for folder, size in (("low", "bytes_before"), ("out", "bytes")):
+        assert told[size] == Path(folder, "model.safetensors").stat().st_size
 
 
 def test_refusals(cli: Cli, make_model: ModelMaker) -> None:

@@ -221,11 +221,10 @@ def _rows(plan: _Plan) -> list[dict[str, Any]]:
 
 
 def _summary(plan: _Plan) -> dict[str, Any]:
-    infos = plan.checkpoint.infos().values()
     return {
         "modules": len(plan.factors),
         "parameters": plan.layout.parameters,
-        "parameters_before": sum(info.elements for info in infos),
+        "parameters_before": sum(info.elements for info in plan.checkpoint.infos().values()),
         "bytes": plan.layout.nbytes,
-        "bytes_before": sum(info.nbytes for info in infos),
+        "bytes_before": sum(shard.path.stat().st_size for shard in plan.checkpoint.shards),
     }
