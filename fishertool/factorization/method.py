@@ -10,7 +10,7 @@ fisher     its diagonal Fisher, [out, in]
 rows       the Fisher summed over inputs, [out]
 columns    the Fisher summed over outputs, [in]
 inputs     A = E[x x^T] of the layer's input, [in, in]
-gradients  B = E[d d^T], d the gradient at the layer's output, [out, out]
+gradients  B = E[d d^T] times the tokens of an example, d the gradient at the output, [out, out]
 start      another method's decomposition, to be refined; a method that names it refines
 
 The result is in float64 and good for every rank: `truncate` cuts it, and only then are the terms
