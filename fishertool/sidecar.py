@@ -57,6 +57,11 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
             agree = {weight_of(name) for name in tensors} == names
         if not agree:
             raise InputError(f"{folder}: its header and its tensors have different names")
+        for name, info in tensors.infos().items():
+            if info.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(
+                    f"{tensors.where(name)}: {info} is no statistic; estimate it again"
+                )
     except BaseException:
         tensors.close()
         raise

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError
 from fishertool.fisher.header import KEY
-from fishertool.sidecar import check_fits, open_sidecar, oriented, read_activation, read_kronecker
+from fishertool.sidecar import (
+    check_fits,
+    open_sidecar,
+    oriented,
+    read_activation,
+    read_kronecker,
+    write_sidecar,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +98,18 @@ def test_a_header_that_is_none_of_its_tensors_is_refused(
     flags = ("--method", "kronecker", "--keep", "0.5", "--fisher", path.parent, "--out", "o")
     result = cli("factorize", model, *flags)
     assert result.code == 3 and told in result.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_statistics_that_cannot_be_computed_with_are_refused(
+    cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = make_model("m")
+    assert cli("estimate-fisher", model, "--data", data, "--out", "f").code == 0
+    tensors, header = open_sidecar(tmp_path / "f")
+    with tensors:
+        changed = {name: tensors[name].to(dtype) for name in tensors}
+    (tmp_path / "odd").mkdir()
+    write_sidecar(tmp_path / "odd", header, changed, 1 << 30)
+    with pytest.raises(InputError, match="is no statistic; estimate it again"):
+        open_sidecar(tmp_path / "odd")
