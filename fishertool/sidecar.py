@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, NAMES
+from fishertool.checkpoint.dtypes import COMPUTED, FLOATING, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -58,7 +58,7 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
         if not agree:
             raise InputError(f"{folder}: its header and its tensors have different names")
         for name, info in tensors.infos().items():
-            if info.dtype not in ("F64", "F32", "F16", "BF16"):
+            if info.dtype not in COMPUTED:
                 raise InputError(
                     f"{tensors.where(name)}: {info} is no statistic; estimate it again"
                 )

@@ -132,37 +132,55 @@ def test_regmean_of_stacks_is_that_of_the_experts_apart(
     assert 0 < both < 16
 
 
-@pytest.mark.parametrize(("method", "kind"), [("whitened", "activation"), ("fwsvd", "diagonal")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("whitened", "activation"), ("fwsvd", "diagonal"), ("kronecker", "kronecker")],
+)
 def test_factorize_of_stacks_is_that_of_the_experts_apart(
     cli: Cli, estimated: Estimate, tmp_path: Path, method: str, kind: str
 ) -> None:
     """And plain, of those that no token reached."""
     apart, stacked = save_both(tmp_path)
-    fishers = [estimated(model, kind) for model in (apart, stacked)]
-    with open_checkpoint(fishers[0], kind) as tensors:
-        suffix = "#input" if kind == "activation" else ""
-        names = [f"{EXPERTS}.{expert}.down_proj.weight" for expert in range(16)]
+    models = [apart] if kind == "kronecker" else [apart, stacked]
+    fishers = [estimated(model, kind) for model in models]
+    tensors, _ = open_sidecar(fishers[0], kind)
+    suffix = "" if kind == "diagonal" else "#input"
+    names = [f"{EXPERTS}.{expert}.down_proj.weight" for expert in range(16)]
+    with tensors:
         told = [name + suffix in tensors and bool(tensors[name + suffix].any()) for name in names]
     assert 0 < sum(told) < 16
-    factorized = []
-    unreached = [
-        flag
-        for name, one in zip(names, told, strict=True)
-        if not one
-        for flag in ("--exclude", name)
-    ]
-    for model, fisher, more in zip((apart, stacked), fishers, (unreached, []), strict=True):
-        flags = ("--method", method, "--fisher", fisher, "--format", "dense")
-        chosen = ("--rank", 4, "--include", "*.layers.0.*.down_proj*", *more)
+    before, factorized = weights_of(apart), []
+    for model, fisher in zip(models, fishers, strict=True):
+        flags = ("--method", method, "--fisher", fisher, "--format", "dense", "--json")
+        chosen = ("--rank", 4, "--include", "*.layers.0.*.down_proj*")
         result = cli("factorize", model, *flags, *chosen, "--out", f"{model}-out")
         assert result.code == 0, result.err
+        [warning] = [one for one in result.report["warnings"] if "no token reached" in one]
+        assert warning.startswith("no token reached") and "factorized as by svd" in warning
         factorized.append(weights_of(tmp_path / f"{model.name}-out"))
-    one, other = factorized
     for expert, name in enumerate(names):
-        wanted = one[name]
-        if not told[expert]:
-            wanted = torch.matmul(*svd(wanted).truncate(4)).float()
-        torch.testing.assert_close(other[DOWN][expert], wanted, rtol=1e-4, atol=1e-6)
+        plain = torch.matmul(*svd(before[name]).truncate(4)).float()
+        wanted = factorized[0][name] if told[expert] else plain
+        for one in factorized:
+            found = one[name] if name in one else one[DOWN][expert]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert told[expert] != torch.allclose(wanted, plain, atol=1e-6)
+
+
+def test_what_no_token_reached_has_the_least_of_a_shared_budget(
+    cli: Cli, estimated: Estimate, tmp_path: Path
+) -> None:
+    apart, _ = save_both(tmp_path)
+    flags = ("--method", "whitened", "--fisher", estimated(apart, "activation"), "--json")
+    more = ("--format", "dense", "--keep", 0.5, "--include", "*.down_proj*", "--out", "o")
+    result = cli("factorize", apart, *flags, "--allocate", "global", *more)
+    assert result.code == 0, result.err
+    with open_checkpoint(tmp_path / "fisher-apart", "activation") as tensors:
+        reached = {name.removesuffix("#input") for name in tensors}
+    ranks = {row["name"]: row.get("rank", 99) for row in result.report["tensors"]}
+    down = [name for name in ranks if "down_proj" in name]
+    assert {ranks[name] for name in down if name not in reached} == {1}
+    assert max(ranks[name] for name in down if name in reached) > 1
 
 
 def test_a_plan_counts_their_bytes(cli: Cli, data: Path, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 FLOATING = frozenset(name for name, dtype in TORCH.items() if dtype.is_floating_point)
 
+COMPUTED = ("F64", "F32", "F16", "BF16")
+"""Those that linear algebra is done with, in themselves or in a wider one."""
+
 
 def torch_name(dtype: str) -> str:
     """The dtype as config.json writes it.

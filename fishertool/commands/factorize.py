@@ -13,7 +13,7 @@ from fishertool.calibration import CalibrationData, DataOptions, check_data_sour
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import Layout, parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
-from fishertool.errors import UsageError
+from fishertool.errors import UsageError, some
 from fishertool.factorization.rank import Ranks
 from fishertool.models.loading import check_device
 from fishertool.progress import Track, silent
@@ -134,6 +134,11 @@ def factorize(
             report.tensors = rows_of(plan, ranks, figures)
             if not any(ranks.values()):
                 report.warnings.append(UNFACTORIZED)
+            if untold := plan.statistics.untold:
+                report.warnings.append(
+                    f"no token reached {some([*untold])}: factorized as by svd, and last where a "
+                    "budget is shared"
+                )
             if isinstance(cut, KeptTerms):
                 cut.discard()
             _evaluate(report, plan.place(folder), judge, tried)

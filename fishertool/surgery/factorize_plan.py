@@ -9,6 +9,7 @@ from typing import Any
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions
 from fishertool.checkpoint.compare import check_not_quantized
+from fishertool.checkpoint.dtypes import COMPUTED
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -25,7 +26,6 @@ from fishertool.surgery.factorize_statistics import SUFFICES, Statistics, open_s
 from fishertool.surgery.matrix import Matrix, matrices_of
 
 FORMATS = ("low-rank", "dense")
-DTYPES = ("F64", "F32", "F16", "BF16")
 NOT_PLAIN = {
     "part": "one layer in memory with others",
     "expert": "experts are one tensor in memory",
@@ -196,7 +196,7 @@ def _choose(
                 f"{checkpoint.where(name)}: is one with {layer.tied}, and cannot be factorized "
                 f"alone; leave it out with --exclude {name!r}, or save the model untied"
             )
-        elif info.dtype not in DTYPES or 0 in info.shape:
+        elif info.dtype not in COMPUTED or 0 in info.shape:
             kept[name] = f"{info} cannot be decomposed"
         elif form == "low-rank" and not layer.plain:
             kept[name] = f"{NOT_PLAIN[layer.kind]}; --format dense takes it"

@@ -24,13 +24,19 @@ SUFFICES = {
 """Input of a method -> the kinds that give it, the cheapest first; what only one gives comes first, as
 a method that needs it is not served by others."""
 SUMMED = ("fisher", "rows", "columns")
+UNTOLD = 1e-20
+"""What is taken for the statistic of weights that no token reached."""
 
 
 class Statistics:
-    """The kinds of one sidecar that are needed, open."""
+    """The kinds of one sidecar that are needed, open.
+
+    untold  experts that were asked for and that no token reached, by key
+    """
 
     def __init__(self, kinds: dict[str, tuple[Checkpoint, FisherHeader]]):
         self.kinds = kinds
+        self.untold: dict[str, None] = {}
 
     def kind_of(self, wanted: str, matrix: Matrix) -> str:
         """Which of the open kinds gives an input; of an expert in a stack no sums over all do."""
@@ -48,11 +54,13 @@ class Statistics:
 
     def read(self, wanted: str, matrix: Matrix) -> Tensor:
         """One input of a method for one matrix, as [out, in] says whatever is on disk; of an expert
-        in a stack that is told nothing about, one that makes no difference.
+        that no token reached, one that makes no difference.
 
         Raises InputError for values that are not finite or, of a Fisher, negative.
         """
         kind = self.kind_of(wanted, matrix)
+        if self._is_absent(wanted, kind, matrix):
+            return self._indifferent(wanted, matrix)
         tensors, header = self.kinds[kind]
         name = matrix.name
         if wanted == "inputs":
@@ -72,16 +80,34 @@ class Statistics:
             wanted in SUMMED and not bool((values >= 0).all())
         ):
             raise InputError(f"{tensors.where(name)}: a Fisher must be finite and not negative")
-        if matrix.expert is not None and not bool(values.any()):  # no token reached this one
-            return torch.eye(len(values)) if wanted == "inputs" else torch.ones_like(values)
+        if matrix.expert is not None and not bool(values.any()):
+            return self._indifferent(wanted, matrix)
         return values
+
+    def _is_absent(self, wanted: str, kind: str, matrix: Matrix) -> bool:
+        """Whether the header tells that no token reached an expert; of one in a stack it does not."""
+        statistic = self.kinds[kind][1].statistics.get(matrix.name)
+        if matrix.layer.kind != "expert":
+            return False
+        return statistic is None or (wanted != "inputs" and not statistic.total > 0)
+
+    def _indifferent(self, wanted: str, matrix: Matrix) -> Tensor:
+        """All weights alike, and next to nothing beside those of other matrices."""
+        self.untold[matrix.key] = None
+        out, width = matrix.shape
+        if wanted in ("inputs", "gradients"):
+            return UNTOLD * torch.eye(width if wanted == "inputs" else out)
+        shape = {"rows": (out,), "columns": (width,)}.get(wanted, matrix.shape)
+        return torch.full(shape, UNTOLD)
 
     def check(self, wanted: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Refuse, from headers, matrices that these inputs are not there for, or all zero."""
         for one in wanted:
             by_kind: dict[str, list[Matrix]] = {}
             for matrix in matrices:
-                by_kind.setdefault(self.kind_of(one, matrix), []).append(matrix)
+                kind = self.kind_of(one, matrix)
+                if not self._is_absent(one, kind, matrix):
+                    by_kind.setdefault(kind, []).append(matrix)
             for kind, told in by_kind.items():
                 self._check_kind(one, kind, told)
 
