@@ -43,6 +43,13 @@ def test_the_ends_of_the_cube_are_the_ends_of_the_ranges(corner: float) -> None:
     assert isinstance(found["d"], int)
 
 
+def test_a_value_at_the_end_of_a_range_is_told_as_a_storage_tells_it() -> None:
+    variable = Variable("x", 1, 10, log=True)
+    value = decode([variable], torch.ones(1, dtype=torch.float64))["x"]
+    [[stored]] = [distributions([variable]).values()]
+    assert repr(value) == repr(stored.to_external_repr(stored.to_internal_repr(value))) == "10.0"
+
+
 def test_no_rounding_leads_out_of_a_range() -> None:
     ends = [n / 20 for n in range(-20, 41)]
     variables = [

@@ -56,7 +56,8 @@ def _value(variable: Variable, part: float) -> float | int:
         return variable.after(min(steps, variable.steps))
     if variable.log:
         value = math.exp(value)
-    return min(max(value, variable.low), variable.high)  # rounding may lead out of the range
+    # Rounding may lead out of the range; its ends may be whole numbers, and 10 is not told as 10.0 is.
+    return float(min(max(value, variable.low), variable.high))
 
 
 def _low(variable: Variable) -> float:
