@@ -764,3 +764,22 @@ def test_weights_that_are_not_finite_fail_the_merges(
     assert refused.code == 3
     assert "has NaN or Inf" in refused.err
     assert cli("search", path, "--out", "p", *flags, "--allow-nonfinite").code == 0
+
+
+def test_a_search_warns_as_merging_and_measuring_do(
+    cli: Cli, recipe: Recipe, models: list[Path], tmp_path: Path
+) -> None:
+    config = json.loads((models[2] / "config.json").read_text())
+    (models[2] / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    write_rows(tmp_path / "long.jsonl", [{"text": make_text(0, 60), "label": 0}])
+    objectives = [{"metric": "loss", "data": "long.jsonl"}]
+    given = [{"model": name, "parameters": {"weight": RANGE}} for name in "ab"]
+    path = recipe(merge_method="model_stock", models=given, objectives=objectives)
+    flags = ("--sampler", "random", "--evaluations", 2, "--pick", "knee", "--json", "-q")
+    for more in ((), ("--dry-run",)):
+        warnings = cli("search", path, "--out", f"o{len(more)}", *flags, *more).report["warnings"]
+        for told in ("layer_norm_eps", "cut at 32 tokens", "weight has no effect"):
+            assert sum(told in warning for warning in warnings) == 1, warnings
+    picked = json.loads((tmp_path / "o0" / "picked" / "fishertool_report.json").read_text())
+    [warning] = picked["warnings"]
+    assert "layer_norm_eps" in warning

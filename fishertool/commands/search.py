@@ -113,6 +113,7 @@ def search(
                 read = [recipe, *(Path(one.data.data) for one in objectives if one.data)]
                 needed = plan.layout.nbytes if pick or scratch is None else 0
                 _check_out(out, plan, read, needed, overwrite=overwrite, resume=resume)
+        report.warnings = evaluator.warnings()
         report.summary = {"variables": len(space.variables), "objectives": len(objectives)}
         if dry_run:
             report.status = "dry-run"
@@ -126,6 +127,7 @@ def search(
             from fishertool.searching.work import work
 
             work(found, evaluator, evaluations, advance, wait=not worker, hopeless_after=startup)
+        report.warnings = evaluator.warnings()
         front = _front(found, evaluator, objectives, plan, sampling)
         report.summary |= _summary(front)
         names = ("objectives", "reference", "correlation")

@@ -73,6 +73,7 @@ class Evaluator:
         self._datasets = list(dict.fromkeys(one.data for one in objectives if one.data))
         self._opened = opened
         self._plans: dict[tuple[str, str | None], MergePlan] = {}
+        self._told: dict[str, None] = {}
         self._loaded: Subject | None = None
 
     def recipe(self, point: Mapping[str, Scalar]) -> Recipe:
@@ -99,6 +100,7 @@ class Evaluator:
             running.trust_remote_code,
         )  # fmt: skip
         self._plans[kind] = plan
+        self._told |= dict.fromkeys([*recipe.notes, *plan.warnings])
         return plan
 
     def evaluate(self, point: Mapping[str, Scalar]) -> Evaluation:
@@ -160,9 +162,14 @@ class Evaluator:
             else []
         )
 
+    def warnings(self) -> list[str]:
+        """Of the recipe and its models, of the data, and of what was measured so far."""
+        return list(self._told)
+
     def _subject(self, plan: MergePlan) -> "Subject":
         if self._loaded is None:
             self._loaded = Subject(plan, self._datasets, self._running)
+            self._told |= dict.fromkeys(self._loaded.warnings())
         return self._loaded
 
     def _pass(self, plan: MergePlan, into: Mapping[str, Tensor] | None = None) -> Passed:
@@ -188,6 +195,7 @@ class Evaluator:
             options: measure(
                 model, subject.task, data,
                 batch_size=self._running.batch_size, device=self._running.device,
+                warn=self._told.setdefault,
             )
             for options, data in subject.prepared.items()
         }  # fmt: skip
@@ -238,6 +246,11 @@ class Subject:
             options: load(self.task, found, reading) for options, found in resolved.items()
         }
         self.prepared = {options: prepare(self.task, data) for options, data in self.data.items()}
+
+    def warnings(self) -> list[str]:
+        """Of the model and the data."""
+        of_data = [told for data in self.data.values() for told in data.warnings()]
+        return [*self.model.warnings, *of_data]
 
     def load(self, folder: Path) -> LoadedModel:
         running = self._running
