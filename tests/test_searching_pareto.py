@@ -1,5 +1,6 @@
 """Fronts, hypervolumes and choices against the definitions, by enumeration and by counting."""
 
+import time
 from itertools import combinations
 
 import pytest
@@ -12,9 +13,11 @@ from fishertool.searching.pareto import (
     contributions,
     fronts,
     hypervolume,
+    hypervolumes,
     knee,
     non_dominated,
     reference_of,
+    strongest,
 )
 
 
@@ -88,8 +91,27 @@ def test_hypervolume_of_nothing_above_the_reference_is_zero() -> None:
     assert hypervolume(torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.zeros(2)) == 0
 
 
-def test_contributions_are_what_goes_with_each_point() -> None:
-    values, reference = draws(8, 3), -torch.ones(3, dtype=torch.float64)
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+def test_hypervolumes_are_those_of_the_points_so_far(objectives: int) -> None:
+    values, reference = draws(9, objectives), torch.ones(objectives, dtype=torch.float64)
+    expected = [hypervolume(values[: count + 1], reference) for count in range(9)]
+    found = hypervolumes(values, reference)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == sorted(found)
+
+
+def test_a_front_of_sixty_points_in_five_objectives_takes_seconds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sphere = torch.randn(60, 5, dtype=torch.float64, generator=generator).abs()
+    sphere /= sphere.norm(dim=1, keepdim=True)
+    begun = time.process_time()
+    assert len(strongest(sphere, 12)) == 12
+    assert time.process_time() - begun < 20  # by slabs of slabs two minutes
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_contributions_are_what_goes_with_each_point(objectives: int) -> None:
+    values, reference = draws(8, objectives), torch.ones(objectives, dtype=torch.float64)
     whole = volume_by_inclusion_and_exclusion(values, reference)
     for i, share in enumerate(contributions(values, reference).tolist()):
         rest = values[[j for j in range(8) if j != i]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishertool.evaluation.correlation import spearman
 from fishertool.searching.objectives import Objective
-from fishertool.searching.pareto import hypervolume, non_dominated, reference_of
+from fishertool.searching.pareto import hypervolumes, non_dominated, reference_of
 from fishertool.searching.study import WHY, counts, point_of
 
 SCHEMA = "fishertool.front/1"
@@ -91,11 +91,6 @@ def reference_point(values: Tensor, objectives: Sequence[Objective]) -> Tensor:
         [sign * (worst or 0.0) for sign, worst in zip(signs, given, strict=True)],
         dtype=torch.float64,
     )
-
-
-def hypervolumes(values: Tensor, reference: Tensor) -> list[float]:
-    """After each trial."""
-    return [hypervolume(values[: count + 1], reference) for count in range(len(values))]
 
 
 def correlations(

@@ -5,6 +5,7 @@ that it equals or exceeds in every objective and exceeds in one.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,16 +46,22 @@ def fronts(values: Tensor) -> Tensor:
 def hypervolume(values: Tensor, reference: Tensor) -> float:
     """The volume that is dominated by some point and dominates the reference point [objective].
 
-    Exact for any number of objectives: cut along the last one into slabs, each the hypervolume of
-    the points that reach it in the objectives left (Zitzler 2001; While et al. 2006, HSO). The
-    cost grows as points ** (objectives - 1): it is meant for fronts of tens of points.
+    Exact for any number of objectives: from the highest in the last one down, each point adds its
+    height times what it dominates in the objectives left and no higher one does (While, Bradstreet
+    and Barone 2012, WFG). It is meant for fronts of tens of points.
     """
     above = values.double() - reference.double()
     return _dominated_volume(above[(above > 0).all(-1)])
 
 
+def hypervolumes(values: Tensor, reference: Tensor) -> list[float]:
+    """After each point."""
+    above = (values.double() - reference.double()).clamp(min=0)
+    return list(accumulate(_exclusive_volume(one, above[:i]) for i, one in enumerate(above)))
+
+
 def _dominated_volume(values: Tensor) -> float:
-    """The hypervolume of positive values with the origin as reference."""
+    """The hypervolume of values that are at least 0, with the origin as reference."""
     if not len(values):
         return 0.0
     if values.shape[1] == 1:
@@ -62,23 +69,27 @@ def _dominated_volume(values: Tensor) -> float:
     front = values[non_dominated(values)]
     front = front[front[:, -1].argsort(descending=True, stable=True)]
     heights = front[:, -1]
-    slabs = heights - torch.cat([heights[1:], heights.new_zeros(1)])
     if values.shape[1] == 2:
+        slabs = heights - torch.cat([heights[1:], heights.new_zeros(1)])
         return float(front[:, 0].cummax(0).values @ slabs)
+    base = front[:, :-1]
     return sum(
-        float(slab) * _dominated_volume(front[: i + 1, :-1])
-        for i, slab in enumerate(slabs)
-        if slab > 0
+        float(height) * _exclusive_volume(base[i], base[:i]) for i, height in enumerate(heights)
     )
+
+
+def _exclusive_volume(point: Tensor, others: Tensor) -> float:
+    """What the point dominates and none of the others does. Cut to what the point dominates, most of
+    the others are dominated by one another: that makes this cheap."""
+    return max(0.0, float(point.prod()) - _dominated_volume(torch.minimum(point, others)))
 
 
 def contributions(values: Tensor, reference: Tensor) -> Tensor:
     """What the hypervolume would lose without each point: [point], 0 for dominated points."""
-    whole = hypervolume(values, reference)
+    above = (values.double() - reference.double()).clamp(min=0)
     lost = torch.zeros(len(values), dtype=torch.float64)
     for i in non_dominated(values).nonzero().flatten().tolist():
-        rest = torch.cat([values[:i], values[i + 1 :]])
-        lost[i] = whole - hypervolume(rest, reference)
+        lost[i] = _exclusive_volume(above[i], torch.cat([above[:i], above[i + 1 :]]))
     return lost
 
 
