@@ -552,6 +552,32 @@ def test_a_storage_that_cannot_be_opened_costs_nothing(
     assert front_of(tmp_path / "o")["evaluations"] == 2
 
 
+@pytest.mark.parametrize("content", [b"no\njournal\n", b'{"op_code": 0}\n', b"\xff\xfe\n"])
+def test_a_journal_that_cannot_be_read_is_told(
+    cli: Cli, recipe: Recipe, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "search.journal").write_bytes(content)
+    result = cli("search", recipe(), "--out", "o", "--resume")
+    assert result.code == 5
+    assert "search.journal: cannot be opened" in result.err
+    assert (tmp_path / "o" / "search.journal").read_bytes() == content
+
+
+def test_a_search_goes_on_from_a_journal_whose_last_line_was_cut(
+    cli: Cli, recipe: Recipe, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "-q", "--evaluations"]
+    assert cli("search", recipe(), "--out", "whole", *flags, 4).code == 0
+    started = start(tmp_path / "o", *flags[:2], "--evaluations", 2)  # its last trial is then lost
+    started.communicate(timeout=120)
+    journal = tmp_path / "o" / "search.journal"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    for _ in range(2):
+        assert cli("search", recipe(), "--out", "o", *flags, 4, "--resume").code == 0
+        assert told(front_of(tmp_path / "o")) == told(front_of(tmp_path / "whole"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

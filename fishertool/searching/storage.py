@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from fishertool.errors import StorageError
 from fishertool.searching.results import JOURNAL
@@ -19,15 +19,34 @@ REPLACED = " (replaced)"
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if url is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    where = "--storage" if url is not None else str(folder / JOURNAL)
     try:
         with quiet():
-            return optuna.storages.get_storage(url)
+            return _journal(folder / JOURNAL) if url is None else optuna.storages.get_storage(url)
+    except OSError:
+        raise
     except Exception as error:  # whatever the database's driver raises
         reason = " ".join(str(error).split())[:200]
-        raise StorageError(f"--storage: cannot be opened: {reason}") from error
+        raise StorageError(f"{where}: cannot be opened: {reason}") from error
+
+
+def _journal(path: Path) -> BaseStorage:
+    """The journal there, which is made. A last line that a full disk or a loss of power has left
+    without its end is cut away: with what is written after it, it would be no line of a journal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not _whole(path.read_bytes()):
+        lock = JournalFileSymlinkLock(str(path))
+        lock.acquire()  # a worker that writes the line has it
+        try:
+            with path.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _whole(journal: bytes) -> bool:
+    return not journal or journal.endswith(b"\n")
 
 
 def _rename(storage: BaseStorage, name: str, other: str) -> None:
