@@ -29,6 +29,7 @@ from fishertool.searching.objectives import Objective
 from fishertool.searching.study import Search
 
 RANGE = {"low": 0.0, "high": 1.0}
+LOSS = {"metric": "loss", "data": "data.jsonl"}
 Recipe = Callable[..., Path]
 
 
@@ -468,6 +469,12 @@ def test_a_killed_workers_trial_is_taken_up(cli: Cli, recipe: Recipe, tmp_path: 
         ({"objectives": [{"metric": "size", "referense": 1}]}, "did you mean 'reference'?"),
         ({"objectives": [{"metric": "size", "reference": 1}, {"metric": "distance"}]}, "to none"),
         ({"objectives": [{"metric": "loss", "data": "no.jsonl"}]}, "no.jsonl"),
+        ({"objectives": [LOSS | {"max-length": 1}]}, "max-length: 1 is not a whole number of"),
+        ({"objectives": [LOSS | {"num-examples": 0}]}, "num-examples: 0 is not a whole number of"),
+        (
+            {"objectives": [LOSS | {"max-length": 9, "max_length": 8}]},
+            "there twice, with - and with _",
+        ),
         ({"seed": RANGE}, "a range can only stand in"),
         ({"merge_method": {"low": 0, "high": 1}}, "choices of names"),
         ({"merge_method": {"choices": ["ties", "tiess"]}}, "did you mean 'ties'?"),

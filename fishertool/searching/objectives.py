@@ -16,6 +16,8 @@ FREE = {"distance": False, "sparsity": True, "size": False, "predicted_loss": Fa
 abs(theta - theta_0) over weights, the share of weights that are the base's, bytes, and the sum over
 the models (or one, `model`) of the predicted increase of their losses in nats an example."""
 KEYS = ("metric", "direction", "name", "reference", "model")
+LEAST = {"max_length": 2, "in_batch_negatives": 2, "seed": 0}
+"""Of whole numbers, as the flags have it; of the others 1."""
 DIRECTIONS = {"maximize": True, "minimize": False}
 
 
@@ -56,12 +58,10 @@ def read_objectives(value: Value) -> list[Objective]:
 
 def _parse(value: Value) -> Objective:
     data_keys = tuple(field.name for field in fields(DataOptions))
-    keys = {
-        key.replace("-", "_"): item
-        for key, item in value.keys(
-            [*KEYS, *data_keys, *(key.replace("_", "-") for key in data_keys)]
-        ).items()
-    }
+    given = value.keys([*KEYS, *data_keys, *(key.replace("_", "-") for key in data_keys)])
+    keys = {key.replace("-", "_"): item for key, item in given.items()}
+    if len(keys) < len(given):
+        raise value.error("a key is there twice, with - and with _")
     if "metric" not in keys:
         raise value.error("an objective needs a metric")
     offered = [*(metric for metric in HIGHER_IS_BETTER if metric not in OF_TWO), *FREE]
@@ -98,7 +98,7 @@ def _data_options(given: Mapping[str, Value]) -> DataOptions:
         if "bool" in types[name]:
             found[name] = value.flag()
         elif "int" in types[name]:
-            found[name] = value.whole()
+            found[name] = value.whole(LEAST.get(name, 1))
         elif "float" in types[name]:
             found[name] = _number(value)
         else:
