@@ -232,6 +232,27 @@ def test_predicted_losses_screen_and_are_held_against_what_was_measured(
     assert "mmmo-weights needs a fisher" in refused.err
 
 
+def test_losses_are_predicted_for_a_model_that_is_listed_twice(
+    cli: Cli, recipe: Recipe, estimated: Estimate, models: list[Path], tmp_path: Path
+) -> None:
+    weight = {"weight": {"low": 0.1, "high": 1}}
+    a, b = (
+        {"model": model.name, "fisher": estimated(model, "diagonal").name, "parameters": weight}
+        for model in models[1:]
+    )
+    objectives = [{"metric": "predicted_loss"}, {"metric": "predicted_loss", "model": "b"}, LOSS]
+    given = {"merge_method": "linear", "base_model": None, "objectives": objectives}
+    path = recipe(models=[a, a, b], **given)
+    result = cli("search", path, "--out", "o", "--sampler", "random", "--evaluations", 3, "-q")
+    assert result.code == 0, result.err
+    front = front_of(tmp_path / "o")
+    assert [row["model"] for row in front["correlation"]] == ["a", "a", "b"]
+    for trial in front["trials"]:
+        first, second, last = trial["predicted_loss"]
+        assert first == second != last
+        assert trial["values"][:2] == [pytest.approx(first + second + last), last]
+
+
 def test_methods_dtypes_and_layers_can_be_searched(
     cli: Cli, recipe: Recipe, tmp_path: Path
 ) -> None:

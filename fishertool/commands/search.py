@@ -273,11 +273,10 @@ def _front(
 ) -> dict[str, Any]:
     from fishertool.searching.front import describe
 
-    models = [plan.inputs.references[number] for number in plan.inputs.models]
     front = describe(
         found.trials,
         objectives,
-        [public_reference(model) for model in models],
+        [public_reference(model) for model in plan.inputs.listed],
         lambda point: to_yaml(evaluator.recipe(point)),
     )
     told = {"sampler": sampling.sampler, "seed": sampling.seed}

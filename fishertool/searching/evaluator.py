@@ -124,8 +124,7 @@ class Evaluator:
             "size": plan.layout.nbytes,
             "predicted_loss": passed.predicted_loss,
         }
-        models = [plan.inputs.references[number] for number in plan.inputs.models]
-        values = values_of(self.objectives, measured, free, models)
+        values = values_of(self.objectives, measured, free, plan.inputs.listed)
         return Evaluation(values, _finite(passed.distance), _finite(passed.predicted_loss))
 
     def predict(self, point: Mapping[str, Scalar]) -> list[float]:
@@ -142,7 +141,7 @@ class Evaluator:
 
         Raises UsageError for an objective that merges such as this one do not tell.
         """
-        references = [plan.inputs.references[number] for number in plan.inputs.models]
+        references = plan.inputs.listed
         for one in self.objectives:
             if one.metric in ("distance", "sparsity") and None in plan.inputs.bases:
                 raise UsageError(f"{one.name}: needs a base_model, and methods that take one")

@@ -132,8 +132,10 @@ def values_of(
         if objective.data is not None:
             value = measured[objective.data][objective.metric]
         elif objective.metric == "predicted_loss":
-            losses = dict(zip(models, free["predicted_loss"], strict=True))
-            value = sum(losses.values()) if objective.model is None else losses[objective.model]
+            losses = free["predicted_loss"]
+            value = (
+                sum(losses) if objective.model is None else losses[models.index(objective.model)]
+            )
         else:
             value = free[objective.metric]
         if value is None or not isfinite(value):

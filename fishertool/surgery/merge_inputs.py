@@ -45,6 +45,13 @@ class Inputs:
         """Those that are merged."""
         return sorted({number for numbers in self.slices for number in numbers})
 
+    @property
+    def listed(self) -> list[str]:
+        """The models as the recipe names them. In a merge of whole models, as it lists them, in the
+        order of predicted losses: one may be there twice."""
+        numbers = self.slices[0] if len(self.slices) == 1 else self.models
+        return [self.references[number] for number in numbers]
+
 
 def open_inputs(
     opened: ExitStack, recipe: Recipe, method: Method, beside: Sequence[str] = ()
