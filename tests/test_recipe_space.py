@@ -96,6 +96,8 @@ def test_inside(variable: Variable, expected: Any) -> None:
         ({"low": 0, "high": float("inf")}, "not a finite number"),
         ({"low": 0, "high": True}, "not a finite number"),
         ({"low": 0, "high": 1, "step": 0}, "step 0"),
+        ({"low": 0, "high": 1, "step": 1e-320}, "above 1e-12 of high - low"),
+        ({"low": -1e308, "high": 1e308, "step": 1e307}, "at most all of it"),
         ({"low": 1, "high": 2, "log": True, "step": 0.5}, "not with log"),
         ({**UNIT, "pionts": 2}, "did you mean 'points'?"),
         ({**UNIT, "points": 1}, "a whole number of at least 2"),

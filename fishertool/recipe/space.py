@@ -18,6 +18,8 @@ from fishertool.registry import Method
 RANGE_KEYS = ("low", "high", "log", "step", "points", "groups")
 CHOICE_KEYS = ("choices", "points", "groups")
 MOST_VARIABLES = 200
+FINEST = 1e-12
+"""Share of a range that a step is more than: finer ones cannot be counted."""
 PART = 0.6
 """How far into a range the value `inside` it lies."""
 WHERE = "parameters, merge_method and dtype"
@@ -238,8 +240,10 @@ def _parse_numbers(value: Value, keys: Mapping[str, Value]) -> Variable:
         raise value.error(f"low {low} must be less than high {high}")
     if log and low <= 0:
         raise value.error(f"low {low} must be above 0 for a logarithmic scale")
-    if step is not None and (log or not 0 < step <= high - low):
-        raise value.error(f"step {step}: above 0, at most high - low, and not with log")
+    if step is not None and (log or not FINEST * (high - low) < step <= high - low):
+        raise value.error(
+            f"step {step}: above {FINEST} of high - low, at most all of it, and not with log"
+        )
     return Variable(value.place, low, high, log, step)
 
 
