@@ -23,7 +23,7 @@ from fishertool.factorization.svd import svd
 from fishertool.factorization.whitened import whitened
 from fishertool.models.low_rank_layers import LowRankLinear
 from fishertool.registry import method_names
-from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.searching.ranks import OriginalsJudge, best_allocation
 from fishertool.sidecar import open_sidecar, read_kronecker
 from fishertool.surgery.factorize_plan import FactorizePlan
 
@@ -456,7 +456,7 @@ def test_factors_are_trained_and_nothing_else_is(
 @pytest.mark.parametrize("criterion", ["kl", "mean_cosine"])
 def test_ranks_whose_model_is_not_finite_are_the_last_choice(criterion: str) -> None:
     measured = iter([math.nan, 0.5, math.nan])
-    judge = cast(Judge, SimpleNamespace(measure=lambda rows: {criterion: next(measured)}))
+    judge = cast(OriginalsJudge, SimpleNamespace(measure=lambda rows: {criterion: next(measured)}))
     plan = cast(FactorizePlan, SimpleNamespace(shapes={}))
     candidates: dict[str, Ranks] = {"uniform": {}, "energy": {}, "global": {}}
     best, tried = best_allocation(plan, candidates, cast(Any, None), judge, lambda count: None)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fishertool.checkpoint.compare import settings_that_differ
 from fishertool.checkpoint.dtypes import FLOATING, TORCH
-from fishertool.searching.weights import Judge
+from fishertool.searching.weights import MergesJudge
 
 MakePair = Callable[..., tuple[Path, Path]]
 
@@ -840,7 +840,7 @@ def test_sentence_transformers_folders_keep_their_modules(
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_weights_whose_merge_is_not_finite_are_the_last_choice(metric: str) -> None:
-    judge = Judge.__new__(Judge)
+    judge = MergesJudge.__new__(MergesJudge)
     judge.metric = metric
     sound = {"accuracy": 0.1, "loss": 9.0}
     for metrics in (

@@ -26,7 +26,7 @@ from fishertool.report import (
     options_of,
     public_name,
 )
-from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.searching.ranks import OriginalsJudge, best_allocation
 from fishertool.surgery.factorize_plan import FORMATS, FactorizePlan, Refined, plan_factorize
 from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_recover import Finetuning, recover_factors, training_data
@@ -121,7 +121,7 @@ def factorize(
         torch.set_num_threads(threads)
         opened.enter_context(threadpool_limits(threads, "blas"))
         if evaluate_on is not None:
-            judge = Judge(plan, evaluate_on, batch_size, device, trust_remote_code)
+            judge = OriginalsJudge(plan, evaluate_on, batch_size, device, trust_remote_code)
         texts = finetune and training_data(plan.checkpoint, finetune, trust_remote_code)
         with staged(out, overwrite) as folder:
             ranks, cut, name, tried = _ranks(plan, folder, judge, report, threads, device, track)
@@ -186,7 +186,7 @@ def _resolve(name: str, given: Mapping[str, Any], start: str | None) -> Refined:
 def _ranks(
     plan: FactorizePlan,
     folder: Path,
-    judge: Judge | None,
+    judge: OriginalsJudge | None,
     report: Report,
     threads: int,
     device: str,
@@ -217,7 +217,7 @@ def _finetune(
     layout: Layout,
     how: Finetuning,
     texts: CalibrationData,
-    judge: Judge | None,
+    judge: OriginalsJudge | None,
     device: str,
     trust_remote_code: bool,
     track: Track,
@@ -239,7 +239,7 @@ def _finetune(
 def _evaluate(
     report: Report,
     folder: Path,
-    judge: Judge | None,
+    judge: OriginalsJudge | None,
     tried: Mapping[str, Any],
 ) -> None:
     """Measure what was written, or say that nothing was."""

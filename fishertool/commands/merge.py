@@ -21,7 +21,7 @@ from fishertool.registry import Method, find_method, suggest
 from fishertool.report import Report, data_files, environment, options_of
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
-from fishertool.searching.weights import Judge, agreement, judged_by
+from fishertool.searching.weights import MergesJudge, agreement, judged_by
 from fishertool.searching.weights import search_weights as search_weights_by
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_lora import open_lora, write_lora
@@ -108,7 +108,7 @@ def merge(
             return report
         judge = None
         if evaluate_on is not None:
-            judge = Judge(plan, evaluate_on, metric, batch_size, device, trust_remote_code)
+            judge = MergesJudge(plan, evaluate_on, metric, batch_size, device, trust_remote_code)
         with staged(out, overwrite) as folder:
             tried: list[dict[str, Any]] = []
             if candidates and judge is not None:
@@ -122,7 +122,7 @@ def merge(
             _write(plan, lora, folder, predict, threads, report, track)
             if judge is not None:
                 with report.phase("evaluate"):
-                    measured = judge.measure(folder)
+                    measured = judge.of_folder(folder)
                 report.evaluation = {"metrics": measured, "candidates": tried}
                 report.evaluation["predicted_loss_spearman"] = agreement(tried)
                 report.calibration = judge.data.describe()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fishertool.calibration import DataOptions
-from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, load, measure, prepare
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured
 from fishertool.factorization.rank import Ranks, total
 from fishertool.models.loading import LoadedModel, load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.tasks import task_of
 from fishertool.progress import Advance
+from fishertool.searching.judge import Judge
 from fishertool.surgery.factorize_plan import FactorizePlan
 from fishertool.surgery.factorize_terms import Cutter
 from fishertool.surgery.factorize_write import factorized_rows
@@ -26,7 +26,7 @@ CRITERIA = ("kl", "mean_cosine")
 """How near predictions, or vectors, are to the original's; every measured task has one."""
 
 
-class Judge:
+class OriginalsJudge(Judge):
     """Measures models against the original, on data that neither the Fisher nor the ranks saw."""
 
     def __init__(
@@ -37,24 +37,17 @@ class Judge:
         device: str,
         trust_remote_code: bool,
     ):
-        checkpoint = plan.checkpoint
-        self.task = task_of(checkpoint.config(), checkpoint.folder)
-        options = check_measured(self.task, options)
-        self.batch_size, self.device = batch_size, device
-        self.trust_remote_code = trust_remote_code
-        self._checkpoint = checkpoint
-        self.original = self._load(checkpoint)
-        self.data = load(self.task, options, self.original)
-        self._prepared = prepare(self.task, self.data)
-        self._told: list[str] = []
+        self._checkpoint = checkpoint = plan.checkpoint
+        task = task_of(checkpoint.config(), checkpoint.folder)
+        options = check_measured(task, options)
+        self.original = load_model(checkpoint, task, device, trust_remote_code)
+        super().__init__(task, options, self.original, batch_size, device, trust_remote_code)
 
     def of_original(self) -> dict[str, float]:
-        return self._measure(self.original, None)
+        return self.of(self.original)
 
     def of_written(self, folder: Path) -> dict[str, float]:
-        """Of an output, loaded as its users load it."""
-        with open_checkpoint(folder) as output:
-            return self._measure(self._load(output), self.original)
+        return self.of_folder(folder, self.original)
 
     @torch.no_grad()
     def measure(self, rows: Iterable[tuple[Matrix, Tensor]]) -> dict[str, float]:
@@ -62,35 +55,22 @@ class Judge:
         as their products: the same function, but for rounding."""
         for matrix, values in rows:
             matrix.of(self._weights[matrix.name]).copy_(values)
-        return self._measure(self._changed, self.original)
-
-    def warnings(self) -> list[str]:
-        """Of the data, and of what was measured so far."""
-        return [*self.data.warnings(), *dict.fromkeys(self._told)]
+        return self.of(self._changed, self.original)
 
     @cached_property
     def _changed(self) -> LoadedModel:
-        return self._load(self._checkpoint)
+        return load_model(self._checkpoint, self.task, self.device, self.trust_remote_code)
 
     @cached_property
     def _weights(self) -> dict[str, Tensor]:
         return parameters_by_disk_name(self._changed.pretrained, self._checkpoint)[0]
-
-    def _load(self, checkpoint: Checkpoint) -> LoadedModel:
-        return load_model(checkpoint, self.task, self.device, self.trust_remote_code)
-
-    def _measure(self, model: LoadedModel, against: LoadedModel | None) -> dict[str, float]:
-        return measure(
-            model, self.task, self._prepared, against=against,
-            batch_size=self.batch_size, device=self.device, warn=self._told.append,
-        )  # fmt: skip
 
 
 def best_allocation(
     plan: FactorizePlan,
     candidates: Mapping[str, Ranks],
     cut: Cutter,
-    judge: Judge,
+    judge: OriginalsJudge,
     advance: Advance,
 ) -> tuple[str, dict[str, Any]]:
     """The candidate that stays nearest to the original, and for the report all that was measured

@@ -11,18 +11,12 @@ from fishertool.calibration import DataOptions
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import UsageError
 from fishertool.evaluation.correlation import spearman
-from fishertool.evaluation.measure import (
-    HIGHER_IS_BETTER,
-    check_measured,
-    load,
-    measure,
-    metrics_of,
-    prepare,
-)
+from fishertool.evaluation.measure import HIGHER_IS_BETTER, check_measured, metrics_of
 from fishertool.models.loading import load_model
 from fishertool.models.tasks import Task, task_of
 from fishertool.progress import Advance
 from fishertool.registry import suggest
+from fishertool.searching.judge import Judge
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
 
@@ -41,7 +35,7 @@ def judged_by(
     return task, options, metric
 
 
-class Judge:
+class MergesJudge(Judge):
     """Measures merged folders on the validation data and knows which metric decides."""
 
     def __init__(
@@ -53,29 +47,12 @@ class Judge:
         device: str,
         trust_remote_code: bool,
     ):
-        first = plan.first
-        self.task, options, self.metric = judged_by(plan, options, metric)
-        self.batch_size, self.device = batch_size, device
-        self.trust_remote_code = trust_remote_code
-        with open_checkpoint(first.folder) as checkpoint:
-            loaded = load_model(checkpoint, self.task, device, trust_remote_code)
+        task, options, self.metric = judged_by(plan, options, metric)
+        with open_checkpoint(plan.first.folder) as checkpoint:
+            loaded = load_model(checkpoint, task, device, trust_remote_code)
         if plan.vocabulary.tokenizer:
             loaded = replace(loaded, tokenizer=plan.vocabulary.tokenizer)
-        self.data = load(self.task, options, loaded)
-        self._prepared = prepare(self.task, self.data)
-        self._told: list[str] = []
-
-    def measure(self, folder: Path) -> dict[str, float]:
-        with open_checkpoint(folder) as checkpoint:
-            model = load_model(checkpoint, self.task, self.device, self.trust_remote_code)
-        return measure(
-            model, self.task, self._prepared,
-            batch_size=self.batch_size, device=self.device, warn=self._told.append,
-        )  # fmt: skip
-
-    def warnings(self) -> list[str]:
-        """Of the data, and of what was measured so far."""
-        return [*self.data.warnings(), *dict.fromkeys(self._told)]
+        super().__init__(task, options, loaded, batch_size, device, trust_remote_code)
 
     def key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         """Sorts best first: by the metric, then by the loss; a NaN last."""
@@ -87,7 +64,7 @@ class Judge:
 def search_weights(
     plan: MergePlan,
     candidates: Sequence[list[float]],
-    judge: Judge,
+    judge: MergesJudge,
     scratch: Path,
     threads: int,
     advance: Advance,
@@ -97,7 +74,7 @@ def search_weights(
     for weights in candidates:
         scratch.mkdir()
         written = write_merge(plan.with_weights(weights), scratch, threads, lambda count: None)
-        row = {"weights": weights, **judge.measure(scratch)}
+        row = {"weights": weights, **judge.of_folder(scratch)}
         if written.passed.predicted_loss is not None:
             row["predicted_loss"] = written.passed.predicted_loss
         rows.append(row)

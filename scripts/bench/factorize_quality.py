@@ -31,7 +31,7 @@ from fishertool.commands.estimate_fisher import estimate_fisher
 from fishertool.commands.factorize import METHODS
 from fishertool.estimation.settings import Settings
 from fishertool.registry import find_method
-from fishertool.searching.ranks import Judge, best_allocation
+from fishertool.searching.ranks import OriginalsJudge, best_allocation
 from fishertool.surgery.factorize_plan import Refined, plan_factorize
 from fishertool.surgery.factorize_ranks import Budget
 from fishertool.surgery.factorize_terms import KeptTerms, decompose_all
@@ -85,7 +85,7 @@ def results(
         spectra = decompose_all(plan, scratch, "cpu", 1, lambda count: None)
         cut = KeptTerms(plan, scratch, spectra, "cpu")
         validation, test = (
-            remembering(Judge(
+            remembering(OriginalsJudge(
                 plan, DataOptions(f"{model}-{split}.jsonl", max_length=MAX_LENGTH[case]), 32,
                 "cpu", False,
             ))
@@ -120,7 +120,7 @@ class Remembered(nn.Module):
         return self.found[key]
 
 
-def remembering(judge: Judge) -> Judge:
+def remembering(judge: OriginalsJudge) -> OriginalsJudge:
     """The original's predictions are the same for every candidate."""
     judge.original = replace(judge.original, module=Remembered(judge.original.module))
     return judge
