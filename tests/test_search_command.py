@@ -685,6 +685,7 @@ def test_a_search_on_a_storage_goes_on_over_what_a_killed_one_left(
     (tmp_path / "o" / ".candidate-x").mkdir()
     assert cli("search", recipe(), "--out", "o", *flags, 3, "-q", "--resume").code == 0
     assert front_of(tmp_path / "o")["evaluations"] == 3
+    assert not (tmp_path / "o" / ".candidate-x").exists()
 
 
 def test_a_scratch_folder_may_be_there_with_something_in_it(

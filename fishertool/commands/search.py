@@ -35,7 +35,7 @@ from fishertool.searching.results import (
     old_one_kept,
     parse_pick,
     pick_trial,
-    remove_replaced,
+    remove_left,
     replace_file,
     write_front,
     write_picked,
@@ -145,7 +145,7 @@ def search(
             report.inputs += [file for source in sources for file in data_files(source)]
             write_front(out, front)
             replace_file(out / REPORT_FILE, report.to_json())  # last: it says that all is there
-            remove_replaced(out)
+            remove_left(out)
             found.remove_replaced()
     return report
 

@@ -80,10 +80,12 @@ def _put_back(aside: Path, out: Path, old: Collection[str]) -> None:
     aside.rmdir()
 
 
-def remove_replaced(out: Path) -> None:
-    """Remove what searches before this one left in its folder, now that it has results."""
-    for aside in out.glob(f"{REPLACED}*"):
-        shutil.rmtree(aside)
+def remove_left(out: Path) -> None:
+    """Remove what searches before this one left in its folder, and workers that were killed, now
+    that it has results and nobody measures for it."""
+    for prefix in (REPLACED, CANDIDATE):
+        for left in out.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def parse_pick(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
