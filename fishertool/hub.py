@@ -1,6 +1,7 @@
 """A model id or a folder -> a folder."""
 
 import re
+import sys
 from pathlib import Path
 
 from fishertool.errors import HubError, InputError
@@ -33,7 +34,10 @@ def resolve(source: str) -> Path:
         raise InputError(f"{source}: no such folder, and not a Hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():  # a log is no place for bars
+        disable_progress_bars()
     try:
         return Path(
             snapshot_download(match[1], revision=match[2], allow_patterns=list(MODEL_FILES))

@@ -341,9 +341,16 @@ def test_snapshot_that_links_past_the_blobs_is_refused(target: str, tmp_path: Pa
 
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent", "no such folder")
-    assert refusal(tmp_path, f"no {SINGLE} in it")
+    assert refusal(tmp_path, f"no {SINGLE} in it; give the folder of a model$")
     (tmp_path / "file").touch()
     assert refusal(tmp_path / "file", "no such folder")
+
+
+def test_folders_of_other_things_are_told_by_what_they_hold(tmp_path: Path) -> None:
+    save_file({"w": noise(0, 2)}, tmp_path / "diagonal.safetensors")
+    assert refusal(tmp_path, "in it, but diagonal.safetensors; give the folder of a model$")
+    save_file({"w": noise(0, 2)}, tmp_path / "adapter_model.safetensors")
+    assert refusal(tmp_path, "an adapter is merged into its own by fishertool merge BASE.ADAPTER$")
 
 
 @pytest.mark.parametrize(

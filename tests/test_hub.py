@@ -10,8 +10,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from fishertool import hub
+from fishertool.calibration.data import DataOptions
+from fishertool.calibration.rows import read_rows
 from fishertool.errors import HubError, InputError
 
 COMMITS = {
@@ -107,6 +110,26 @@ def test_a_revision_is_fetched(loopback: None, source: str, commit: str) -> None
     assert folder.name == commit * 40
     assert json.loads((folder / "config.json").read_text())["commit"] == commit
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "config.json"]
+
+
+def test_a_log_has_no_bars_of_the_hub(loopback: None, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        hub.resolve("org/model@v1")
+        assert are_progress_bars_disabled() and capsys.readouterr().err == ""
+    finally:
+        enable_progress_bars()
+
+
+def test_a_dataset_that_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise Exception("All connection\nattempts failed")
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
+    told = (
+        "org/data: no such file here, and not fetched from the Hub: All connection attempts failed"
+    )
+    with pytest.raises(HubError, match=re.escape(told)):
+        read_rows(DataOptions("org/data"))
 
 
 @pytest.mark.parametrize(

@@ -104,14 +104,13 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
 
 def _hub_rows(options: DataOptions) -> Any:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return datasets.load_dataset(options.data, split=options.split)
     except ValueError as error:
         raise InputError(f"{options.data}: {str(error).splitlines()[0]}") from error
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except Exception as error:  # of the Hub, a proxy, the HTTP client, the disk
+        reason = " ".join(str(error).split())
         raise HubError(
             f"{options.data}: no such file here, and not fetched from the Hub: {reason}"
         ) from error

@@ -24,6 +24,7 @@ from fishertool.checkpoint.header import (
 from fishertool.checkpoint.json_files import check_link, load_json
 from fishertool.errors import InputError, some
 
+MODEL = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLE_BYTES = 512
 
@@ -259,7 +260,13 @@ def _check_tensors(index: Path, weight_map: dict[str, str] | None, shards: list[
 def _nothing_to_open(folder: Path, wanted: str) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
-        return InputError(f"{folder}: no {wanted} in it")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f", but {some(others)}" if others else ""
+        if wanted == MODEL:
+            hint += "; give the folder of a model"
+        if wanted == MODEL and "adapter_model.safetensors" in others:
+            hint += ": an adapter is merged into its own by fishertool merge BASE+ADAPTER"
+        return InputError(f"{folder}: no {wanted} in it{hint}")
     # A pattern, not a name: what is printed to be pasted holds nothing that the folder says.
     weights = [name for name in pickles if fnmatchcase(name, "pytorch_model*.bin")]
     pattern = "pytorch_model*.bin" if weights else f"*{Path(pickles[0]).suffix}"
