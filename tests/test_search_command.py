@@ -534,6 +534,7 @@ def test_a_wrong_search_is_refused_in_one_line(
         (["--sampler", "grid"], "two values of each of 4 variables are 16 merges; --evaluations"),
         (["--pick", "knees"], "write knee, or OBJECTIVE=WEIGHT"),
         (["--pick", "distance=much"], "is not a number"),
+        (["--pick", "distance=2,distance=3"], "distance is given twice"),
         (["--pick", "distance=-1"], "weights are at least 0"),
         (["--pick", "distance=0"], "not all 0"),
         (["--worker"], "there is no search"),

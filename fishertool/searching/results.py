@@ -93,17 +93,20 @@ def parse_pick(pick: str | None, objectives: Sequence[Objective]) -> list[float]
     if pick is None or pick == KNEE:
         return pick
     names = [one.name for one in objectives]
-    weights = dict.fromkeys(names, 0.0)
+    weights: dict[str, float] = {}
     for item in pick.split(","):
         name, equals, text = item.rpartition("=")
-        if not equals or name.strip() not in names:
+        name = name.strip()
+        if not equals or name not in names:
             known = f"known: {', '.join(names)}"
             raise UsageError(f"--pick {item!r}: write {KNEE}, or OBJECTIVE=WEIGHT,...; {known}")
+        if name in weights:
+            raise UsageError(f"--pick {pick!r}: {name} is given twice")
         try:
-            weights[name.strip()] = float(text)
+            weights[name] = float(text)
         except ValueError:
             raise UsageError(f"--pick {item!r}: {text!r} is not a number") from None
-    found = list(weights.values())
+    found = [weights.get(name, 0.0) for name in names]
     if not all(0 <= weight < math.inf for weight in found) or not any(found):
         raise UsageError(f"--pick {pick!r}: weights are at least 0, and not all 0")
     return found
