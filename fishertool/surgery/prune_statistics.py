@@ -73,17 +73,13 @@ class Statistics:
         ]
 
     def _is_told(self, kind: str, matrix: Matrix) -> bool:
-        tensors, header = self.kinds[kind]
-        if matrix.name not in header.statistics:
+        if matrix.name not in self.kinds[kind][1].statistics:
             return matrix.expert is not None  # a stack that is not there at all is refused
         if kind == "diagonal":
             return self._total(self.kinds[kind], [matrix]) > 0
         if kind == "rank-one":
             return self._mean([matrix]) > 0
-        if kind == "activation" and matrix.expert is not None:
-            moment = read_activation(tensors, header, matrix.name, matrix.expert)
-            return bool(moment.diagonal().any())
-        return True
+        return kind != "activation" or matrix.expert is None or self._moment(matrix) is not None
 
     def check(
         self, recipe: Recipe, matrices: Sequence[Matrix], estimated_on: str | None = None
@@ -139,11 +135,18 @@ class Statistics:
     def activations(self, matrix: Matrix) -> Tensor:
         """Of an expert that no token reaches any more after an earlier step, that of white noise:
         its weights go by their size."""
+        moment = self._moment(matrix)
+        return torch.eye(matrix.shape[1]) if moment is None else moment
+
+    def _moment(self, matrix: Matrix) -> Tensor | None:
+        """Of its inputs, [in, in]; None where no token reached it."""
         tensors, header = self.kinds["activation"]
-        if self._is_told("activation", matrix):
-            moment = read_activation(tensors, header, matrix.name, matrix.expert)
-            return _finite(tensors, f"{header.leaders[matrix.name]}#input", moment)
-        return torch.eye(matrix.shape[1])
+        if matrix.name not in header.statistics:
+            return None
+        moment = read_activation(tensors, header, matrix.name, matrix.expert)
+        if matrix.expert is not None and not bool(moment.any()):
+            return None
+        return _finite(tensors, f"{header.leaders[matrix.name]}#input", moment)
 
     def curvature(
         self, recipe: Recipe, matrix: Matrix, gone: Tensor | None
