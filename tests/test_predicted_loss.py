@@ -10,7 +10,6 @@ from torch import Tensor
 from fishertool.fisher.predicted_loss import (
     CHUNK,
     PieceSums,
-    loss_increases,
     loss_increases_of,
     quadratic_forms,
 )
@@ -43,6 +42,12 @@ def combined(base: Tensor, models: Sequence[Tensor], weights: Sequence[float]) -
         (c * (model - base) for c, model in zip(weights, models, strict=True)),
         torch.zeros_like(base),
     )
+
+
+def loss_increases(forms: Tensor, weights: Tensor) -> Tensor:
+    """1/2 (c - e_t)^T Q_t (c - e_t): [..., model] -> [..., task]."""
+    apart = weights.unsqueeze(-2) - torch.eye(len(forms), dtype=torch.float64)
+    return torch.einsum("...ti,tij,...tj->...t", apart, forms, apart) / 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 64])
@@ -107,21 +112,6 @@ def test_without_a_base_weights_that_sum_to_one_have_the_same_loss() -> None:
     torch.testing.assert_close(without, with_base, rtol=1e-9, atol=0)
 
 
-def test_tasks_may_be_fewer_than_models_and_candidates_many() -> None:
-    base, models, fishers = problem(4, 30)
-    own = [2, 0]
-    forms = quadratic_forms(models, [fishers[i] for i in own], base)
-    weights = random(5, 1000, 4, seed=3)
-    found = loss_increases(forms, weights, own)
-    assert found.shape == (5, 1000, 2)
-    for place in [(0, 0), (4, 999)]:
-        merged = combined(base, models, weights[place].tolist())
-        wanted = [increase(merged, models[i], fishers[i]) for i in own]
-        assert found[place].tolist() == pytest.approx(wanted, rel=1e-9)
-    with pytest.raises(ValueError, match="4 owners and weights"):
-        loss_increases(forms, weights, [0, 1, 2, 3])
-
-
 def test_pieces_add_up_to_the_same_bits_in_any_order() -> None:
     base, models, fishers = problem(2, 90)
     found = {}
@@ -142,10 +132,6 @@ def test_pieces_add_up_to_the_same_bits_in_any_order() -> None:
     torch.testing.assert_close(forward.total(), 2 * whole, rtol=1e-12, atol=0)
 
 
-def objective(forms: Tensor, weights: Tensor, priorities: Sequence[float]) -> Tensor:
-    return loss_increases(forms, weights) @ torch.tensor(priorities, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("priorities", [(1.0, 1.0, 1.0), (5.0, 0.1, 1.0), (0.0, 0.0, 2.0)])
 @pytest.mark.parametrize("seed", range(5))
 def test_no_point_of_a_grid_on_the_simplex_is_better(
@@ -153,14 +139,14 @@ def test_no_point_of_a_grid_on_the_simplex_is_better(
 ) -> None:
     base, models, fishers = problem(3, 25, seed=100 * seed)
     models[1] = base + 3 * (models[0] - base) + 0.3 * (models[1] - base)  # near a line
-    forms = quadratic_forms(models, fishers, base)
-    best = best_weights(forms, priorities)
+    forms = quadratic_forms(models, fishers, base) * torch.tensor(priorities)[:, None, None]
+    best = best_weights(forms, on_simplex=True)
     assert min(best) >= 0 and sum(best) == pytest.approx(1, abs=1e-9)
     grid = torch.tensor(
         [(i, j, 100 - i - j) for i in range(101) for j in range(101 - i)], dtype=torch.float64
     )
-    values = objective(forms, grid / 100, priorities)
-    mine = float(objective(forms, torch.tensor(best), priorities))
+    values = loss_increases(forms, grid / 100).sum(-1)
+    mine = float(loss_increases(forms, torch.tensor(best, dtype=torch.float64)).sum())
     scale = float(values.max())
     assert mine <= float(values.min()) + 1e-9 * scale
     assert mine >= float(values.min()) - 1e-2 * scale  # the grid is fine enough to come near
@@ -188,7 +174,7 @@ def test_on_the_simplex_it_is_the_best_of_all_faces(models: int, seed: int) -> N
                 weights = torch.zeros(models, dtype=torch.float64)
                 weights[face] = c
                 least = min(least, float(loss_increases(forms, weights).sum()))
-    best = torch.tensor(best_weights(forms), dtype=torch.float64)
+    best = torch.tensor(best_weights(forms, on_simplex=True), dtype=torch.float64)
     assert float(best.min()) >= 0 and float(best.sum()) == pytest.approx(1, abs=1e-9)
     assert float(loss_increases(forms, best).sum()) == pytest.approx(least, rel=1e-7, abs=1e-12)
 
@@ -196,22 +182,24 @@ def test_on_the_simplex_it_is_the_best_of_all_faces(models: int, seed: int) -> N
 def test_free_weights_are_where_the_slope_is_zero() -> None:
     base, models, fishers = problem(4, 50)
     forms = quadratic_forms(models, fishers, base)
+    forms *= torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None]
     best = torch.tensor(
-        best_weights(forms, (1, 2, 3, 4), on_simplex=False), dtype=torch.float64, requires_grad=True
+        best_weights(forms, on_simplex=False), dtype=torch.float64, requires_grad=True
     )
-    (slope,) = torch.autograd.grad(objective(forms, best, (1, 2, 3, 4)), best)
+    (slope,) = torch.autograd.grad(loss_increases(forms, best).sum(), best)
     assert slope.abs().max() < 1e-8 * forms.max()
     assert abs(float(best.detach().sum()) - 1) > 1e-3
     nearby = best.detach() + 1e-3 * random(1000, 4, seed=2)
-    values = objective(forms, nearby, (1, 2, 3, 4))
-    assert bool((values > objective(forms, best.detach(), (1, 2, 3, 4))).all())
+    values = loss_increases(forms, nearby).sum(-1)
+    assert bool((values > loss_increases(forms, best.detach()).sum()).all())
 
 
 @pytest.mark.parametrize("on_simplex", [True, False])
 def test_one_task_alone_has_its_own_model(on_simplex: bool) -> None:
     base, models, fishers = problem(3, 50)
-    forms = quadratic_forms(models, [fishers[2]], base)
-    best = best_weights(forms, own=[2], on_simplex=on_simplex)
+    nothing = torch.zeros_like(base)
+    forms = quadratic_forms(models, [nothing, nothing, fishers[2]], base)
+    best = best_weights(forms, on_simplex=on_simplex)
     assert best == pytest.approx([0, 0, 1], abs=1e-6)
 
 

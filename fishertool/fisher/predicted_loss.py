@@ -80,23 +80,3 @@ def loss_increases_of(
             apart = flat[part].double() - own[part].double()
             increases[task] += torch.dot(apart * curvature[part], apart) / 2
     return increases
-
-
-def loss_increases(forms: Tensor, weights: Tensor, own: Sequence[int] | None = None) -> Tensor:
-    """1/2 (c - e_t)^T Q_t (c - e_t) for all c at once: [..., model] -> [..., task], float64.
-
-    forms  Q of `quadratic_forms`, or summed over pieces, [task, model, model]
-    own    the model of each task; task t is model t's if None
-
-    For forms made without a base every c must sum to one. Raises ValueError where the shapes
-    do not fit.
-    """
-    tasks, models = forms.shape[:2]
-    owners = range(tasks) if own is None else own
-    if len(owners) != tasks or weights.shape[-1] != models:
-        raise ValueError(
-            f"{len(owners)} owners and weights {list(weights.shape)} for forms {list(forms.shape)}"
-        )
-    chosen = torch.eye(models, dtype=torch.float64)[list(owners)]
-    apart = weights.double().unsqueeze(-2) - chosen
-    return torch.einsum("...ti,tij,...tj->...t", apart, forms, apart) / 2

@@ -1,7 +1,5 @@
 """The merge weights of least predicted loss, in closed form."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -9,28 +7,18 @@ DAMPING = 1e-10
 """Of the mean diagonal: where weights make no difference, those nearest to equal ones are taken."""
 
 
-def best_weights(
-    forms: Tensor,
-    priorities: Sequence[float] | None = None,
-    own: Sequence[int] | None = None,
-    *,
-    on_simplex: bool = True,
-) -> list[float]:
-    """The c that minimizes sum_t p_t 1/2 (c - e_t)^T Q_t (c - e_t).
+def best_weights(forms: Tensor, *, on_simplex: bool) -> list[float]:
+    """The c that minimizes sum_t 1/2 (c - e_t)^T Q_t (c - e_t).
 
-    forms       Q, [task, model, model], as in `fisher.predicted_loss`
-    priorities  p, one a task and at least 0; all 1 if None
-    own         the model of each task; task t is model t's if None
+    forms       Q, [task, model, model], as in `fisher.predicted_loss`; task t is model t's
     on_simplex  c at least 0 and summing to 1; else any c, which needs forms made with a base
 
-    Free: (sum_t p_t Q_t) c = sum_t p_t Q_t e_t. On the simplex: the same under its constraints,
-    exactly, by an active set.
+    Free: (sum_t Q_t) c = sum_t Q_t e_t. On the simplex: the same under its constraints, exactly, by
+    an active set.
     """
-    tasks, models = forms.shape[:2]
-    p = torch.tensor([1.0] * tasks if priorities is None else priorities, dtype=torch.float64)
-    weighted = forms * p[:, None, None]
-    matrix = weighted.sum(0)
-    right = sum(form[:, i] for form, i in zip(weighted, own or range(tasks), strict=True))
+    models = len(forms)
+    matrix = forms.sum(0)
+    right = sum(form[:, task] for task, form in enumerate(forms))
     unit = float(matrix.diagonal().mean()) or 1.0
     matrix = matrix / unit + DAMPING * torch.eye(models, dtype=torch.float64)
     right = right / unit + DAMPING / models
