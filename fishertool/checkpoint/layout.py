@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 from fishertool.checkpoint.dtypes import BITS, FLOATING, torch_name
@@ -35,18 +34,23 @@ class Layout:
     """None where one file holds everything."""
 
     @property
+    def tensors(self) -> list[TensorInfo]:
+        """In the order in which they lie in the files."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.elements for shard in self.shards for tensor in shard.tensors)
+        return sum(tensor.elements for tensor in self.tensors)
 
     @property
     def dtype(self) -> str:
         """What most weights have, as config.json calls it."""
         totals: dict[str, int] = {}
-        for tensor in chain.from_iterable(shard.tensors for shard in self.shards):
+        for tensor in self.tensors:
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
         floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
         return torch_name(max(floating or totals, key=lambda dtype: totals[dtype]))
@@ -93,7 +97,7 @@ def lay_out(
 
 def _index(layout: Layout) -> dict[str, Any]:
     weight_map = {tensor.name: shard.file for shard in layout.shards for tensor in shard.tensors}
-    total_size = sum(tensor.nbytes for shard in layout.shards for tensor in shard.tensors)
+    total_size = sum(tensor.nbytes for tensor in layout.tensors)
     return {
         "metadata": {"total_parameters": layout.parameters, "total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),

@@ -49,9 +49,6 @@ class _Plan:
     """By folder."""
     allow_nonfinite: bool
 
-    def outputs(self) -> list[TensorInfo]:
-        return [tensor for shard in self.layout.shards for tensor in shard.tensors]
-
 
 def densify(
     model: str,
@@ -159,7 +156,7 @@ def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[Fi
         def one(piece: Piece) -> None:
             writer.write(piece.name, _piece(plan, piece), piece.start)
 
-        stream(pieces(plan.outputs()), one, threads, advance)
+        stream(pieces(plan.layout.tensors), one, threads, advance)
         digests = writer.finish()
     config = plan.checkpoint.config()
     del config["quantization_config"]
@@ -207,7 +204,7 @@ def _check_finite(plan: _Plan, name: str, values: Tensor) -> None:
 
 def _rows(plan: _Plan) -> list[dict[str, Any]]:
     rows = []
-    for tensor in plan.outputs():
+    for tensor in plan.layout.tensors:
         row: dict[str, Any] = {
             "name": tensor.name,
             "shape": list(tensor.shape),

@@ -163,8 +163,8 @@ def _write(
     track: Track,
 ) -> None:
     """Write the merge, or what it changes in a base, and tell of it."""
-    total = sum(tensor.elements for tensor in plan.outputs())
     report.summary = merge_report.summary(plan)
+    total = plan.layout.parameters
     with report.phase("merge"), track("Merging", total, "weights") as advance:
         if lora is not None:
             files, told = write_lora(plan, lora, folder, advance)
@@ -184,7 +184,7 @@ def _write(
 def _with_optimal_weights(
     plan: MergePlan, free: bool, threads: int, report: Report, track: Track
 ) -> MergePlan:
-    total = sum(tensor.elements for tensor in plan.outputs())
+    total = plan.layout.parameters
     with report.phase("predict"), track("Predicting", total, "weights") as advance:
         forms = gather_forms(plan, threads, advance).total()
     return plan.with_weights(best_weights(forms, on_simplex=not free))

@@ -207,9 +207,8 @@ def _write(
     threads: int,
     track: Track,
 ) -> tuple[list[FileDigest], dict[str, int]]:
-    total = sum(info.elements for shard in plan.layout.shards for info in shard.tensors)
     with (
-        track("Writing", total, "weights") as advance,
+        track("Writing", plan.layout.parameters, "weights") as advance,
         open_checkpoint(outcome.pruned, STEM) as pruned,
     ):
         digests, zeros = write_pruned(plan, pruned, trained, folder, threads, advance)

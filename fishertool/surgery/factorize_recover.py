@@ -84,9 +84,8 @@ def recover_factors(
             seed=how.data.seed, advance=advance,
         )  # fmt: skip
         with CheckpointWriter(trained, layout) as writer, torch.no_grad():
-            tensors = [tensor for shard in layout.shards for tensor in shard.tensors]
             factors = {name for name in parameters if name.rpartition(".")[0].endswith(FACTORS)}
-            for tensor in tensors:
+            for tensor in layout.tensors:
                 if tensor.name in factors:
                     values = parameters[tensor.name].to("cpu", TORCH[tensor.dtype])
                     check_trained(tensor.name, values)

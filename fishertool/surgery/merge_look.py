@@ -23,7 +23,7 @@ GROUP_TENSORS = 32
 
 def groups(plan: MergePlan) -> Iterator[list[TensorInfo]]:
     """The output's tensors in their order, in groups that are looked at and merged in turn."""
-    outputs = list(plan.outputs())
+    outputs = plan.layout.tensors
     if plan.method.whole is None:
         yield outputs
         return

@@ -23,7 +23,7 @@ def open_lora(plan: MergePlan, base: str, rank: int) -> LoraWriter:
     Raises InputError for a base that lacks a tensor of the merge, or has it in another shape.
     """
     source = plan.inputs.sources[plan.inputs.references.index(base)]
-    outputs = plan.outputs()
+    outputs = plan.layout.tensors
     if lost := [info.name for info in outputs if info.name not in source]:
         raise InputError(f"{source.folder}: lacks {some(lost)}, which the merge has; {WAY_OUT}")
     for info in outputs:
@@ -40,7 +40,7 @@ def write_lora(
 ) -> tuple[list[FileDigest], dict[str, dict[str, Any]]]:
     """Merge a tensor at a time and write what differs from the base; what became of each by name."""
     told: dict[str, dict[str, Any]] = {}
-    for info in plan.outputs():
+    for info in plan.layout.tensors:
         if not info.elements:
             told[info.name] = {"action": "as-base"}
             continue

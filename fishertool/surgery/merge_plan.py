@@ -87,9 +87,6 @@ class MergePlan:
         """The model that config, companion files and tensors left alone are taken from."""
         return self.inputs.sources[0]
 
-    def outputs(self) -> list[TensorInfo]:
-        return [tensor for shard in self.layout.shards for tensor in shard.tensors]
-
     @property
     def predicts(self) -> bool:
         """Whether every model of a merge of whole models tells how its loss on an example depends on

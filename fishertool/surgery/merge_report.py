@@ -45,7 +45,7 @@ def rows(plan: MergePlan, more: Mapping[str, Mapping[str, Any]]) -> list[dict[st
             "action": plan.targets[tensor.name].action,
             **more.get(tensor.name, {}),
         }
-        for tensor in plan.outputs()
+        for tensor in plan.layout.tensors
     ]
 
 
@@ -72,7 +72,9 @@ def forecast_adapter(plan: MergePlan, lora: LoraWriter, threads: int, out: Path)
     """Likewise of a merge that is written as an adapter, where all tensors differ from the base's."""
     found, most = forecast(plan, threads, out), lora.most_bytes
     found |= {"bytes_to_write": most, "shards": 1}
-    found["bytes_to_read"] += sum(lora.base.info(tensor.name).nbytes for tensor in plan.outputs())
+    found["bytes_to_read"] += sum(
+        lora.base.info(tensor.name).nbytes for tensor in plan.layout.tensors
+    )
     found["estimated_peak_bytes"] += most
     return found
 

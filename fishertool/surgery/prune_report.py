@@ -73,9 +73,7 @@ def summary_of(
         "moment_damping": recipe.moment_damping if recipe.inverts_moment else None,
         "predicted_loss_change": None if None in predicted else sum(predicted),
         "bytes": plan.layout.nbytes,
-        "bytes_in_memory": sum(
-            info.nbytes for shard in plan.layout.shards for info in shard.tensors
-        ),
+        "bytes_in_memory": sum(info.nbytes for info in plan.layout.tensors),
         "runtime_gain": NOTHING_GAINED,
     }
 

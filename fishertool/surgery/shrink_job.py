@@ -147,7 +147,7 @@ def _summary(plan: ShrinkPlan, trust_remote_code: bool) -> dict[str, Any]:
     """Sizes before and after; multiplications are those of the layers inside the blocks."""
     checkpoint, recipe = plan.checkpoint, plan.recipe
     shapes = plan.units.shapes(checkpoint, plan.kept)
-    infos = [checkpoint.info(info.name) for shard in plan.layout.shards for info in shard.tensors]
+    infos = [checkpoint.info(info.name) for info in plan.layout.tensors]
     small = [replace(info, shape=shapes.get(info.name, info.shape)) for info in infos]
     layers = layers_of(checkpoint, trust_remote_code)
     inside = {
@@ -178,15 +178,14 @@ def _rows(plan: ShrinkPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
     cut = plan.units.shapes(plan.checkpoint, plan.kept)
     figures = {} if outcome is None else outcome.figures
     rows = []
-    for shard in plan.layout.shards:
-        for info in shard.tensors:
-            row = {"name": info.name, "shape": list(info.shape), "dtype": info.dtype}
-            if info.name in cut:
-                before = list(plan.checkpoint.info(info.name).shape)
-                row |= {"action": "prune", "shape_before": before, **figures.get(info.name, {})}
-            else:
-                row |= {"action": "keep"}
-            rows.append(row)
+    for info in plan.layout.tensors:
+        row = {"name": info.name, "shape": list(info.shape), "dtype": info.dtype}
+        if info.name in cut:
+            before = list(plan.checkpoint.info(info.name).shape)
+            row |= {"action": "prune", "shape_before": before, **figures.get(info.name, {})}
+        else:
+            row |= {"action": "keep"}
+        rows.append(row)
     return rows
 
 

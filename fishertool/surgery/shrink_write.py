@@ -42,26 +42,25 @@ def write_shrunk(
         for cut in (block.join, *block.read)
     }
     with CheckpointWriter(place, plan.layout) as writer:
-        for shard in plan.layout.shards:
-            for info in shard.tensors:
-                if info.name in outcome.joining and not trained:
-                    new = outcome.joining[info.name]
-                    values = new.T if plan.units.turned else new
-                else:
-                    values = checkpoint[info.name]
-                    if info.name in trained:
-                        now = trained[info.name].detach().cpu()
-                        refitted = info.name in outcome.joining
-                        values = now if refitted else as_stored(now, values)
-                    if info.name in cuts:
-                        values = _cut(values, *cuts[info.name])
-                values = values.to(TORCH[info.dtype])
-                if not allow_nonfinite and info.name in trained:
-                    check_trained(info.name, values)
-                elif not allow_nonfinite:
-                    check_finite(checkpoint, info.name, values)
-                writer.write(info.name, values.contiguous())
-                advance(info.elements)
+        for info in plan.layout.tensors:
+            if info.name in outcome.joining and not trained:
+                new = outcome.joining[info.name]
+                values = new.T if plan.units.turned else new
+            else:
+                values = checkpoint[info.name]
+                if info.name in trained:
+                    now = trained[info.name].detach().cpu()
+                    refitted = info.name in outcome.joining
+                    values = now if refitted else as_stored(now, values)
+                if info.name in cuts:
+                    values = _cut(values, *cuts[info.name])
+            values = values.to(TORCH[info.dtype])
+            if not allow_nonfinite and info.name in trained:
+                check_trained(info.name, values)
+            elif not allow_nonfinite:
+                check_finite(checkpoint, info.name, values)
+            writer.write(info.name, values.contiguous())
+            advance(info.elements)
         digests = writer.finish()
     dtype = torch_name(checkpoint.info(plan.units.blocks[0].join.name).dtype)
     write_config(checkpoint.folder, place, dtype, plan.units.changes(plan.kept))
