@@ -20,6 +20,7 @@ from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out, parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -30,7 +31,7 @@ from fishertool.models.names import empty_model
 from fishertool.models.sentence import weights_folder
 from fishertool.progress import Advance, Track, silent
 from fishertool.report import Files, Report, environment, options_of, public_name
-from fishertool.surgery.output import checkpoint_output, code_left_out
+from fishertool.surgery.output import checkpoint_output, code_left_out, row_of
 
 
 @dataclass(frozen=True)
@@ -195,26 +196,17 @@ def _piece(plan: _Plan, piece: Piece) -> Tensor:
 
 
 def _check_finite(plan: _Plan, name: str, values: Tensor) -> None:
-    if not plan.allow_nonfinite and not all_finite(values):
-        raise InputError(
-            f"{plan.checkpoint.where(name)}: has NaN or Inf; repair it, or go on with "
-            "--allow-nonfinite"
-        )
+    if not plan.allow_nonfinite:
+        check_finite(plan.checkpoint, name, values)
 
 
 def _rows(plan: _Plan) -> list[dict[str, Any]]:
-    rows = []
-    for tensor in plan.layout.tensors:
-        row: dict[str, Any] = {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "dtype": tensor.dtype,
-            "action": "densify" if tensor.name in plan.factors else "keep",
-        }
-        if tensor.name in plan.factors:
-            row["rank"] = plan.factors[tensor.name][0].rank
-        rows.append(row)
-    return rows
+    return [
+        row_of(tensor, "densify", rank=plan.factors[tensor.name][0].rank)
+        if tensor.name in plan.factors
+        else row_of(tensor, "keep")
+        for tensor in plan.layout.tensors
+    ]
 
 
 def _summary(plan: _Plan) -> dict[str, Any]:

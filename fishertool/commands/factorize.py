@@ -33,10 +33,9 @@ from fishertool.surgery.factorize_recover import Finetuning, recover_factors, tr
 from fishertool.surgery.factorize_report import rows_of, summary_of
 from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all, decomposing
 from fishertool.surgery.factorize_write import write_factorized
-from fishertool.surgery.output import checkpoint_output, code_left_out
+from fishertool.surgery.output import BASE_RSS_BYTES, checkpoint_output, code_left_out
 
 METHODS = "fishertool.factorization"
-BASE_RSS_BYTES = 400_000_000
 DOUBLES = 8
 """Matrices of a layer's size that a decomposition holds at once."""
 UNMEASURED = (

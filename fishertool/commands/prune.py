@@ -29,7 +29,12 @@ from fishertool.report import (
     options_of,
     public_name,
 )
-from fishertool.surgery.output import checkpoint_output, code_left_out
+from fishertool.surgery.output import (
+    BASE_RSS_BYTES,
+    checkpoint_output,
+    code_left_out,
+    row_of,
+)
 from fishertool.surgery.prune_plan import PrunePlan, check_bank, mask_name, plan_prune
 from fishertool.surgery.prune_recipe import resolve_recipe
 from fishertool.surgery.prune_report import rows_of, summary_of, updates_of, warnings_of
@@ -42,7 +47,6 @@ from fishertool.surgery.shrink_job import Examples, shrink
 from fishertool.surgery.shrink_plan import check_structured, structured_recipe
 
 WORK = "work"
-BASE_RSS_BYTES = 400_000_000
 DOUBLES = 8
 """Matrices of the largest layer's size that a step holds at once."""
 
@@ -229,15 +233,7 @@ def _needed_bytes(plan: PrunePlan, data: DataOptions | None) -> dict[str, int]:
 
 def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: Path) -> Report:
     report.status = "dry-run"
-    report.tensors = [
-        {
-            "name": matrix.key,
-            "shape": list(matrix.info.shape),
-            "dtype": matrix.dtype,
-            "action": "prune",
-        }
-        for matrix in plan.matrices
-    ]
+    report.tensors = [row_of(matrix.info, "prune") for matrix in plan.matrices]
     largest = max(matrix.elements for matrix in plan.matrices)
     recipe, shapes = plan.recipe, [matrix.shape for matrix in plan.matrices]
     kept = kept_of_all(shapes, recipe.pattern, recipe.sparsity, recipe.budget)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fishertool.factorization.rank import Ranks, parameters, total
 from fishertool.surgery.factorize_plan import FactorizePlan
+from fishertool.surgery.output import row_of
 
 
 def rows_of(
@@ -19,30 +20,19 @@ def rows_of(
     low_rank = plan.format == "low-rank"
     for matrix in plan.matrices:
         rank = ranks[matrix.key]
-        row: dict[str, Any] = {
-            "name": matrix.key,
-            "shape": list(matrix.info.shape),
-            "dtype": matrix.dtype,
-            "action": "keep" if rank is None else "factorize",
-            "parameters_before": matrix.elements,
-            "parameters_after": parameters(matrix.shape, rank if low_rank else None),
-        }
+        row = row_of(
+            matrix.info,
+            "keep" if rank is None else "factorize",
+            parameters_before=matrix.elements,
+            parameters_after=parameters(matrix.shape, rank if low_rank else None),
+        )
         if rank is None:
             row["why"] = "at break-even: factors would have no fewer parameters"
         else:
             row |= {"rank": rank, **figures.get(matrix.key, {})}
         found.setdefault(matrix.name, []).append(row)
     for name, why in plan.kept.items():
-        info = plan.checkpoint.info(name)
-        found[name] = [
-            {
-                "name": name,
-                "shape": list(info.shape),
-                "dtype": info.dtype,
-                "action": "keep",
-                "why": why,
-            }
-        ]
+        found[name] = [row_of(plan.checkpoint.info(name), "keep", why=why)]
     return [row for name in plan.checkpoint for row in found.get(name, [])]
 
 

@@ -13,8 +13,7 @@ from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
 from fishertool.report import Files, Output
 from fishertool.surgery.merge_plan import MergePlan
-
-BASE_RSS_BYTES = 400_000_000
+from fishertool.surgery.output import BASE_RSS_BYTES, row_of
 
 
 def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
@@ -38,13 +37,7 @@ def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
 def rows(plan: MergePlan, more: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row a tensor of the output, with what there is more to tell of it."""
     return [
-        {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "dtype": tensor.dtype,
-            "action": plan.targets[tensor.name].action,
-            **more.get(tensor.name, {}),
-        }
+        {**row_of(tensor, plan.targets[tensor.name].action), **more.get(tensor.name, {})}
         for tensor in plan.layout.tensors
     ]
 

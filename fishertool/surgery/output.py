@@ -3,13 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fishertool.checkpoint.companions import Companions
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import some
 from fishertool.report import Output
+
+BASE_RSS_BYTES = 400_000_000
+"""What the process takes before it holds a weight."""
+
+
+def row_of(tensor: TensorInfo, action: str, **more: Any) -> dict[str, Any]:
+    """What became of a tensor, as all reports tell it."""
+    about = {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype}
+    return {**about, "action": action, **more}
 
 
 def checkpoint_output(

@@ -9,6 +9,7 @@ from typing import Any
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import some
 from fishertool.pruning.parts.masks import overlap
+from fishertool.surgery.output import row_of
 from fishertool.surgery.prune_plan import SUMMED_STACK, UNREACHED, PrunePlan, mask_name
 from fishertool.surgery.prune_run import Outcome
 from fishertool.surgery.prune_stage import STEM
@@ -33,22 +34,19 @@ def rows_of(
     with open_checkpoint(outcome.pruned, STEM) as pruned, open_checkpoint(magnitude, STEM) as plain:
         for info in plan.parts:
             name = info.name
-            row: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
-            if name in by_key:
-                matrix = by_key[name]
-                mask = matrix.upright(pruned[mask_name(name)])
-                common, kept = overlap(mask, plain[name])
-                row |= {
-                    "action": "prune",
-                    "kept": kept,
-                    "sparsity": 1 - kept / matrix.elements,
-                    "zeros": zeros[name] / matrix.elements,
-                    "overlap_with_magnitude": common / kept if kept else 1.0,
-                    **outcome.figures.get(name, {}),
-                }
-            else:
-                row |= {"action": "keep", "why": plan.kept[name]}
-            rows.append(row)
+            if name not in by_key:
+                rows.append(row_of(info, "keep", why=plan.kept[name]))
+                continue
+            matrix = by_key[name]
+            mask = matrix.upright(pruned[mask_name(name)])
+            common, kept = overlap(mask, plain[name])
+            found = {
+                "kept": kept,
+                "sparsity": 1 - kept / matrix.elements,
+                "zeros": zeros[name] / matrix.elements,
+                "overlap_with_magnitude": common / kept if kept else 1.0,
+            }
+            rows.append(row_of(info, "prune", **found | outcome.figures.get(name, {})))
     return rows
 
 

@@ -19,7 +19,7 @@ from fishertool.models.loading import load_model
 from fishertool.progress import Track
 from fishertool.pruning.parts.units import features_of
 from fishertool.report import Files, Report, data_files, public_name
-from fishertool.surgery.output import checkpoint_output, code_left_out
+from fishertool.surgery.output import checkpoint_output, code_left_out, row_of
 from fishertool.surgery.prune_trial import UNMEASURED, Trial, open_trial, plan_trial
 from fishertool.surgery.shrink import Outcome, put, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
@@ -179,13 +179,11 @@ def _rows(plan: ShrinkPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
     figures = {} if outcome is None else outcome.figures
     rows = []
     for info in plan.layout.tensors:
-        row = {"name": info.name, "shape": list(info.shape), "dtype": info.dtype}
-        if info.name in cut:
-            before = list(plan.checkpoint.info(info.name).shape)
-            row |= {"action": "prune", "shape_before": before, **figures.get(info.name, {})}
-        else:
-            row |= {"action": "keep"}
-        rows.append(row)
+        if info.name not in cut:
+            rows.append(row_of(info, "keep"))
+            continue
+        before = list(plan.checkpoint.info(info.name).shape)
+        rows.append(row_of(info, "prune", shape_before=before, **figures.get(info.name, {})))
     return rows
 
 
