@@ -7,12 +7,12 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fishertool import __version__
 from fishertool.paths import expanded
@@ -34,8 +34,13 @@ class Files:
 
     id: str
     role: str
-    files: list[dict[str, Any]] = field(default_factory=list)
+    files: list[dict[str, Any]]
     """Each with file, bytes and sha256."""
+
+    @classmethod
+    def of(cls, name: str, role: str, digests: Iterable[Any]) -> Self:
+        """From the FileDigest of each."""
+        return cls(name, role, list(map(asdict, digests)))
 
     @property
     def bytes(self) -> int:
@@ -50,6 +55,12 @@ class Output:
     dtype: str
     companions: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, digests: Sequence[Any], parameters: int, dtype: str, **more: list[str]) -> Self:
+        """From the FileDigest of each file."""
+        nbytes = sum(one.bytes for one in digests)
+        return cls(list(map(asdict, digests)), nbytes, parameters, dtype, **more)
 
 
 @dataclass

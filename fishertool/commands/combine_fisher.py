@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -140,4 +139,4 @@ def _copy_members(folder: Path, partial: Partial, writer: BankWriter) -> Files:
 
 
 def _files(tensors: Checkpoint) -> Files:
-    return Files(tensors.folder.name, "part", list(map(asdict, tensors.digests())))
+    return Files.of(tensors.folder.name, "part", tensors.digests())

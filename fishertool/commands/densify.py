@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,7 @@ def densify(
             ):
                 digests = _write(plan, folder, threads, step)
             with report.phase("digest"):
-                files = list(map(asdict, checkpoint.digests()))
-                report.inputs = [Files(public_name(model), "model", files)]
+                report.inputs = [Files.of(public_name(model), "model", checkpoint.digests())]
             report.output = checkpoint_output(plan.layout, digests, plan.companions[top])
             report.warnings += code_left_out(checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")

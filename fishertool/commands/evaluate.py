@@ -1,7 +1,6 @@
 """`fishertool evaluate`: measure a model, alone or against another, with gates for CI."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -71,8 +70,7 @@ def evaluate(
     torch.set_num_threads(threads)
 
     def load_one(checkpoint: Checkpoint, source: str, role: str) -> LoadedModel:
-        files = list(map(asdict, checkpoint.digests()))
-        report.inputs.append(Files(public_name(source), role, files))
+        report.inputs.append(Files.of(public_name(source), role, checkpoint.digests()))
         loaded = load_model(checkpoint, chosen, device, trust_remote_code, data.scale)
         report.warnings += [told for told in loaded.warnings if told not in report.warnings]
         return loaded

@@ -286,12 +286,9 @@ def _forecast(
 
 
 def _input_files(plan: FactorizePlan, model: str, fisher: str | None) -> list[Files]:
-    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    found = [Files.of(public_name(model), "model", plan.checkpoint.digests())]
     if fisher is not None:
-        files = [
-            asdict(digest)
-            for tensors, _ in plan.statistics.kinds.values()
-            for digest in tensors.digests()
-        ]
-        found.append(Files(public_name(fisher), "fisher", files))
+        kinds = plan.statistics.kinds.values()
+        digests = [one for tensors, _ in kinds for one in tensors.digests()]
+        found.append(Files.of(public_name(fisher), "fisher", digests))
     return found

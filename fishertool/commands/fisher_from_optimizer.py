@@ -1,7 +1,6 @@
 """`fishertool estimate-fisher --from-optimizer`: Adam's second moments -> Fisher sidecar."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -98,8 +97,7 @@ def fisher_from_optimizer(
             size = parse_size(max_shard_size)
             write_kinds(place, header, shapes, wanted, stored, size, report)
             statistics = next(iter(stored.values())).statistics.values()
-            files = list(map(asdict, checkpoint.digests()))
-            report.inputs += [Files(public_name(model), "model", files)]
+            report.inputs.append(Files.of(public_name(model), "model", checkpoint.digests()))
             report.inputs += data_files(str(optimizer))
             report.summary = {
                 "kind": ",".join(settings.kinds),

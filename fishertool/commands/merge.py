@@ -18,7 +18,7 @@ from fishertool.recipe.inputs import WEIGHT, normalised, spelled_alike, weighted
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.write import plain, renamed
 from fishertool.registry import Method, find_method, suggest
-from fishertool.report import Report, data_files, environment, options_of
+from fishertool.report import Output, Report, data_files, environment, options_of
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
 from fishertool.searching.weights import MergesJudge, agreement, judged_by
@@ -169,7 +169,7 @@ def _write(
         if lora is not None:
             files, told = write_lora(plan, lora, folder, advance)
             report.tensors = merge_report.rows(plan, told)
-            report.output = merge_report.adapter_output(files, lora.parameters)
+            report.output = Output.of(files, lora.parameters, "float32")
             report.summary |= {"parameters": lora.parameters, "bytes": report.output.bytes}
             return
         written = write_merge(plan, folder, threads, advance)

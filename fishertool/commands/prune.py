@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +250,10 @@ def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: P
 def _input_files(
     plan: PrunePlan, model: str, fisher: str | None, general: str | None
 ) -> list[Files]:
-    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    found = [Files.of(public_name(model), "model", plan.checkpoint.digests())]
     if plan.statistics is not None:
         for source, kinds in ((fisher, plan.statistics.kinds), (general, plan.statistics.general)):
             if source is not None:
-                files = [asdict(one) for tensors, _ in kinds.values() for one in tensors.digests()]
-                found.append(Files(public_name(source), "fisher", files))
+                digests = [one for tensors, _ in kinds.values() for one in tensors.digests()]
+                found.append(Files.of(public_name(source), "fisher", digests))
     return found

@@ -1,7 +1,7 @@
 """From complete sums to a sidecar, or to one part of it: the files, and what the report says."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -126,12 +126,7 @@ def write_part(
 
 
 def _output(layouts: Sequence[Layout], files: Sequence[FileDigest], dtype: str) -> Output:
-    return Output(
-        list(map(asdict, files)),
-        sum(file.bytes for file in files),
-        sum(layout.parameters for layout in layouts),
-        dtype,
-    )
+    return Output.of(files, sum(layout.parameters for layout in layouts), dtype)
 
 
 def _check_filled(stored: Mapping[str, Stored]) -> None:

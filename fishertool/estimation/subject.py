@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -82,10 +81,10 @@ class Subject:
 
     def files(self) -> list[Files]:
         """All that was read, with digests."""
-        found = [Files(public_name(self.source.model), "model", _digests(self.checkpoint))]
+        found = [Files.of(public_name(self.source.model), "model", self.checkpoint.digests())]
         if self.source.adapter and self.adapter:
             name = public_name(self.source.adapter)
-            found.append(Files(name, "adapter", _digests(self.adapter.tensors)))
+            found.append(Files.of(name, "adapter", self.adapter.tensors.digests()))
         return [*found, *data_files(self.data.data)]
 
 
@@ -225,7 +224,3 @@ def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:
                 f"{checkpoint.folder}: tensor {name} has NaN or Inf; repair it, "
                 "or go on with --allow-nonfinite"
             )
-
-
-def _digests(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    return list(map(asdict, checkpoint.digests()))

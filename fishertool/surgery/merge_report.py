@@ -1,17 +1,15 @@
 """What a merge tells of itself."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.staging import free_bytes
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
-from fishertool.report import Files, Output
+from fishertool.report import Files
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.output import BASE_RSS_BYTES, row_of
 
@@ -72,11 +70,6 @@ def forecast_adapter(plan: MergePlan, lora: LoraWriter, threads: int, out: Path)
     return found
 
 
-def adapter_output(files: Sequence[FileDigest], parameters: int) -> Output:
-    nbytes = sum(file.bytes for file in files)
-    return Output(list(map(asdict, files)), nbytes, parameters, "float32")
-
-
 def input_files(plan: MergePlan) -> list[Files]:
     """Everything that was read, with digests."""
     models = set(plan.inputs.models)
@@ -92,6 +85,6 @@ def input_files(plan: MergePlan) -> list[Files]:
         for number, sidecar in kind.items()
     ]
     return [
-        Files(public_reference(reference), role, list(map(asdict, source.digests())))
+        Files.of(public_reference(reference), role, source.digests())
         for reference, role, source in found
     ]

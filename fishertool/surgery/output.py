@@ -1,7 +1,6 @@
 """What a transformation wrote, as its report tells it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ def checkpoint_output(
     layout: Layout, digests: Sequence[FileDigest], companions: Companions
 ) -> Output:
     """A checkpoint as it was written."""
-    return Output(
-        list(map(asdict, digests)),
-        sum(one.bytes for one in digests),
+    return Output.of(
+        digests,
         layout.parameters,
         layout.dtype,
-        list(companions.copied),
-        list(companions.left_out),
+        companions=list(companions.copied),
+        left_out=list(companions.left_out),
     )
 
 

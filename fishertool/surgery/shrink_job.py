@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,5 +188,5 @@ def _rows(plan: ShrinkPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
 
 
 def _inputs(plan: ShrinkPlan, model: str, examples: Examples | None) -> list[Files]:
-    found = [Files(public_name(model), "model", list(map(asdict, plan.checkpoint.digests())))]
+    found = [Files.of(public_name(model), "model", plan.checkpoint.digests())]
     return found + ([] if examples is None else data_files(examples.options.data))
