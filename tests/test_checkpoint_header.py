@@ -181,13 +181,18 @@ def test_header_over_the_cap_is_refused_unread(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_cap_is_inclusive(tmp_path: Path) -> None:
+CAP = "fishertool.checkpoint.header.MAX_HEADER_BYTES"
+
+
+def test_cap_is_inclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(GOOD)
     cap = len(GOOD) - 16
-    assert "w" in read_header(path, max_header_bytes=cap).tensors
+    monkeypatch.setattr(CAP, cap)
+    assert "w" in read_header(path).tensors
+    monkeypatch.setattr(CAP, cap - 1)
     with pytest.raises(InputError, match=f"has {cap} bytes, more than the {cap - 1} allowed"):
-        read_header(path, max_header_bytes=cap - 1)
+        read_header(path)
 
 
 def test_half_bytes_that_fill_bytes_are_read(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Header:
     """Bytes before the first tensor."""
 
 
-def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+def read_header(path: Path) -> Header:
     """Read and check the header of one file.
 
     Raises InputError, naming the file and the tensor, unless: the file is a regular file; its header
@@ -80,9 +80,9 @@ def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
                 f"{path}: truncated or not a safetensors file ({size} bytes cannot hold its header); "
                 "fetch it again"
             )
-        if length > max_header_bytes:
+        if length > MAX_HEADER_BYTES:
             raise InputError(
-                f"{path}: its header has {length} bytes, more than the {max_header_bytes} allowed"
+                f"{path}: its header has {length} bytes, more than the {MAX_HEADER_BYTES} allowed"
             )
         text = file.read(length)
     try:

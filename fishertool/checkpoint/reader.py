@@ -15,7 +15,6 @@ from torch import Tensor
 from fishertool.checkpoint.digest import FileDigest, RunningDigest
 from fishertool.checkpoint.dtypes import TORCH, as_bytes
 from fishertool.checkpoint.header import (
-    MAX_HEADER_BYTES,
     Header,
     TensorInfo,
     has_control_characters,
@@ -32,9 +31,9 @@ SAMPLE_BYTES = 512
 class Shard:
     """One open safetensors file; reads are positioned, so threads share it."""
 
-    def __init__(self, path: Path, max_header_bytes: int):
+    def __init__(self, path: Path):
         self.path = path
-        self.header: Header = read_header(path, max_header_bytes)
+        self.header: Header = read_header(path)
         self._file = path.open("rb")
         self.digest = RunningDigest(path, self._file.fileno())
         self.digest.feed(0, memoryview(self._file.read(self.header.nbytes)))
@@ -186,9 +185,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return config
 
 
-def open_checkpoint(
-    folder: Path, stem: str = "model", max_header_bytes: int = MAX_HEADER_BYTES
-) -> Checkpoint:
+def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
     """Open `<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` names.
 
     Reads headers only. Raises InputError for what read_header refuses, and for an index that
@@ -213,7 +210,7 @@ def open_checkpoint(
             if not path.exists():
                 raise InputError(f"{index}: names {name}, which is missing; fetch it again")
             check_link(path)
-            shards.append(Shard(path, max_header_bytes))
+            shards.append(Shard(path))
             opened.callback(shards[-1].close)
         _check_tensors(index, weight_map, shards)
         opened.pop_all()
