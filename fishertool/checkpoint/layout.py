@@ -12,6 +12,8 @@ from fishertool.checkpoint.header import TensorInfo, encode_header
 from fishertool.errors import UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+ONE_FILE = 1 << 62
+"""A limit for shards that leaves everything in one."""
 
 
 @dataclass(frozen=True)

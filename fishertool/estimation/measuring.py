@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.estimation.bank import Bank, members_of, open_bank
 from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish
@@ -16,8 +17,6 @@ from fishertool.fisher.estimate import estimate
 from fishertool.fisher.kinds import Gathering
 from fishertool.progress import Advance
 from fishertool.report import Report
-
-ONE_SHARD = 1 << 62
 
 
 def write_statistics(
@@ -31,7 +30,7 @@ def write_statistics(
         if "rank-one" in settings.kinds:
             members = members_of(work.units, settings.group)
             bank = opened.enter_context(
-                open_bank(folder, job, loaded.parameters, members, ONE_SHARD)
+                open_bank(folder, job, loaded.parameters, members, ONE_FILE)
             )
         gathering = Gathering(
             settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
@@ -39,7 +38,7 @@ def write_statistics(
         worker = Worker(job, 0, gathering, bank.members if bank else ())
         run(loaded, settings, worker, work.units, advance)
         writer, report = bank.writer if bank else None, Report("estimate-fisher", {})
-        finish(folder, worker, writer, report, shard_bytes=ONE_SHARD, check=True)
+        finish(folder, worker, writer, report, shard_bytes=ONE_FILE, check=True)
 
 
 def loss_of(loaded: LoadedSubject) -> float:

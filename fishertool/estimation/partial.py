@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.layout import Layout
+from fishertool.checkpoint.layout import ONE_FILE, Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError
 from fishertool.fisher.header import FisherHeader
@@ -20,8 +20,6 @@ from fishertool.sidecar import PARTIAL, write_tensors
 
 KEY = "fishertool.partial"
 FORMAT = 1
-ONE_FILE = 1 << 62
-"""Not cut into shards, so that one rename replaces it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ class Partial:
 def write_partial(
     folder: Path, partial: Partial, sums: Mapping[str, Tensor], stem: str = PARTIAL
 ) -> tuple[Layout, list[FileDigest]]:
+    """In one file, so that one rename replaces it."""
     return write_tensors(folder, stem, partial.to_metadata(), sums, ONE_FILE)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
 from fishertool.models.adapters import CONFIG, PREFIX, STEM, is_turned
@@ -28,7 +29,6 @@ PEFT_TASKS = {
     "Model": "FEATURE_EXTRACTION",
 }
 """How an architecture's name ends -> what peft calls its task."""
-ONE_FILE = 2**63 - 1
 
 
 def low_rank_difference(merged: Tensor, base: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

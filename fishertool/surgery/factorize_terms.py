@@ -11,7 +11,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.layout import lay_out
+from fishertool.checkpoint.layout import ONE_FILE, lay_out
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.stream import Piece, stream
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -113,7 +113,7 @@ def decompose_all(
     ]
     spectra: dict[str, Tensor] = {}
     matrices = {matrix.key: matrix for matrix in plan.matrices}
-    with CheckpointWriter(folder, lay_out(infos, 1 << 62, stem=STEM)) as writer:
+    with CheckpointWriter(folder, lay_out(infos, ONE_FILE, stem=STEM)) as writer:
 
         def one(piece: Piece) -> None:
             matrix = matrices[piece.name]

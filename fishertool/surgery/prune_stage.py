@@ -13,7 +13,7 @@ from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.json_files import load_json
-from fishertool.checkpoint.layout import lay_out
+from fishertool.checkpoint.layout import ONE_FILE, lay_out
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -25,7 +25,6 @@ from fishertool.surgery.prune_statistics import Statistics
 from fishertool.surgery.prune_trial import Trial
 
 STEM, NOTES = "tensors", "notes.json"
-ONE_FILE = 1 << 62
 
 
 @dataclass

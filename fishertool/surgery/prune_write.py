@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, collect, pieces
@@ -19,7 +20,6 @@ from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
 from fishertool.sidecar import write_tensors
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
-from fishertool.surgery.prune_stage import ONE_FILE
 
 MASK_STEM, MASK_KEY = "pruning_mask", "fishertool.mask"
 
