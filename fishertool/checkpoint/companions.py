@@ -77,6 +77,12 @@ def find_companions(folder: Path) -> Companions:
     return Companions(tuple(copied), tuple(left_out))
 
 
+def find_in_folders(top: Path, checkpoint: Path) -> dict[Path, Companions]:
+    """Those of a model's folder `top`, and of the one in it that has the checkpoint, if that is
+    another; by folder."""
+    return {folder: find_companions(folder) for folder in dict.fromkeys([top, checkpoint])}
+
+
 def same_file(one: Path, other: Path) -> bool:
     """Whether `other` is there with the bytes of `one`."""
     return other.is_file() and cmp(one, other, shallow=False)
@@ -92,8 +98,7 @@ def copy_companions(folder: Path, companions: Companions, out: Path) -> None:
 def copy_from_folders(
     top: Path, checkpoint: Path, companions: Mapping[Path, Companions], out: Path
 ) -> None:
-    """Copy those of a model's folder `top`, and of the one in it that has the checkpoint, if that
-    is another: of what lies there, only its own go along."""
+    """Copy what `find_in_folders` found: of what lies in the checkpoint's, only its own go along."""
     inside = checkpoint.relative_to(top).as_posix()
     for source, found in companions.items():
         copied = found.copied

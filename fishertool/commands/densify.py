@@ -12,7 +12,7 @@ from fishertool import hub
 from fishertool.checkpoint.companions import (
     Companions,
     copy_from_folders,
-    find_companions,
+    find_in_folders,
     write_json,
 )
 from fishertool.checkpoint.digest import FileDigest
@@ -144,7 +144,7 @@ def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfini
             sources[new] = name
             outputs.append(replace(info, name=new))
     layout = lay_out(outputs, max_shard_bytes)
-    companions = {place: find_companions(place) for place in dict.fromkeys([top, folder])}
+    companions = find_in_folders(top, folder)
     return _Plan(top, checkpoint, factors, sources, layout, companions, allow_nonfinite)
 
 

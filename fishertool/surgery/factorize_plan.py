@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_companions
+from fishertool.checkpoint.companions import Companions, find_in_folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.dtypes import COMPUTED
 from fishertool.checkpoint.header import TensorInfo
@@ -159,7 +159,7 @@ def plan_factorize(
     statistics.check(chosen.inputs, matrices)
     plan = FactorizePlan(
         top, checkpoint, chosen, statistics, budget, form, matrices, layers, kept,
-        {folder: find_companions(folder) for folder in dict.fromkeys([top, checkpoint.folder])},
+        find_in_folders(top, checkpoint.folder),
         allow_nonfinite, max_shard_bytes,
     )  # fmt: skip
     budget.check_rank(plan.shapes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_companions
+from fishertool.checkpoint.companions import Companions, find_in_folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.header import TensorInfo
@@ -115,12 +115,11 @@ def plan_prune(
         for matrix in matrices_of(checkpoint, layers[name])
     ]
     _check_pattern(checkpoint, recipe, selected)
-    folders = dict.fromkeys([top, checkpoint.folder])
     plan = PrunePlan(
         top, checkpoint, recipe, statistics, selected,
         {name: kept[name] for name in names if name in kept},
         lay_out([checkpoint.info(name) for name in names], max_shard_bytes),
-        {folder: find_companions(folder) for folder in folders}, allow_nonfinite,
+        find_in_folders(top, checkpoint.folder), allow_nonfinite,
     )  # fmt: skip
     if statistics is not None:
         plan = plan.without(statistics.unreached(selected))

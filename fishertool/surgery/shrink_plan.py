@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_companions
+from fishertool.checkpoint.companions import Companions, find_in_folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.layout import Layout, lay_out
@@ -147,8 +147,7 @@ def plan_shrink(
         for name in checkpoint
         if name not in copies
     ]
-    folders = dict.fromkeys([top, checkpoint.folder])
     return ShrinkPlan(
         top, checkpoint, recipe, units, kept, lay_out(infos, max_shard_bytes),
-        {folder: find_companions(folder) for folder in folders},
+        find_in_folders(top, checkpoint.folder),
     )  # fmt: skip
