@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.surgery import prune_run
-from fishertool.surgery.prune_trial import opened_statistics
+from fishertool.surgery.prune_statistics import Statistics, open_kind
 
 GATE_UP, DOWN = (f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
 STACKS = "*.mlp.experts.*_proj"
@@ -289,7 +289,8 @@ def test_experts_that_a_later_step_does_not_reach_go_by_size(
             return estimated(opened, trial, recipe, here, track)
         with open_checkpoint(here.with_name("step-1") / "pruned", "tensors") as pruned:
             halves.update((name, pruned[name]) for name in pruned)
-        return opened_statistics(opened, tmp_path / "few", recipe.kinds)
+        few = tmp_path / "few"
+        return Statistics({kind: open_kind(opened, few, kind) for kind in recipe.kinds})
 
     monkeypatch.setattr(prune_run, "_estimated", later_by_few)
     flags = ("--method", method, "--data", data, "--include", "*.down_proj*", "--steps", 2)

@@ -21,10 +21,10 @@ from fishertool.models.layers import Layer, layers_of
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
 from fishertool.selection import select
-from fishertool.sidecar import check_fits, open_diagonal, open_sidecar
+from fishertool.sidecar import check_fits
 from fishertool.surgery.matrix import Matrix, matrices_of
 from fishertool.surgery.prune_recipe import TOO_SMALL, Recipe
-from fishertool.surgery.prune_statistics import Opened, Statistics
+from fishertool.surgery.prune_statistics import Opened, Statistics, open_kind
 
 SUMMED_STACK = "a stack of experts, over which a factored Fisher is summed"
 UNREACHED = "an expert that no token reached"
@@ -123,7 +123,7 @@ def plan_prune(
     )  # fmt: skip
     if statistics is not None:
         plan = plan.without(statistics.unreached(selected))
-        statistics.check(recipe, plan.matrices)
+        statistics.check(plan.matrices)
         if "rank-one" in recipe.kinds:
             check_bank(recipe, statistics.members)
     elif "activation" in recipe.kinds:
@@ -138,19 +138,13 @@ def _open_statistics(
 
     Raises InputError for one that lacks a kind, or is of another checkpoint.
     """
-    found = []
-    for source in (fisher, general):
-        kinds: dict[str, Opened] = {}
-        for kind in recipe.kinds if source is not None else ():
-            assert source is not None
-            folder = hub.resolve(source)
-            tensors, header = (
-                open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
-            )
-            opened.enter_context(tensors)
+    found: list[dict[str, Opened]] = [{}, {}]
+    for source, kinds in zip((fisher, general), found, strict=True):
+        if source is None:
+            continue
+        for kind in recipe.kinds:
+            tensors, header = kinds[kind] = open_kind(opened, hub.resolve(source), kind)
             check_fits(tensors, header, model)
-            kinds[kind] = tensors, header
-        found.append(kinds)
     return Statistics(*found)
 
 

@@ -15,9 +15,9 @@ from fishertool.progress import Track
 from fishertool.surgery.prune_plan import PrunePlan
 from fishertool.surgery.prune_recipe import Recipe
 from fishertool.surgery.prune_stage import STEM, Step
-from fishertool.surgery.prune_statistics import Statistics
+from fishertool.surgery.prune_statistics import Statistics, open_kind
 from fishertool.surgery.prune_step import run_step
-from fishertool.surgery.prune_trial import Trial, opened_statistics
+from fishertool.surgery.prune_trial import Trial
 
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What `--damping auto` tries."""
@@ -66,7 +66,7 @@ def run_prune(
                 if number == 1:
                     plan = plan.without(unreached)
                 reached = [one for one in plan.matrices if one.key not in unreached]
-                statistics.check(recipe, reached, trial.calibration.texts.name)
+                statistics.check(reached, trial.calibration.texts.name)
             now = outcome.recipe.schedule[number - 1]
             step = Step(plan, now, statistics, before, seed, trial)
             if recipe.has_damping and recipe.damping is None and number == 1:
@@ -121,7 +121,7 @@ def _estimated(
         with track("Estimating", count, "examples") as advance:
             trial.estimate(partial, recipe.kinds, advance)
         partial.rename(folder)
-    return opened_statistics(opened, folder, recipe.kinds)
+    return Statistics({kind: open_kind(opened, folder, kind) for kind in recipe.kinds})
 
 
 def _try_dampings(step: Step, trial: Trial, here: Path, track: Track) -> list[dict[str, float]]:

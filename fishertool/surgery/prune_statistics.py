@@ -1,6 +1,7 @@
 """What a pruning method asks of sidecars, and one matrix's part of it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from fishertool.fisher.columns import (
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.rank_one import RankOneFisher, mean_fisher
 from fishertool.pruning.method import Fisher
-from fishertool.sidecar import StoredGradients, read_activation, read_diagonal
+from fishertool.sidecar import (
+    StoredGradients,
+    open_diagonal,
+    open_sidecar,
+    read_activation,
+    read_diagonal,
+)
 from fishertool.surgery.matrix import Matrix
 from fishertool.surgery.prune_recipe import KINDS, Recipe, aligned
 
@@ -81,9 +88,7 @@ class Statistics:
             return self._mean([matrix]) > 0
         return kind != "activation" or matrix.expert is None or self._moment(matrix) is not None
 
-    def check(
-        self, recipe: Recipe, matrices: Sequence[Matrix], estimated_on: str | None = None
-    ) -> None:
+    def check(self, matrices: Sequence[Matrix], estimated_on: str | None = None) -> None:
         """Refuse matrices that a kind tells nothing about, or nothing but zero; by the name of the
         data, where they were `estimated_on` some. From headers, but for stacks of experts."""
         for kinds in (self.kinds, self.general):
@@ -271,6 +276,13 @@ class Statistics:
     def _count(self, fisher: RankOneFisher) -> None:
         self.fallbacks += len(fisher.fallbacks)
         self.clamped += fisher.clamped
+
+
+def open_kind(opened: ExitStack, folder: Path, kind: str) -> Opened:
+    """One kind of a sidecar; a diagonal also as its rows' and columns' sums."""
+    found = open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
+    opened.enter_context(found[0])
+    return found
 
 
 def _diagonal(tensors: Checkpoint, matrix: Matrix) -> Tensor:

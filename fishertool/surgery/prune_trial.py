@@ -26,9 +26,7 @@ from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.recovery import recover
 from fishertool.progress import Advance, Track
 from fishertool.report import Report
-from fishertool.sidecar import open_diagonal, open_sidecar
 from fishertool.surgery.matrix import Matrix
-from fishertool.surgery.prune_statistics import Opened, Statistics
 
 UNMEASURED = "nothing was measured: --data measures the loss on examples held out of it"
 
@@ -158,11 +156,3 @@ def open_trial(
         )
     parameters, _ = parameters_by_disk_name(loaded.model.pretrained, subject.checkpoint)
     return Trial(calibration, held, settings, parameters)
-
-
-def opened_statistics(opened: ExitStack, folder: Path, kinds: Sequence[str]) -> Statistics:
-    found: dict[str, Opened] = {}
-    for kind in kinds:
-        found[kind] = open_diagonal(folder) if kind == "diagonal" else open_sidecar(folder, kind)
-        opened.enter_context(found[kind][0])
-    return Statistics(found)
