@@ -34,7 +34,7 @@ class Reader:
         limit: int,
         labels: Mapping[str, int] | None,
         cut: bool,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int] | None,
     ):
         self.options, self.tokenizer, self.limit, self.labels = options, tokenizer, limit, labels
         self.columns: list[str] = rows.column_names

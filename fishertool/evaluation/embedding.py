@@ -40,10 +40,10 @@ def measure_embedding(
     model: LoadedModel,
     data: CalibrationData,
     *,
-    against: LoadedModel | None = None,
-    batch_size: int = 8,
-    advance: Callable[[int], None] = lambda examples: None,
-    warn: Callable[[str], None] = lambda told: None,
+    against: LoadedModel | None,
+    batch_size: int,
+    advance: Callable[[int], None],
+    warn: Callable[[str], None],
 ) -> dict[str, float]:
     """ndcg_at_10, mrr and loss of queries, or sts_spearman of sentences with a score.
 

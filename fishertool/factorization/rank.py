@@ -39,15 +39,15 @@ def total(shapes: Shapes, ranks: Mapping[str, int | None]) -> int:
     return sum(parameters(shapes[name], rank) for name, rank in ranks.items())
 
 
-def least(shapes: Shapes, multiple: int = 1) -> int:
+def least(shapes: Shapes, multiple: int) -> int:
     """The smallest budget that can be met."""
     return total(shapes, {name: settle(0, shape, multiple) for name, shape in shapes.items()})
 
 
-def settle(rank: int, shape: Shape, multiple: int = 1) -> int | None:
+def settle(rank: int, shape: Shape, multiple: int) -> int | None:
     """A rank rounded down to a multiple, one at least; None where nothing would be saved.
 
-    >>> settle(100, (384, 384), 8), settle(192, (384, 384)), settle(0, (384, 384), 8)
+    >>> settle(100, (384, 384), 8), settle(192, (384, 384), 1), settle(0, (384, 384), 8)
     (96, None, 8)
     """
     if rank >= break_even(shape) or not largest_saving(shape, multiple):
@@ -55,7 +55,7 @@ def settle(rank: int, shape: Shape, multiple: int = 1) -> int | None:
     return max(rank // multiple * multiple, multiple)
 
 
-def fixed(shapes: Shapes, rank: int, multiple: int = 1) -> Ranks:
+def fixed(shapes: Shapes, rank: int, multiple: int) -> Ranks:
     """One rank for all."""
     return {name: settle(rank, shape, multiple) for name, shape in shapes.items()}
 

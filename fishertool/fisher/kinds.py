@@ -104,7 +104,7 @@ class Gathering:
         return found
 
 
-def stored_diagonal(diagonal: Diagonal, examples: int, complete: Complete = all_here) -> Stored:
+def stored_diagonal(diagonal: Diagonal, examples: int, complete: Complete) -> Stored:
     tensors = diagonal.mean(examples, complete)
     errors = diagonal.traces.standard_errors(examples)
     return Stored(
@@ -113,9 +113,7 @@ def stored_diagonal(diagonal: Diagonal, examples: int, complete: Complete = all_
     )
 
 
-def stored_factored(
-    source: Factored | Diagonal, examples: int, complete: Complete = all_here
-) -> Stored:
+def stored_factored(source: Factored | Diagonal, examples: int, complete: Complete) -> Stored:
     """From its own sums, or from a diagonal of the same pass."""
     if isinstance(source, Factored):
         sums = source.mean(examples, complete)

@@ -34,9 +34,7 @@ class SignedGradients:
     one_by_one = False
     by_autograd: frozenset[str] = frozenset()
 
-    def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], seed: int, shards: int = 1
-    ):
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], seed: int, shards: int):
         self._model = model
         self._parameters = dict(parameters)
         self._seed = seed

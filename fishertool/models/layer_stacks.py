@@ -13,7 +13,7 @@ def check_layers(
     source: TensorSource,
     changes: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
 ) -> None:
     """Refuse layers put together in an order that the config cannot describe.
 

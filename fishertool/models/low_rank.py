@@ -65,7 +65,7 @@ class Factors:
         return f"{self.module}.up.bias"
 
 
-def quantization_config(ranks: Mapping[str, int], embedding: str | None = None) -> dict[str, Any]:
+def quantization_config(ranks: Mapping[str, int], embedding: str | None) -> dict[str, Any]:
     """What config.json says of modules with these ranks, by their names on disk."""
     told = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
     return told if embedding is None else {**told, "embedding": embedding}

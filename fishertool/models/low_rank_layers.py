@@ -59,7 +59,7 @@ class LowRankLinear(LowRank):
 
     down: nn.Linear
 
-    def __init__(self, down: nn.Linear, up: nn.Linear, turned: bool = False):
+    def __init__(self, down: nn.Linear, up: nn.Linear, turned: bool):
         super().__init__(down, up)
         self.turned = turned
         """Whether the dense layer is a Conv1D, whose weight is [in, out]."""

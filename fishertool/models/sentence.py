@@ -99,7 +99,7 @@ class SentenceScorer(nn.Module):
     Source: van den Oord et al. 2018, arXiv 1807.03748; scale and cosine as sentence-transformers'.
     """
 
-    def __init__(self, transformer: nn.Module, pipeline: Pipeline | None, scale: float = SCALE):
+    def __init__(self, transformer: nn.Module, pipeline: Pipeline | None, scale: float):
         super().__init__()
         self.transformer = transformer
         self.scale = scale

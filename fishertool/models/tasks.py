@@ -144,7 +144,7 @@ def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
     return task
 
 
-def loading_task(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
+def loading_task(config: dict[str, Any], folder: Any, asked: str) -> Task:
     """The task that says how to load a checkpoint, whether or not its head can be scored.
 
     A sentence-transformers folder is an embedding model whatever its architecture, and so is a

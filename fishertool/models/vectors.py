@@ -24,7 +24,6 @@ def vectors_of(
     model: LoadedModel,
     texts: Sequence[Inputs],
     size: int | None = None,
-    advance: Callable[[int], None] = lambda texts: None,
     warn: Callable[[str], None] = lambda told: None,
 ) -> Tensor:
     """A unit vector a text, [text, feature], float32, on the CPU: that of an embedding model, or
@@ -50,7 +49,6 @@ def vectors_of(
     found: dict[int, Tensor] = {}
     for batch in micro_batches([example.length for example in examples], size=size):
         found |= zip(batch, run([examples[n] for n in batch]).float().cpu(), strict=True)
-        advance(len(batch))
     return torch.stack([found[n] for n in range(len(texts))])
 
 

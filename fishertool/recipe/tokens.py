@@ -35,7 +35,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    source: str = "union"
+    source: str
     """`union`, `base` or a model."""
     tokens: tuple[tuple[str, Token], ...] = ()
     pad_to_multiple_of: int | None = None

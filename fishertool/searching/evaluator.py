@@ -59,7 +59,7 @@ class Running:
     max_shard_bytes: int
     scratch: Path
     """In which a merge is written and loaded from, if it cannot be put into a model in memory."""
-    in_memory: bool = True
+    in_memory: bool
 
 
 class Evaluator:

@@ -26,11 +26,11 @@ class Sampling:
     sampler: str
     seed: int
     evaluations: int
-    startup: int = STARTUP
+    startup: int
     """Trials before a model of the objectives is made."""
-    batch: int = BATCH
+    batch: int
     """Trials that are chosen together, mmmo."""
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...]
     """Parts of mmmo that are left out."""
 
     @property

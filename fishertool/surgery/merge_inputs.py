@@ -53,9 +53,7 @@ class Inputs:
         return [self.references[number] for number in numbers]
 
 
-def open_inputs(
-    opened: ExitStack, recipe: Recipe, method: Method, beside: Sequence[str] = ()
-) -> Inputs:
+def open_inputs(opened: ExitStack, recipe: Recipe, method: Method, beside: Sequence[str]) -> Inputs:
     """Open each model and base once, and what is read `beside` them.
 
     Raises UsageError where the method takes other inputs, or a model has two sidecars.

@@ -35,7 +35,7 @@ class Passed:
 
 
 def merge_pass(
-    plan: MergePlan, put: Put, threads: int, advance: Advance, *, to_base: bool = False
+    plan: MergePlan, put: Put, threads: int, advance: Advance, *, to_base: bool
 ) -> Passed:
     """Merge every tensor of the plan, piece by piece; with `to_base`, compare it with the base."""
     increases, changes = PieceSums(), PieceSums()

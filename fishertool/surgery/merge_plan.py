@@ -147,7 +147,7 @@ def plan_merge(
     method: Method,
     max_shard_bytes: int,
     allow_nonfinite: bool,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
     beside: Sequence[str] = (),
 ) -> MergePlan:
     """Open everything, compare the headers, and decide what becomes of every tensor.

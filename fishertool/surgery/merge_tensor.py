@@ -67,9 +67,7 @@ def cut(plan: MergePlan, outputs: Iterable[TensorInfo]) -> Iterator[Piece]:
             yield from pieces([info])
 
 
-def merge_piece(
-    plan: MergePlan, piece: Piece, look: Look | None = None
-) -> tuple[Tensor, Part | None]:
+def merge_piece(plan: MergePlan, piece: Piece, look: Look | None) -> tuple[Tensor, Part | None]:
     """The rows of a piece in the output's dtype, and what they were merged from; None where not.
 
     look  needed where the method makes passes and the tensor is more than this piece
