@@ -1,7 +1,7 @@
 """`fishertool factorize`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -34,10 +34,10 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
+    method_settings,
     methods_flag,
     option,
     out_flag,
-    pairs,
     refuse,
     thread_count,
 )
@@ -145,11 +145,7 @@ def factorize(
         from fishertool.commands.factorize import factorize as command
         from fishertool.surgery.factorize_recover import Finetuning
 
-    chosen: dict[str, Any] = dict(pairs("--set", settings))
-    if sides is not None:
-        if "sides" in chosen:
-            raise UsageError("--sides and --set sides say it twice")
-        chosen["sides"] = sides
+    chosen = method_settings(settings, sides=sides)
     if (finetune_steps is None) != (data is None):
         raise UsageError("--finetune-steps and --data, what to train on, go together")
 

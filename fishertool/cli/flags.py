@@ -124,6 +124,17 @@ def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
     return pairs
 
 
+def method_settings(given: list[str] | None, **named: Any) -> dict[str, Any]:
+    """What `--set` gives, and what flags give that are `named` as settings; once each."""
+    chosen: dict[str, Any] = dict(pairs("--set", given))
+    for name, value in named.items():
+        if value is not None and name in chosen:
+            raise UsageError(f"--{name.replace('_', '-')} and --set {name} say it twice")
+        if value is not None:
+            chosen[name] = value
+    return chosen
+
+
 def limits(flag: str, given: list[str] | None) -> dict[str, float]:
     return {name: number(f"{flag} {name}", value) for name, value in pairs(flag, given).items()}
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import typer
 
-from fishertool.cli.flags import flags_of_data, is_given, number, pairs, refuse, set_defaults
+from fishertool.cli.flags import (
+    flags_of_data,
+    is_given,
+    method_settings,
+    number,
+    refuse,
+    set_defaults,
+)
 from fishertool.errors import UsageError
 from fishertool.registry import find_method
 
@@ -56,7 +63,9 @@ def recipe_of(context: typer.Context, config: Path | None) -> Any:
             recipe = replace(recipe, seed=flags["seed"])
     else:
         given = {name: flags[name] for name in parts if flags[name] is not None}
-        recipe = from_flags(**{"models": [], **given}, settings=_settings(flags))
+        named = {name: flags[name] for name in SETTINGS}
+        settings = method_settings(flags["settings"], **named)
+        recipe = from_flags(**{"models": [], **given}, settings=settings)
     if flags["dtype"] is not None:
         dtype = Value(flags["dtype"], "--dtype").word(DTYPES)
         recipe = replace(recipe, dtype=dtype)
@@ -97,13 +106,3 @@ def check_measuring(context: typer.Context) -> None:
         refuse(context, names, "needs --evaluate-on, the data to measure on")
     if context.params["search_weights"] is None:
         refuse(context, {"metric", "search_points"}, "needs --search-weights")
-
-
-def _settings(flags: dict[str, Any]) -> dict[str, Any]:
-    chosen: dict[str, Any] = dict(pairs("--set", flags["settings"]))
-    for name in SETTINGS:
-        if flags[name] is not None:
-            if name in chosen:
-                raise UsageError(f"--{name} and --set {name} say it twice")
-            chosen[name] = flags[name]
-    return chosen

@@ -1,7 +1,7 @@
 """`fishertool prune`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,16 +41,15 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
+    method_settings,
     methods_flag,
     option,
     out_flag,
-    pairs,
     refuse,
     thread_count,
 )
 from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
-from fishertool.errors import UsageError
 
 PRUNING_METHODS = "fishertool.pruning"
 USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")
@@ -209,11 +208,7 @@ def prune(
     with importing([model], threads, dry_run):
         from fishertool.commands.prune import prune as command
 
-    chosen: dict[str, Any] = dict(pairs("--set", settings))
-    if dai_form is not None:
-        if "dai_form" in chosen:
-            raise UsageError("--dai-form and --set dai_form say it twice")
-        chosen["dai_form"] = dai_form
+    chosen = method_settings(settings, dai_form=dai_form)
     if data is None:
         without = "without --data there is nothing to use it on"
         refuse(context, {*flags_of_data(), *USES_OF_DATA}, without)
