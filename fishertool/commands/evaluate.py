@@ -1,6 +1,7 @@
 """`fishertool evaluate`: measure a model, alone or against another, with gates for CI."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,27 +101,13 @@ def evaluate(
     with report.phase("evaluate"):
         passes = len(prepared.examples) * (1 if original is None else 2)
         with track("Evaluating", passes, "examples") as advance:
-            metrics = measure(
-                loaded,
-                chosen,
-                prepared,
-                against=original,
-                batch_size=batch_size,
-                device=device,
-                advance=advance,
-                warn=told.append,
-            )
+            measured = partial(
+                measure, task=chosen, data=prepared, labels=loaded.labels, batch_size=batch_size,
+                device=device, advance=advance, warn=told.append,
+            )  # fmt: skip
+            metrics = measured(loaded, against=original)
             if original is not None:
-                others = measure(
-                    original,
-                    chosen,
-                    prepared,
-                    labels=loaded.labels,
-                    batch_size=batch_size,
-                    device=device,
-                    advance=advance,
-                    warn=told.append,
-                )
+                others = measured(original)
     report.warnings += dict.fromkeys(told)
     report.summary = {**metrics, **count}
     report.evaluation = {"against": others or None, "gates": _gate_rows(gates, metrics, others)}
