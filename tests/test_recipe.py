@@ -11,7 +11,7 @@ from fishertool.errors import UsageError
 from fishertool.recipe.document import DEEPEST, MOST_BYTES, MOST_VALUES, read_document
 from fishertool.recipe.flags import from_flags
 from fishertool.recipe.inputs import normalised, weighted
-from fishertool.recipe.schema import Recipe, Slice, Source, is_recipe, parse_recipe, read_recipe
+from fishertool.recipe.schema import Recipe, Slice, Source, is_recipe, parse_recipe
 from fishertool.recipe.settings import Rule, Scalar, interpolate
 from fishertool.recipe.tokens import Token, TokenizerChoice, TokenRow
 from fishertool.recipe.write import to_yaml
@@ -122,6 +122,10 @@ def test_a_rule_alone_and_one_for_all_tensors() -> None:
 def test_what_is_null_is_not_given() -> None:
     found = parsed("base_model:\nparameters: {density: null, gamma: 1}\ndtype: ~\nseed:\n")
     assert found == parsed("parameters: {gamma: 1}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    return parse_recipe(read_document(path), str(path))
 
 
 @pytest.mark.parametrize("name", TEXTS)

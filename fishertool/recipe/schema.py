@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fishertool.recipe.document import Value, read_document
+from fishertool.recipe.document import Value
 from fishertool.recipe.references import parse_reference
 from fishertool.recipe.settings import Settings, parse_setting, rules_of
 from fishertool.recipe.tokens import TokenizerChoice, parse_source, parse_tokenizer
@@ -99,13 +98,11 @@ def is_recipe(content: Any) -> bool:
     return described or any(key in content for key in ("merge_method", "slices", "base_model"))
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a YAML file. Raises UsageError naming the file and the place in it."""
-    return parse_recipe(read_document(path), str(path))
-
-
 def parse_recipe(content: Any, where: str) -> Recipe:
-    """A recipe from plain data; `where` is the file that messages name."""
+    """A recipe from plain data; `where` is the file that messages name.
+
+    Raises UsageError naming the file and the place in it.
+    """
     document = Value(content, where)
     if isinstance(content, dict) and "modules" in content:
         raise document.error("modules are not supported; write models or slices")
