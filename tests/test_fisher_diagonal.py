@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from fishertool.calibration import Example
 from fishertool.errors import InputError
 from fishertool.fisher.batches import Batch
-from fishertool.fisher.diagonal import add_squares
-from fishertool.fisher.estimate import Estimate, estimate_diagonal
+from fishertool.fisher.diagonal import Diagonal, add_squares
+from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, Whole
 from fishertool.fisher.labels import Labels
 from fishertool.models.tasks import TASKS, collate
@@ -141,6 +142,26 @@ def _collate(kind: str) -> Callable[[Sequence[int]], Batch]:
     causal = kind in ("gpt2", "llama", "llama-tied")
     task, examples = TASKS["causal-lm" if causal else "sequence-classification"], _examples()
     return lambda indices: collate(task, examples, indices, PAD, "cpu")
+
+
+@dataclass
+class Estimate(Pass):
+    diagonal: dict[str, Tensor] = field(default_factory=dict)
+
+
+def estimate_diagonal(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    collate: Callable[[Sequence[int]], Batch],
+    order: Sequence[int],
+    batch_size: int,
+    **options: Any,
+) -> Estimate:
+    """Of the examples in this order; `options` are those of `estimate`."""
+    diagonal = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    done = estimate(model, parameters, collate, [batches], [diagonal], probe=order[-1], **options)
+    return Estimate(**vars(done), diagonal=dict(diagonal.mean(done.examples)))
 
 
 def _estimate(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from test_fisher_diagonal import estimate_diagonal
 from torch import Tensor, nn
 
 from fishertool.fisher.batches import Batch
-from fishertool.fisher.estimate import estimate_diagonal
 from fishertool.fisher.labels import (
     Labels,
     empirical,

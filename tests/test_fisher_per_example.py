@@ -5,13 +5,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from test_fisher_diagonal import assert_same, randomize, reference
+from test_fisher_diagonal import (
+    Estimate,
+    assert_same,
+    estimate_diagonal,
+    randomize,
+    reference,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.errors import FishertoolError
 from fishertool.fisher.batches import Batch
-from fishertool.fisher.estimate import Estimate, estimate_diagonal
 from fishertool.fisher.gradients import Gradient, rows_of
 from fishertool.fisher.per_example import PerExampleGradients
 

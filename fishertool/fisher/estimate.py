@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
 from fishertool.fisher.agreement import sees_padding
 from fishertool.fisher.batches import Batch, logits_of
-from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
 from fishertool.fisher.kronecker import InputMoments
@@ -238,27 +237,6 @@ class _Batches:
         self.done.touched.add(name)
         for statistic in self.statistics:
             statistic.add(name, parts)
-
-
-@dataclass
-class Estimate(Pass):
-    diagonal: dict[str, Tensor] = field(default_factory=dict)
-    """By parameter name, float32: the mean over examples of squared gradients of log p."""
-
-
-def estimate_diagonal(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    collate: Callable[[Sequence[int]], Batch],
-    order: Sequence[int],
-    batch_size: int,
-    **options: Any,
-) -> Estimate:
-    """The diagonal alone, of the examples in this order; `options` are those of `estimate`."""
-    diagonal = Diagonal({name: parameter.detach() for name, parameter in parameters.items()})
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = estimate(model, parameters, collate, [batches], [diagonal], probe=order[-1], **options)
-    return Estimate(**vars(done), diagonal=dict(diagonal.mean(done.examples)))
 
 
 def _split(indices: Sequence[int], one_by_one: bool, shards: int) -> Iterable[Sequence[int]]:
