@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import COMPUTED, FLOATING, TORCH
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
@@ -21,8 +21,6 @@ from fishertool.models.tasks import Task, fits_decoder
 from fishertool.registry import suggest
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-COMPUTED = ("F16", "BF16", "F32", "F64")
-"""Dtypes that models compute in."""
 POSITION_TABLES = ("position_embeddings", "embed_positions")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
