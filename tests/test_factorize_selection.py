@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TEMPLATED, Cli, Estimate, ModelMaker, make_text, make_tokenizer, write_rows
+from conftest import (
+    TEMPLATED,
+    Cli,
+    Estimate,
+    ModelMaker,
+    files_of,
+    make_text,
+    make_tokenizer,
+    weights_of,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 from test_factorize_command import rows_of
-from test_merge_command import files_of, weights_of
 from test_sentence import make_sentence_model
 from tiny import ARCHITECTURES
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, Cli, ModelMaker
+from conftest import VOCABULARY, Cli, ModelMaker, files_of, weights_of
 from safetensors.torch import load_file, save_file
 
 from fishertool.checkpoint.compare import settings_that_differ
@@ -20,22 +20,6 @@ from fishertool.checkpoint.dtypes import FLOATING, TORCH
 from fishertool.searching.weights import MergesJudge
 
 MakePair = Callable[..., tuple[Path, Path]]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which names when and on what it ran."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "fishertool_report.json"
-    }
 
 
 @pytest.fixture

@@ -9,17 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker
-from safetensors.torch import load_file
+from conftest import Cli, ModelMaker, weights_of
 
 from fishertool.surgery.merge_layers import config_of_layers, layer_of
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 def layer(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:

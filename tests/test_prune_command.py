@@ -1,6 +1,5 @@
 """`fishertool prune`, through the command line."""
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Cli, ModelMaker, make_text, make_tokenizer, write_rows
+from conftest import Cli, ModelMaker, files_of, make_text, make_tokenizer, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_sentence import make_sentence_model
@@ -33,15 +32,6 @@ FROM_DATA = ("wanda", "fisher", "obs", "mfac", "sparsegpt")
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which names when and on what it ran."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "fishertool_report.json"
-    }
 
 
 def is_pruned(name: str) -> bool:

