@@ -20,19 +20,18 @@ from transformers.core_model_loading import revert_weight_conversion
 from fishertool.calibration import Example
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.fisher.batches import Batch, micro_batches
-from fishertool.fisher.estimate import Pass, estimate
+from fishertool.fisher.estimate import Pass, estimate, estimate_diagonal
 from fishertool.fisher.factored import marginals
 from fishertool.fisher.function_calls import base_of, offset_in
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.kinds import Gathering, Stored
 from fishertool.models.names import parameters_by_disk_name
+from fishertool.models.tasks import LABELS as ANSWER
 from fishertool.models.tasks import TASKS, collate
 
 LENGTHS = (5, 2, 9, 4, 1, 7, 7, 3)
 BOUND = 1e-5
 EXPERTS = ("mixtral", "qwen3-moe")
-ONE_BY_ONE = ["t5"]
-"""Its relative position biases have no example dimension at all."""
 
 
 class Tiny(NamedTuple):
@@ -71,16 +70,20 @@ def _batch(kind: str, indices: Sequence[int]) -> Batch:
         pixels = pixels.to(torch.get_default_dtype())
         classes = torch.tensor(indices) % LABELS
         return Batch({"pixel_values": pixels}, classes, torch.ones_like(classes).bool(), indices)
-    examples = [Example({"input_ids": ids.tolist()}, n % LABELS, 0) for n, ids in enumerate(texts)]
+    both = "ForConditionalGeneration" in type(_tiny(kind).model).__name__
+    examples = [
+        Example(
+            {"input_ids": ids.tolist()} | ({ANSWER: texts[-1 - n].tolist()} if both else {}),
+            n % LABELS,
+            0,
+        )
+        for n, ids in enumerate(texts)
+    ]
+    if both:
+        return collate(TASKS["sequence-to-sequence"], examples, indices, 0, "cpu")
     classifies = "ForSequenceClassification" in type(_tiny(kind).model).__name__
     task = TASKS["sequence-classification" if classifies else "causal-lm"]
-    batch = collate(task, examples, indices, 0, "cpu")
-    if kind != "t5":
-        return batch
-    answers = [examples[-1 - n] for n in range(len(examples))]
-    decoder = collate(task, answers, indices, 0, "cpu")
-    inputs = {**batch.inputs, "decoder_input_ids": decoder.inputs["input_ids"]}
-    return Batch(inputs, decoder.targets, decoder.scored, indices)
+    return collate(task, examples, indices, 0, "cpu")
 
 
 @functools.cache
@@ -164,7 +167,7 @@ def test_is_exact(kind: str, size: int) -> None:
     done, stored, members = _gather(kind, size)
     exact = {name: _reference(kind).gradients[name] for name in _tiny(kind).views}
     diagonal = {name: gradients.square().mean(0) for name, gradients in exact.items()}
-    assert (done.by_autograd, done.one_by_one) == (set(), kind in ONE_BY_ONE)
+    assert (done.by_autograd, done.one_by_one) == (set(), False)
     assert_same(dict(stored["diagonal"].tensors), diagonal, BOUND)
     factored = stored["factored"].tensors
     for name, value in diagonal.items():
@@ -219,3 +222,26 @@ def test_experts_count_their_tokens(kind: str, size: int) -> None:
     first = "w1" if kind == "mixtral" else "gate_proj"
     ours = [count for name, count in done.tokens.items() if f".{first}." in name and count]
     assert sorted(ours) == counts
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_relative_biases_of_as_many_positions_as_examples_or_one(longest: int) -> None:
+    """Their ids are [query, key], which may look like [example, time] or [1, time]."""
+    model = copy.deepcopy(_tiny("t5").model)
+    examples = [
+        Example({"input_ids": [4 + n, 9, 5][:time], ANSWER: [6 + n, 8, 7][:time]}, None, 0)
+        for n, time in enumerate((longest, longest, 1))
+    ]
+    task = TASKS["sequence-to-sequence"]
+    alone, together = (
+        estimate_diagonal(
+            model,
+            dict(model.named_parameters()),
+            lambda indices: collate(task, examples, indices, 0, "cpu"),
+            range(3),
+            size,
+        )
+        for size in (1, 3)
+    )
+    assert not together.one_by_one
+    assert_same(together.diagonal, {n: one.double() for n, one in alone.diagonal.items()}, BOUND)

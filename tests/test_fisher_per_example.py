@@ -136,6 +136,45 @@ def shared_ids(toy: Toy, x: Tensor) -> Tensor:
     return mixed(x + toy.use("a", torch.arange(x.shape[1])[None].clamp(max=3)))
 
 
+def relative_biases(toy: Toy, x: Tensor) -> Tensor:
+    """As T5's and MPNet's: [query, key] ids, used in two layers, once in place."""
+    positions = torch.arange(TIME)
+    bias = toy.use("a", (positions[None] - positions[:, None]).clamp(-2, 2) + 2)
+    bias = bias.permute(2, 0, 1).unsqueeze(0)
+    scores = torch.einsum("bqd,bkd->bqk", x, x).unsqueeze(1)
+    y = (scores + bias).softmax(-1).mean(1) @ x
+    scores = scores.repeat(1, 2, 1, 1)
+    scores += bias.expand(len(x), -1, TIME, TIME).contiguous()
+    return mixed(y) + scores.softmax(-1).mean(1) @ x
+
+
+def two_tables(toy: Toy, x: Tensor) -> Tensor:
+    """Added up before they meet the examples."""
+    positions = torch.arange(TIME)
+    return mixed(x + (toy.use("a", positions[None]) + 2 * toy.use("b", positions[None] % 2)))
+
+
+def rotated(toy: Toy, x: Tensor) -> Tensor:
+    """As RoFormer's: one half of a table's columns and the other, each for pairs of features."""
+    table = toy.use("a", torch.arange(TIME))[None]
+    sine, cosine = (torch.stack([half, half], -1).reshape_as(table) for half in table.chunk(2, -1))
+    return mixed(x * torch.cos(sine) + x.flip(-1) * cosine)
+
+
+def time_first_positions(toy: Toy, x: Tensor) -> Tensor:
+    """Examples are second where the positions meet them."""
+    return mixed((x.transpose(0, 1) + toy.use("a", torch.arange(TIME))[:, None]).transpose(0, 1))
+
+
+def one_table_for_both(toy: Toy, x: Tensor) -> Tensor:
+    """Of ids of the examples, and of positions."""
+    return mixed(x + toy.use("a", (x[..., 0] > 0).long()) + toy.use("a", torch.arange(TIME)))
+
+
+def projected_positions(toy: Toy, x: Tensor) -> Tensor:
+    return mixed(x + toy.use("b", toy.use("a", torch.arange(TIME)[None])))
+
+
 def activated_in_place(toy: Toy, x: Tensor) -> Tensor:
     return toy.use("b", torch.relu_(toy.use("a", x)))
 
@@ -233,6 +272,32 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
     "tied padding": (lambda: with_embedding(nn.Embedding(WORDS, WIDTH, PADDING), True), [], False),
     "scaled": (lambda: with_embedding(ScaledEmbedding(WORDS, WIDTH)), [], False),
     "positions": (lambda: Toy(shared_ids, a=nn.Embedding(TIME, WIDTH)), [], False),
+    "positions alone": (
+        lambda: Toy(
+            lambda toy, x: mixed(x + toy.use("a", torch.arange(TIME))),
+            a=nn.Embedding(TIME, WIDTH, PADDING),
+        ),
+        [],
+        False,
+    ),
+    "relative biases": (lambda: Toy(relative_biases, a=nn.Embedding(5, 2)), [], False),
+    "two tables": (
+        lambda: Toy(two_tables, a=nn.Embedding(TIME, WIDTH), b=nn.Embedding(2, WIDTH)),
+        [],
+        False,
+    ),
+    "rotated": (lambda: Toy(rotated, a=nn.Embedding(TIME, WIDTH)), [], False),
+    "positions, time first": (
+        lambda: Toy(time_first_positions, a=nn.Embedding(TIME, WIDTH)),
+        [],
+        True,
+    ),
+    "one table": (lambda: Toy(one_table_for_both, a=nn.Embedding(TIME, WIDTH)), [], True),
+    "positions projected": (
+        lambda: Toy(projected_positions, a=nn.Embedding(TIME, WIDTH), b=linear()),
+        [],
+        False,
+    ),
     "in place": (lambda: Toy(activated_in_place, a=linear(bias=False), b=linear()), [], False),
     "in place, bias": (lambda: Toy(activated_in_place, a=linear(), b=linear()), [], False),
     "input changed": (

@@ -56,6 +56,8 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         vocab_size=len(VOCABULARY), dim=16, hidden_dim=32, n_layers=2, n_heads=2,
         max_position_embeddings=32,
     ),
+    "mpnet": _classifier("MPNet", **SIZE),
+    "roformer": _classifier("RoFormer", **SIZE),
     "modernbert": _classifier("ModernBert", **SIZE, cls_token_id=2, sep_token_id=3),
     "gpt2": make_gpt2,
     "opt": _make(

@@ -1,6 +1,8 @@
-"""Whether gradients formed by rules are those of plain autograd, and logits those without padding."""
+"""Whether gradients formed by rules are those of plain autograd, logits those without padding, and
+examples apart in what layers read."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -49,6 +51,39 @@ class Agreement:
             bound = TOLERANCE * (self._own.get(name, 0.0) + 1e-3 * self._all)
             if not _rms(error) <= bound * abs(factor):
                 self.differing.add(name)
+
+
+class FirstDimensions:
+    """Of what the calls of each parameter read and gave, with one example and then with two.
+
+    shared  embeddings -> whether their ids are as many for two, that is, have no example dimension
+    """
+
+    def __init__(self) -> None:
+        self.shared: dict[int, bool] = {}
+        self._sizes: tuple[dict[int, list[int]], ...] = (defaultdict(list), defaultdict(list))
+
+    def see(self, examples: int, keys: Sequence[int], reads: Tensor | None, output: Tensor) -> None:
+        """Raises RuntimeError if an embedding's ids are shared in one call and not in another."""
+        one, two = self._sizes
+        sizes = [len(each) for each in (reads, output) if each is not None and each.dim()]
+        for key in keys:
+            if examples == 1:
+                one[key] += sizes
+                continue
+            if reads is not None and reads.dim() and not reads.is_floating_point():
+                shared = one[key][len(two[key]) :][:1] == sizes[:1]
+                if self.shared.setdefault(key, shared) != shared:
+                    raise RuntimeError("ids of examples, and then of none")
+                if shared:
+                    sizes = [2 * size for size in sizes]
+            two[key] += sizes
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether two examples were twice as much everywhere."""
+        one, two = self._sizes
+        return all(sizes == [2 * size for size in one[key]] for key, sizes in two.items())
 
 
 def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:

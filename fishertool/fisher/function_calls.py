@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fishertool.fisher.functions import Argument, arguments
@@ -60,7 +59,6 @@ class FunctionCalls:
         self._module: nn.Module | None = None
         self._examples = 1
         self._example: int | None = None
-        self._rows = 1
         self._masks: Sequence[Tensor] = ()
         for module in model.modules():
             own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
@@ -101,7 +99,7 @@ class FunctionCalls:
     ) -> None:
         """Before each forward pass: how many examples, how many rows each, masks [row, time] with
         zeros at padding, and whether tokens count."""
-        self._examples, self._rows, self._counting = examples, examples * rows_each, counting
+        self._examples, self._counting = examples, counting
         self._masks = [mask.bool().flatten() for mask in masks if not bool(mask.all())]
 
     def add_tokens(self, parameters: Mapping[str, Tensor], totals: Sums) -> None:
@@ -172,9 +170,6 @@ class FunctionCalls:
         if self.paused or self._module is None:
             return function(*args, **kwargs)
         uses = [use for one in arguments(function, args, kwargs) if (use := self._use(one))]
-        if function is functional.embedding and uses and len(args[0]) == 1 and args[0].dim() > 1:
-            args = (args[0].expand(self._rows, *args[0].shape[1:]), *args[1:])
-            uses = [use for one in arguments(function, args, kwargs) if (use := self._use(one))]
         y = function(*args, **kwargs)
         for use in uses:
             if self._counting and use.argument.is_linear and _is_stack(use.module):

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fishertool.fisher.views import Part
 
-Form = Callable[[Tensor], Mapping[int, Part]]
-"""An output's gradient -> the gradient of each parameter, by id."""
+Form = Callable[[Tensor, int], Mapping[int, Part]]
+"""(gradient of an output, examples) -> the gradient of each parameter, by id."""
 
 
 class Expected:

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fishertool.errors import FishertoolError
-from fishertool.fisher.agreement import Agreement, equal_but_for_rounding
+from fishertool.fisher.agreement import (
+    Agreement,
+    FirstDimensions,
+    equal_but_for_rounding,
+)
 from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
 from fishertool.fisher.outputs import Expected, Form, made
+from fishertool.fisher.shared import Lookup, Shared
 from fishertool.fisher.views import Part, gradients_of, joined, views_by_parameter
 
 Forward = Callable[[int], Tensor]
@@ -58,8 +63,7 @@ class PerExampleGradients:
         self._received: dict[int, list[tuple[int, Part]]] = defaultdict(list)
         self._consume: Consume = lambda name, parts: None
         self._checking = False
-        self._leading: dict[int, list[int]] = {}
-        """While checking, parameter -> first dimensions of what its calls read and gave."""
+        self._dimensions = FirstDimensions()
         self._retain = False
         self._exit = ExitStack()
 
@@ -70,11 +74,8 @@ class PerExampleGradients:
         self.calls.listeners.append(self._on_use)
         self._exit.callback(self.calls.listeners.remove, self._on_use)
         for module in self.calls.rules:
-            for handle in (
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True),
-            ):
-                self._exit.callback(handle.remove)
+            handle = module.register_forward_hook(self._after, with_kwargs=True)
+            self._exit.callback(handle.remove)
         self.model.requires_grad_(False)
         return self
 
@@ -124,11 +125,10 @@ class PerExampleGradients:
         del logits, theirs
         self._checking = True
         differing = self._differing(forward, 1, rows_each, cotangent, exact)
-        twice = {key: [2 * size for size in sizes] for key, sizes in self._leading.items()}
         self.one_by_one |= bool(
             differing
             or self._differing(forward, 2, rows_each, cotangent, exact)
-            or any(twice.get(key) != sizes for key, sizes in self._leading.items())
+            or not self._dimensions.told_apart
         )
         self._leave_to_autograd(differing)
         self._checking = False
@@ -147,11 +147,10 @@ class PerExampleGradients:
         factors = [1.0, SECOND][:examples]
         agreement = Agreement(exact, named, factors)
         self._begin(examples, rows_each)
-        self._leading = defaultdict(list)
         self.calls.begin(examples, rows_each, counting=False)
         try:
             logits = forward(examples)
-        except RuntimeError:  # repeated ids where examples have no dimension of their own
+        except (RuntimeError, FishertoolError):  # examples have no dimension of their own
             if examples == 1:
                 raise
             return set(named)
@@ -206,27 +205,20 @@ class PerExampleGradients:
                 self.by_autograd.update(view.name for view in views)
                 views[0].parameter.requires_grad_(True)
 
-    def _before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Ids that all rows share, as position ids, are repeated so that rows stay apart."""
-        if isinstance(module, nn.Embedding) and args and self.rows > 1:
-            ids = args[0]
-            if ids.dim() > 1 and ids.shape[0] == 1:
-                return (ids.expand(self.rows, *ids.shape[1:]), *args[1:]), kwargs
-        return None
-
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         if self.calls.paused or not torch.is_grad_enabled():
             return None
-        x = (args[0] if args else next(iter(kwargs.values()))).detach().to(output.device)
+        given = args[0] if args else next(iter(kwargs.values()))
+        x = given.detach().to(output.device)
+        if isinstance(given, Shared):
+            x = x.expand(len(output), *x.shape[1:])
         own = {name: id(p) for name, p in module.named_parameters(recurse=False)}
         own = {name: key for name, key in own.items() if key in self._views}
-        rule, examples = self.calls.rules[module], self.examples
+        rule = self.calls.rules[module]
 
-        def form(delta: Tensor) -> dict[int, Part]:
+        def form(delta: Tensor, examples: int) -> dict[int, Part]:
             gradients = rule(module, x, delta, examples)
             return {
                 key: Part(gradients[name], 0, rows_of(self._views[key][0].parameter)[0])
@@ -239,9 +231,9 @@ class PerExampleGradients:
         key = id(use.parameter)
         if key not in self._views or not torch.is_grad_enabled():
             return output
-        examples = self.examples if use.example is None else 1
 
-        def form(delta: Tensor) -> dict[int, Part]:
+        def form(delta: Tensor, examples: int) -> dict[int, Part]:
+            examples = examples if use.example is None else 1
             gradient = use.argument.form(delta, examples)
             if isinstance(gradient, Whole):
                 width = rows_of(use.parameter)[1]
@@ -261,11 +253,16 @@ class PerExampleGradients:
         apart: bool = False,
     ) -> Tensor:
         """Wait for the gradient of a layer's output; what the model is to go on with."""
+
+        def listen(copies: Tensor, form: Form) -> Tensor:
+            return self._expect(what, reads, keys, form, copies, apart=True)
+
         if self._checking and not apart:
-            sizes = [len(one) for one in (reads, output) if one is not None and one.dim()]
-            for key in keys:
-                self._leading[key] += sizes
+            self._dimensions.see(self.examples, keys, reads, output)
         keys = [key for key in keys if key not in self._left]
+        if keys and not apart and self.examples > 1 and self._dimensions.shared.get(keys[0]):
+            lookup = Lookup(output.detach().requires_grad_(), form, self.rows, listen)
+            return Shared.of(lookup.output, lookup)
         if not output.requires_grad:  # the graph begins here; the sum keeps in-place changes legal
             output = output + output.new_zeros(()).requires_grad_()
         if keys:
@@ -287,7 +284,7 @@ class PerExampleGradients:
         assert call.form is not None
         self.calls.paused = True
         try:
-            parts = call.form(delta.detach())
+            parts = call.form(delta.detach(), self.examples)
         except (RuntimeError, ValueError):
             if not self._checking:
                 raise

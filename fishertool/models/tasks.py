@@ -58,7 +58,7 @@ def _labels(examples: Sequence[Example]) -> Tensor:
     """The decoder's targets, [example, time]: never as many columns as the encoder's input has,
     which is how tensors of the two are told apart."""
     labels = [example.inputs[LABELS] for example in examples]
-    longest = max(2, *map(len, labels))
+    longest = max(map(len, labels))
     return _padded(labels, UNSCORED, longest + (longest == _time(examples)))
 
 
@@ -209,10 +209,8 @@ def collate(
 
 
 def _time(examples: Sequence[Example]) -> int:
-    """Columns of the input: two at least for the models that may have a position bias as T5's,
-    which with one column would look like position ids that all rows share."""
-    least = 2 if LABELS in examples[0].inputs or examples[0].candidates else 0
-    return max(least, *(len(text["input_ids"]) for one in examples for text in one.texts))
+    """Columns of the input."""
+    return max(len(text["input_ids"]) for one in examples for text in one.texts)
 
 
 def _padded(lists: Sequence[list[int]], fill: int, time: int) -> Tensor:
