@@ -175,6 +175,16 @@ def projected_positions(toy: Toy, x: Tensor) -> Tensor:
     return mixed(x + toy.use("b", toy.use("a", torch.arange(TIME)[None])))
 
 
+def picked(toy: Toy, x: Tensor) -> Tensor:
+    """Each token by one layer of a list: those of an example are not next to one another."""
+    flat = x.flatten(0, 1)
+    chosen, y = flat.abs().argmax(1) % 3, torch.zeros_like(flat)
+    for number in sorted(set(chosen.tolist())):
+        tokens = torch.where(chosen == number)[0]
+        y = y.index_add(0, tokens, toy.use(f"a.{number}", flat[tokens]))
+    return mixed(x + y.reshape(x.shape))
+
+
 def activated_in_place(toy: Toy, x: Tensor) -> Tensor:
     return toy.use("b", torch.relu_(toy.use("a", x)))
 
@@ -298,6 +308,7 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
         [],
         False,
     ),
+    "picked": (lambda: Toy(picked, a=nn.ModuleList([linear() for _ in range(3)])), [], True),
     "in place": (lambda: Toy(activated_in_place, a=linear(bias=False), b=linear()), [], False),
     "in place, bias": (lambda: Toy(activated_in_place, a=linear(), b=linear()), [], False),
     "input changed": (

@@ -3,11 +3,12 @@ examples apart in what layers read."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from fishertool.fisher.gradients import Gradient, dtype_of, rows_of
 
@@ -84,6 +85,28 @@ class FirstDimensions:
         """Whether two examples were twice as much everywhere."""
         one, two = self._sizes
         return all(sizes == [2 * size for size in one[key]] for key, sizes in two.items())
+
+
+def with_calls(forward: Callable[[], Tensor]) -> tuple[Tensor, set[nn.Module]]:
+    """What it gives, and the modules that it called."""
+    called: set[nn.Module] = set()
+    handle = register_module_forward_hook(lambda module, args, output: called.add(module))
+    try:
+        return forward(), called
+    finally:
+        handle.remove()
+
+
+def picks(model: nn.Module, layers: Collection[nn.Module], called: Collection[nn.Module]) -> bool:
+    """Whether some modules of a list with such layers were called and others not, as experts: each
+    is given the tokens picked for it, however many of an example these are."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            children = [one for one in module.children() if any(True for _ in one.parameters())]
+            count = sum(child in called for child in children)
+            if 0 < count < len(children) and any(one in layers for one in module.modules()):
+                return True
+    return False
 
 
 def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:

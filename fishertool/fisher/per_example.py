@@ -14,11 +14,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fishertool.errors import FishertoolError
+from fishertool.errors import FishertoolError, InputError
 from fishertool.fisher.agreement import (
     Agreement,
     FirstDimensions,
     equal_but_for_rounding,
+    picks,
+    with_calls,
 )
 from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
@@ -105,7 +107,7 @@ class PerExampleGradients:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self.calls.paused = True
-        logits = forward(1)
+        logits, called = with_calls(lambda: forward(1))
         with torch.no_grad():
             self.one_by_one = padded is not None and not equal_but_for_rounding(logits, padded())
         generator = torch.Generator().manual_seed(0)
@@ -129,6 +131,7 @@ class PerExampleGradients:
             differing
             or self._differing(forward, 2, rows_each, cotangent, exact)
             or not self._dimensions.told_apart
+            or picks(self.model, self.calls.rules, called)
         )
         self._leave_to_autograd(differing)
         self._checking = False
@@ -285,10 +288,15 @@ class PerExampleGradients:
         self.calls.paused = True
         try:
             parts = call.form(delta.detach(), self.examples)
-        except (RuntimeError, ValueError):
-            if not self._checking:
+        except (RuntimeError, ValueError) as error:
+            if self._checking:
+                return  # examples are not in front: likewise
+            if self.examples == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            return  # examples are not in front: likewise
+            raise InputError(
+                f"{call.what}: its input has no row of its own for each example of a batch; "
+                "--batch-size 1 takes them one at a time"
+            ) from error
         finally:
             self.calls.paused = False
         if not self._retain:
