@@ -137,6 +137,26 @@ def test_padding_that_the_model_lets_through_is_left_out(
     assert_same(found[1], found[0])
 
 
+def test_a_model_whose_own_code_fails_is_told_in_one_line(cli: Cli) -> None:
+    """Funnel halves its sequence twice, and then has too few positions left of four tokens."""
+    config = transformers.FunnelConfig(
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        n_head=2,
+        d_head=8,
+        d_inner=24,
+        block_sizes=[1, 1, 1],
+    )
+    transformers.FunnelForSequenceClassification(config).save_pretrained("m")
+    make_tokenizer(template=False).save_pretrained("m")
+    rows = [{"text": make_text(n, n + 2), "label": n % 2} for n in range(3)]
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for verb in (("estimate-fisher", "--out", "f"), ("evaluate",)):
+        result = cli(verb[0], "m", "--data", "d.jsonl", *verb[1:])
+        assert result.code == 3
+        assert "FunnelForSequenceClassification fails on input_ids [1, 2]" in result.err
+
+
 def test_same_seed_same_bytes_and_another_seed_others(
     cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from fishertool.errors import InputError
+
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 TOKENS = 1024
@@ -50,7 +52,17 @@ class Batch:
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(**batch.inputs).logits
+    """Raises InputError where the model's own code fails, as Funnel's on texts of few tokens."""
+    try:
+        logits: Tensor = model(**batch.inputs).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {list(one.shape)}" for name, one in batch.inputs.items())
+        raise InputError(
+            f"{type(model).__name__} fails on {shapes}: {error!r}; texts of other lengths or another "
+            "version of transformers may pass (FISHERTOOL_DEBUG=1 shows where)"
+        ) from error
     return logits
 
 
