@@ -58,6 +58,21 @@ class RMSNorm(nn.Module):
         return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
+class LayerNorm(nn.Module):
+    """As DeBERTa's, which writes it out; with `scaled` False as MobileBERT's, which does not norm."""
+
+    def __init__(self, scaled: bool):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.scaled = scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scaled:
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return self.weight * x + self.bias
+
+
 class CopyingLinear(nn.Module):
     """A linear layer whose own backward survives an in-place change of its input."""
 
@@ -344,6 +359,9 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
     "torch's rms norm": (lambda: Toy(through_a, a=nn.RMSNorm(WIDTH)), [], False),
     "layer norm": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH)), [], False),
     "layer norm, no bias": (lambda: Toy(through_a, a=nn.LayerNorm(WIDTH, bias=False)), [], False),
+    "written-out norm": (lambda: Toy(through_a, a=LayerNorm(True)), [], False),
+    "no norm": (lambda: Toy(through_a, a=LayerNorm(False)), [], False),
+    "batch norm": (lambda: Toy(second_dimension_last, a=nn.BatchNorm1d(WIDTH)), BOTH, True),
     "norm over time": (lambda: Toy(through_a, a=nn.LayerNorm([TIME, WIDTH])), BOTH, True),
     "experts": (lambda: Toy(routed, a=Experts()), [], False),
     "transposed experts": (lambda: Toy(routed, a=Experts(torch.matmul)), [], False),

@@ -38,7 +38,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         return linear
     if matrix and _is_linear(module, transposed=True):
         return transposed_linear
-    if shapes == {"weight": 1} and _is_scale(module):
+    if shapes in ({"weight": 1}, {"weight": 1, "bias": 1}) and _is_scale(module):
         return scale
     return None
 
@@ -80,16 +80,27 @@ def layer_norm(module: nn.Module, x: Tensor, delta: Tensor, examples: int) -> di
 
 
 def scale(module: nn.Module, x: Tensor, delta: Tensor, examples: int) -> dict[str, Gradient]:
-    """y = w * h(x) + const, elementwise, as every RMSNorm: h is the module at w = 1 less at w = 0."""
-    return {"weight": Whole(summed_over_time(as_sequences(delta * _slope(module, x), examples)))}
+    """y = w * h(x) + const (+ b), elementwise, as every RMSNorm and DeBERTa's LayerNorm: h is the
+    module at w = 1 less at w = 0."""
+    return {
+        "weight": Whole(summed_over_time(as_sequences(delta * _slope(module, x), examples))),
+        "bias": Whole(summed_over_time(as_sequences(delta, examples))),
+    }
 
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
-    weight = module.get_parameter("weight")
-    ones, zeros = torch.ones_like(weight), torch.zeros_like(weight)
-    at_one: Tensor = functional_call(module, {"weight": ones}, (x,))
-    at_zero: Tensor = functional_call(module, {"weight": zeros}, (x,))
-    return at_one - at_zero
+    return _at(module, x, 1) - _at(module, x, 0)
+
+
+def _at(module: nn.Module, x: Tensor, weight: Tensor | float, bias: Tensor | float = 0) -> Tensor:
+    """The module's output if these were its parameters."""
+    given = {"weight": weight, "bias": bias}
+    own = {
+        name: torch.zeros_like(parameter) + given[name]
+        for name, parameter in module.named_parameters()
+    }
+    y: Tensor = functional_call(module, own, (x,))
+    return y
 
 
 def _is_linear(module: nn.Module, transposed: bool) -> bool:
@@ -110,15 +121,18 @@ def _is_embedding(module: nn.Embedding) -> bool:
 def _is_scale(module: nn.Module) -> bool:
     weight = module.get_parameter("weight")
     x = _random(2, 3, len(weight), like=weight)
-    probe = _random(len(weight), like=weight)
-    try:
-        zero: Tensor = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
-        slope = _slope(module, x)
-        with torch.no_grad():
-            at_probe = functional_call(module, {"weight": probe}, (x,))
-    except (TypeError, RuntimeError):
+    probe, shift = _random(2, len(weight), like=weight)
+    own = dict(module.named_parameters()).get("bias")
+    if own is not None and own.shape != weight.shape:
         return False
-    return slope.shape == x.shape and _close(at_probe, zero + probe * slope)
+    bias = torch.zeros_like(shift) if own is None else shift
+    try:
+        zero, slope = _at(module, x, 0), _slope(module, x)
+        with torch.no_grad():
+            at_probe = _at(module, x, probe, bias)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    return slope.shape == x.shape and _close(at_probe, zero + probe * slope + bias)
 
 
 def _computes(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
