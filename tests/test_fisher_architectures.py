@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import VOCABULARY
 from safetensors.torch import load_file
-from test_fisher_diagonal import assert_same, randomize, relative_error
+from test_fisher_diagonal import assert_same, estimate_diagonal, randomize, relative_error
 from tiny import ARCHITECTURES, LABELS
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from fishertool.calibration import Example
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.fisher.batches import Batch, micro_batches
-from fishertool.fisher.estimate import Pass, estimate, estimate_diagonal
+from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import marginals
 from fishertool.fisher.function_calls import base_of, offset_in
 from fishertool.fisher.gradient_bank import GradientBank
