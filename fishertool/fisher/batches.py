@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fishertool.errors import InputError
 
@@ -55,9 +55,10 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Raises InputError where the model's own code fails, as Funnel's on texts of few tokens."""
     try:
         logits: Tensor = model(**batch.inputs).logits
-    except torch.OutOfMemoryError:
-        raise
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        together = distributed.is_available() and distributed.is_initialized()
+        if together or isinstance(error, torch.OutOfMemoryError):  # or another process has failed
+            raise
         shapes = ", ".join(f"{name} {list(one.shape)}" for name, one in batch.inputs.items())
         raise InputError(
             f"{type(model).__name__} fails on {shapes}: {error!r}; texts of other lengths or another "
