@@ -126,14 +126,13 @@ class PerExampleGradients:
         }
         del logits, theirs
         self._checking = True
-        differing = self._differing(forward, 1, rows_each, cotangent, exact)
-        self.one_by_one |= bool(
-            differing
-            or self._differing(forward, 2, rows_each, cotangent, exact)
-            or not self._dimensions.told_apart
-            or picks(self.model, self.calls.rules, called)
-        )
-        self._leave_to_autograd(differing)
+        self._run(forward, 1, rows_each)  # for the dimensions of what is read
+        differing = self._differing(forward, 2, rows_each, cotangent, exact)
+        apart = self._dimensions.told_apart and not picks(self.model, self.calls.rules, called)
+        if self.one_by_one or differing or not apart:
+            self.one_by_one = True
+            differing = self._differing(forward, 1, rows_each, cotangent, exact)
+            self._leave_to_autograd(differing)
         self._checking = False
 
     def _differing(
@@ -149,10 +148,8 @@ class PerExampleGradients:
         named = {view.name: view.tensor for views in self._views.values() for view in views}
         factors = [1.0, SECOND][:examples]
         agreement = Agreement(exact, named, factors)
-        self._begin(examples, rows_each)
-        self.calls.begin(examples, rows_each, counting=False)
         try:
-            logits = forward(examples)
+            logits = self._run(forward, examples, rows_each)
         except (RuntimeError, FishertoolError):  # examples have no dimension of their own
             if examples == 1:
                 raise
@@ -162,6 +159,11 @@ class PerExampleGradients:
         )
         unseen = self.calls.watched & (self._views.keys() - self._numbers.keys())
         return agreement.differing | {view.name for key in unseen for view in self._views[key]}
+
+    def _run(self, forward: Forward, examples: int, rows_each: int) -> Tensor:
+        self._begin(examples, rows_each)
+        self.calls.begin(examples, rows_each, counting=False)
+        return forward(examples)
 
     def backward(
         self, logits: Tensor, cotangent: Tensor, consume: Consume, retain_graph: bool = False
