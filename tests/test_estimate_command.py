@@ -101,6 +101,13 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 32,
 }
+JET = {
+    "num_key_value_heads": 2,
+    "kv_channels": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
 LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3}
 
 
@@ -110,6 +117,7 @@ LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size":
     [
         ("FNet", {}, True),  # Fourier transforms over all columns; it has no attention mask
         ("Nystromformer", {"num_attention_heads": 2, **LANDMARKS}, True),  # so has its convolution
+        ("JetMoe", JET, True),  # its experts are given tokens that the router sorted
         ("Bert", {"num_attention_heads": 2}, False),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_text, write_rows
 from safetensors.torch import load_file
-from test_fisher_diagonal import assert_same
+from test_fisher_diagonal import assert_same, randomize
 from torch import Tensor
 
 Rows = list[dict[str, Any]]
@@ -215,13 +215,22 @@ def test_is_the_mean_of_each_examples_squared_gradient(
             assert any("taking their mean" in warning for warning in result.report["warnings"])
 
 
-@pytest.mark.parametrize("case", ["targets", "translations", "pairs"])
+@pytest.mark.parametrize("case", ["targets", "translations", "pairs", "experts"])
 def test_padding_is_in_no_input_moment(
     cli: Cli, make_model: ModelMaker, case: str, tmp_path: Path
 ) -> None:
-    """Encoder, decoder and cross-attention have inputs of different lengths; a text is a row."""
-    kind, head, make, flags = CASES[case]
+    """Encoder, decoder and cross-attention have inputs of different lengths; a text is a row. To
+    Switch's experts, each a layer in a list, any number of tokens is given, padding too."""
+    kind, head, make, flags = CASES["targets" if case == "experts" else case]
     folder = make_model("m", kind, spread=0.15, **({"head": head} if head else {}))
+    if case == "experts":
+        config = transformers.SwitchTransformersConfig(
+            vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+            num_experts=4, num_sparse_encoder_layers=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        switch: Any = transformers.SwitchTransformersForConditionalGeneration(config)
+        randomize(switch)
+        switch.save_pretrained(folder)
     write_rows("d.jsonl", make()[0])
     for batch_size, out in ((1, "one"), (8, "eight")):
         result = cli(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
-from fishertool.fisher.agreement import sees_padding
+from fishertool.fisher.agreement import equal_but_for_rounding, picks, with_calls
 from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient
@@ -156,9 +156,15 @@ def estimate(
             one_by_one = gradients.one_by_one
             done.by_autograd |= gradients.by_autograd
         elif longer is not None and shards == 1:  # processes with shards run as many batches
-            calls.paused = True
-            one_by_one = sees_padding(lambda some: logits_of(model, collate(some)), probe, longer)
-            calls.paused = False
+
+            def run(indices: Sequence[int]) -> Tensor:
+                batch = collate(indices)
+                calls.begin(len(indices), batch.rows_each, batch.masks, counting=False)
+                return logits_of(model, batch)
+
+            alone, called = with_calls(lambda: run([probe]))
+            one_by_one = not equal_but_for_rounding(alone, run([probe, longer])[:1])
+            one_by_one |= calls.mixed or picks(model, calls.rules, called)
         done.one_by_one |= one_by_one
         rule = label_rules.rule(labels, draws, seed)
         batches = _Batches(model, calls, gradients, inputs, statistics, rule, done)

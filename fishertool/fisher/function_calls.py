@@ -40,6 +40,7 @@ class FunctionCalls:
     watched  ids of those parameters
     rules    the layer rules of all modules that have one and a wanted parameter
     tokens   id of a stack of matrices -> how many tokens met each
+    mixed    whether a stack was given tokens of several examples that it could not be given apart
 
     A stack of experts sees the tokens of a whole batch as one list, and picks from it. It is given
     one example's tokens after another's, without padding, so that they stay apart.
@@ -51,6 +52,7 @@ class FunctionCalls:
         self.listeners: list[Listener] = []
         self.tokens: dict[int, list[int]] = {}
         self.paused = False
+        self.mixed = False
         self._changed: dict[nn.Module, Any] = {}
         """Modules whose forward is another inside `with` -> one set on the instance before."""
         self._parameters: dict[int, nn.Parameter] = {}
@@ -142,7 +144,9 @@ class FunctionCalls:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         rows = {len(one) for one in tensors if one.dim()}
         total = next(iter(rows), 0)
-        if len(rows) != 1 or total % self._examples:
+        counted = any(isinstance(one, list) for one in (*args, *kwargs.values()))
+        if len(rows) != 1 or total % self._examples or counted:  # as many rows for each matrix, say
+            self.mixed |= self._examples > 1
             return forward(*args, **kwargs)
         index = torch.arange(total, device=tensors[0].device).reshape(self._examples, -1)
         mask = next((mask for mask in self._masks if len(mask) == total), None)
@@ -160,6 +164,7 @@ class FunctionCalls:
             finally:
                 self._example = None
             if not isinstance(y, Tensor) or len(y) != len(kept):
+                self.mixed = True
                 return forward(*args, **kwargs)
             outputs.append(y)
         output = torch.cat(outputs)
