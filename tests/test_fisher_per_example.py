@@ -191,13 +191,17 @@ def projected_positions(toy: Toy, x: Tensor) -> Tensor:
 
 
 def picked(toy: Toy, x: Tensor) -> Tensor:
-    """Each token by one layer of a list: those of an example are not next to one another."""
-    flat = x.flatten(0, 1)
-    chosen, y = flat.abs().argmax(1) % 3, torch.zeros_like(flat)
+    """Each token by one layer of a list, however many of an example that are."""
+    flat, layers = x.flatten(0, 1), list(toy.get_submodule("a").children())
+    chosen, y = flat.abs().argmax(1) % len(layers), torch.zeros_like(flat)
     for number in sorted(set(chosen.tolist())):
         tokens = torch.where(chosen == number)[0]
         y = y.index_add(0, tokens, toy.use(f"a.{number}", flat[tokens]))
     return mixed(x + y.reshape(x.shape))
+
+
+def in_turn(toy: Toy, x: Tensor) -> Tensor:
+    return toy.use("a.1", mixed(toy.use("a.0", x)))
 
 
 def activated_in_place(toy: Toy, x: Tensor) -> Tensor:
@@ -324,6 +328,8 @@ TOYS: dict[str, tuple[Callable[[], Toy], list[str], bool]] = {
         False,
     ),
     "picked": (lambda: Toy(picked, a=nn.ModuleList([linear() for _ in range(3)])), [], True),
+    "all picked": (lambda: Toy(picked, a=nn.ModuleList([linear(), linear()])), [], True),
+    "layers": (lambda: Toy(in_turn, a=nn.ModuleList([linear(), linear()])), [], False),
     "in place": (lambda: Toy(activated_in_place, a=linear(bias=False), b=linear()), [], False),
     "in place, bias": (lambda: Toy(activated_in_place, a=linear(), b=linear()), [], False),
     "input changed": (

@@ -4,7 +4,7 @@ examples apart in what layers read."""
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -87,24 +87,36 @@ class FirstDimensions:
         return all(sizes == [2 * size for size in one[key]] for key, sizes in two.items())
 
 
-def with_calls(forward: Callable[[], Tensor]) -> tuple[Tensor, set[nn.Module]]:
-    """What it gives, and the modules that it called."""
-    called: set[nn.Module] = set()
-    handle = register_module_forward_hook(lambda module, args, output: called.add(module))
+def with_calls(forward: Callable[[], Tensor]) -> tuple[Tensor, dict[nn.Module, set[int]]]:
+    """What it gives, and of each module that it called the sizes of its outputs' first dimension."""
+    called: dict[nn.Module, set[int]] = defaultdict(set)
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        called[module].update(output.shape[:1] if isinstance(output, Tensor) else ())
+
+    handle = register_module_forward_hook(see)
     try:
         return forward(), called
     finally:
         handle.remove()
 
 
-def picks(model: nn.Module, layers: Collection[nn.Module], called: Collection[nn.Module]) -> bool:
-    """Whether some modules of a list with such layers were called and others not, as experts: each
-    is given the tokens picked for it, however many of an example these are."""
+def picks(
+    model: nn.Module,
+    layers: Collection[nn.Module],
+    called: Mapping[nn.Module, Collection[int]],
+    rows: int,
+) -> bool:
+    """Whether the modules of a list with such layers are called as experts: some of them and others
+    not, or with other than the batch's rows in front. Each is given the tokens picked for it, however
+    many of an example these are."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             children = [one for one in module.children() if any(True for _ in one.parameters())]
-            count = sum(child in called for child in children)
-            if 0 < count < len(children) and any(one in layers for one in module.modules()):
+            sizes = [called[child] for child in children if child in called]
+            some = 0 < len(sizes) < len(children)
+            of_tokens = len(sizes) > 1 and any({*one} - {rows} for one in sizes)
+            if (some or of_tokens) and any(one in layers for one in module.modules()):
                 return True
     return False
 

@@ -128,8 +128,8 @@ class PerExampleGradients:
         self._checking = True
         self._run(forward, 1, rows_each)  # for the dimensions of what is read
         differing = self._differing(forward, 2, rows_each, cotangent, exact)
-        apart = self._dimensions.told_apart and not picks(self.model, self.calls.rules, called)
-        if self.one_by_one or differing or not apart:
+        mixed = picks(self.model, self.calls.rules, called, rows_each)
+        if self.one_by_one or differing or mixed or not self._dimensions.told_apart:
             self.one_by_one = True
             differing = self._differing(forward, 1, rows_each, cotangent, exact)
             self._leave_to_autograd(differing)
