@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.errors import FishertoolError
-from fishertool.fisher.batches import Batch
+from fishertool.fisher.batches import Batch, micro_batches
+from fishertool.fisher.estimate import estimate
 from fishertool.fisher.gradients import Gradient, rows_of
+from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.per_example import PerExampleGradients
 
 WORDS, WIDTH, CLASSES, COUNT, TIME = 7, 6, 3, 8, 5
@@ -504,3 +506,26 @@ def test_an_input_changed_in_place_unseen_by_check_is_refused() -> None:
         logits: Tensor = toy(ids).logits
         with pytest.raises(FishertoolError, match="CopyingLinear had its input changed in place"):
             gradients.backward(logits, torch.ones_like(logits), lambda name, parts: None)
+
+
+@pytest.mark.parametrize("name", ["linear", "positions projected"])
+def test_moments_are_those_of_examples_one_at_a_time(name: str) -> None:
+    """Also of a layer that reads one row for all examples."""
+    ids, targets = _data()
+
+    def batch(chosen: Sequence[int]) -> Batch:
+        scored, inputs = torch.ones(len(chosen)).bool(), {"ids": ids[list(chosen)]}
+        return Batch(inputs, targets[list(chosen)], scored, chosen)
+
+    found = []
+    for size in (1, 3):
+        toy = _toy(name)
+        parameters = dict(toy.named_parameters())
+        gathering = Gathering(["kronecker"], toy, parameters)
+        units = [micro_batches([TIME] * COUNT, size=size)]
+        kept = gathering.inputs
+        estimate(toy, parameters, batch, units, gathering.statistics, probe=0, inputs=kept)
+        found.append(gathering.stored(COUNT)["kronecker"].tensors)
+    assert found[0].keys() == found[1].keys()
+    for key, moment in found[0].items():
+        torch.testing.assert_close(found[1][key], moment, rtol=1e-4, atol=1e-6)

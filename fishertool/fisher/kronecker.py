@@ -164,6 +164,7 @@ class InputMoments:
 
     def _rows(self, x: Tensor, y: Tensor, padded: bool) -> Tensor:
         """[token, in], as they count."""
+        x = x.expand(*y.shape[:-1], -1)  # positions alone have one row for all
         rows = wide(x).reshape(-1, x.shape[-1])
         if self.relative:
             sizes = wide(y).detach().reshape(len(rows), -1).norm(dim=1, keepdim=True)
