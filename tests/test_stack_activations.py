@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Cli, Estimate
+from conftest import Cli, Estimate, make_tokenizer
 from test_factorize_selection import save_stacks
 from test_prune_command import weights_of
 from test_prune_stacks import DOWN, GATE_UP, save_both
@@ -75,6 +75,31 @@ def test_those_of_a_turned_stack(estimated: Estimate, data: Path, tmp_path: Path
             made(**tokenizer(json.loads(line)["text"], return_tensors="pt"))
     wanted = totals / counts.clamp(min=1)[:, None, None]
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_that_are_given_all_tokens_once_each(cli: Cli, data: Path, tmp_path: Path) -> None:
+    """Llama 4's: one after another's, so that their rows are no example's. What comes after them is
+    the same in batches."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=12, intermediate_size_mlp=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_local_experts=3, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "m")
+    make_tokenizer(template=False).save_pretrained(tmp_path / "m")
+    found = []
+    for batch in (1, 3):
+        flags = ("--data", data, "--kind", "activation", "--batch-size", batch, "-q")
+        assert cli("estimate-fisher", "m", *flags, "--out", f"f{batch}").code == 0
+        found.append(moments_of(tmp_path / f"f{batch}"))
+    assert found[0].keys() == found[1].keys()
+    for name, moment in found[0].items():
+        torch.testing.assert_close(found[1][name], moment, rtol=1e-4, atol=1e-6)
 
 
 def test_a_stack_that_is_mirrored_on_disk_has_the_same(tmp_path: Path) -> None:

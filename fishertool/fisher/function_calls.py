@@ -60,8 +60,10 @@ class FunctionCalls:
         self._mode = _Mode(self)
         self._module: nn.Module | None = None
         self._examples = 1
+        self._rows = 1
         self._example: int | None = None
-        self._masks: Sequence[Tensor] = ()
+        self._masks: dict[int, Tensor | None] = {}
+        """Tokens with padding -> where there is no padding, or None for everywhere."""
         for module in model.modules():
             own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
             rule = rule_for(module) if own else None
@@ -101,8 +103,10 @@ class FunctionCalls:
     ) -> None:
         """Before each forward pass: how many examples, how many rows each, masks [row, time] with
         zeros at padding, and whether tokens count."""
-        self._examples, self._counting = examples, counting
-        self._masks = [mask.bool().flatten() for mask in masks if not bool(mask.all())]
+        self._examples, self._rows, self._counting = examples, examples * rows_each, counting
+        self._masks = {
+            mask.numel(): None if bool(mask.all()) else mask.bool().flatten() for mask in masks
+        }
 
     def add_tokens(self, parameters: Mapping[str, Tensor], totals: Sums) -> None:
         """Add to each tensor that is one matrix of a stack, or part of one, how many tokens met it
@@ -148,8 +152,10 @@ class FunctionCalls:
         if len(rows) != 1 or total % self._examples or counted:  # as many rows for each matrix, say
             self.mixed |= self._examples > 1
             return forward(*args, **kwargs)
+        if self._masks and total not in (self._rows, *self._masks):  # Llama 4 repeats all tokens
+            return forward(*args, **kwargs)
         index = torch.arange(total, device=tensors[0].device).reshape(self._examples, -1)
-        mask = next((mask for mask in self._masks if len(mask) == total), None)
+        mask = self._masks.get(total)
         if self._examples == 1 and mask is None:
             return forward(*args, **kwargs)
         chosen = [own if mask is None else own[mask[own]] for own in index]
