@@ -192,6 +192,26 @@ def test_factorize_of_stacks_is_that_of_the_experts_apart(
         assert told[expert] != torch.allclose(wanted, plain, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("verb", "method", "kind"),
+    [
+        (("factorize", "--rank", 4, "--format", "dense"), "whitened", "activation"),
+        (("factorize", "--rank", 4, "--format", "dense"), "fwsvd", "diagonal"),
+        (("prune", "--sparsity", 0.5), "wanda", "activation"),
+    ],
+)
+def test_an_expert_that_was_left_out_of_an_estimate_is_not_told_as_unreached(
+    cli: Cli, data: Path, tmp_path: Path, verb: tuple[object, ...], method: str, kind: str
+) -> None:
+    model, _ = save_both(tmp_path)
+    flags = ("--data", data, "--kind", kind, "--exclude", "*.experts.3.*", "--out", "f", "-q")
+    assert cli("estimate-fisher", model, *flags).code == 0
+    name, *rest = verb
+    result = cli(name, model, *rest, "--method", method, "--fisher", "f", "--out", "o")
+    assert result.code == 3
+    assert f"has no {kind} statistic of {EXPERTS}.3." in result.err and "--exclude" in result.err
+
+
 def test_what_no_token_reached_has_the_least_of_a_shared_budget(
     cli: Cli, estimated: Estimate, tmp_path: Path
 ) -> None:

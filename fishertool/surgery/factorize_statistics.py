@@ -86,10 +86,13 @@ class Statistics:
 
     def _is_absent(self, wanted: str, kind: str, matrix: Matrix) -> bool:
         """Whether the header tells that no token reached an expert; of one in a stack it does not."""
-        statistic = self.kinds[kind][1].statistics.get(matrix.name)
+        header = self.kinds[kind][1]
+        statistic = header.statistics.get(matrix.name)
         if matrix.layer.kind != "expert":
             return False
-        return statistic is None or (wanted != "inputs" and not statistic.total > 0)
+        if statistic is None:  # one that was left out of the estimate is refused
+            return matrix.name in header.without
+        return wanted != "inputs" and not statistic.total > 0
 
     def _indifferent(self, wanted: str, matrix: Matrix) -> Tensor:
         """All weights alike, and next to nothing beside those of other matrices."""

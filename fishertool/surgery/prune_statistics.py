@@ -80,8 +80,10 @@ class Statistics:
         ]
 
     def _is_told(self, kind: str, matrix: Matrix) -> bool:
-        if matrix.name not in self.kinds[kind][1].statistics:
-            return matrix.expert is not None  # a stack that is not there at all is refused
+        header = self.kinds[kind][1]
+        if matrix.name not in header.statistics:
+            # A stack that is not there at all is refused, and what was left out of the estimate.
+            return matrix.expert is not None or matrix.name not in header.without
         if kind == "diagonal":
             return self._total(self.kinds[kind], [matrix]) > 0
         if kind == "rank-one":
