@@ -55,6 +55,15 @@ def test_what_one_process_does_is_refused_under_torchrun(
     assert "is done by one process, and WORLD_SIZE=2 in the environment" in result.err
 
 
+def test_what_one_process_does_is_not_sent_to_torchrun(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = cli("merge", "m", "--out", "o")
+    assert result.code == 2
+    assert "start it without torchrun, or unset WORLD_SIZE" in result.err
+
+
 def test_help_shows_brackets(cli: Cli) -> None:
     out = cli("evaluate", "--help").out
     assert "org/name[@revision]" in out
