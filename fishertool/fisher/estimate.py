@@ -146,11 +146,11 @@ def estimate(
             gradients = hooks.enter_context(SignedGradients(model, parameters, seed, shards))
         else:
             gradients = hooks.enter_context(PerExampleGradients(model, parameters, calls))
-        one_by_one = False
+        one_by_one, rows = False, collate([probe]).rows_each
         if gradients is not None:
             gradients.check(
                 lambda copies: logits_of(model, collate([probe] * copies)),
-                collate([probe]).rows_each,
+                rows,
                 None if longer is None else lambda: logits_of(model, collate([probe, longer]))[:1],
             )
             one_by_one = gradients.one_by_one
@@ -164,7 +164,7 @@ def estimate(
 
             alone, called = with_calls(lambda: run([probe]))
             one_by_one = not equal_but_for_rounding(alone, run([probe, longer])[:1])
-            one_by_one |= calls.mixed or picks(model, calls.rules, called)
+            one_by_one |= calls.mixed or picks(model, calls.rules, called, rows)
         done.one_by_one |= one_by_one
         rule = label_rules.rule(labels, draws, seed)
         batches = _Batches(model, calls, gradients, inputs, statistics, rule, done)
