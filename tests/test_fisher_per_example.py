@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.errors import FishertoolError
+from fishertool.fisher.agreement import Agreement
 from fishertool.fisher.batches import Batch, micro_batches
 from fishertool.fisher.estimate import estimate
-from fishertool.fisher.gradients import Gradient, rows_of
+from fishertool.fisher.gradients import Gradient, Whole, rows_of
 from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.per_example import PerExampleGradients
 
@@ -529,3 +530,14 @@ def test_moments_are_those_of_examples_one_at_a_time(name: str) -> None:
     assert found[0].keys() == found[1].keys()
     for key, moment in found[0].items():
         torch.testing.assert_close(found[1][key], moment, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.float32, {"key"}), (torch.bfloat16, set())])
+def test_what_has_no_gradient_but_rounding_agrees(dtype: torch.dtype, told: set[str]) -> None:
+    """A key's bias, whose gradient is zero: in bfloat16 each way to form it has noise of its own."""
+    exact = {"weight": torch.ones(9, 9, dtype=dtype), "key": torch.full((9,), 2e-3, dtype=dtype)}
+    agreement = Agreement(exact, exact, [1.0, -3.0])
+    factors = torch.tensor([1.0, -3.0]).reshape(2, 1, 1)
+    agreement.consume("weight", [Whole((factors * exact["weight"]).to(dtype))])
+    agreement.consume("key", [Whole(torch.zeros(2, 9, 1, dtype=dtype))])
+    assert agreement.differing == told
