@@ -599,7 +599,7 @@ def test_queries_bring_their_documents_as_rows() -> None:
 
 
 def test_an_encoder_and_a_decoder_never_have_as_many_columns() -> None:
-    for source, target, columns in ((1, 1, (2, 3)), (3, 3, (3, 4)), (4, 2, (4, 2)), (2, 3, (2, 3))):
+    for source, target, columns in ((1, 1, (1, 2)), (3, 3, (3, 4)), (4, 2, (4, 2)), (2, 3, (2, 3))):
         inputs = {"input_ids": [5] * source, "labels": [6] * target}
         batch = collate(TASKS["sequence-to-sequence"], [Example(inputs, None, 0)], [0], 0, "cpu")
         assert batch.inputs["attention_mask"].tolist() == [
