@@ -33,11 +33,11 @@ from fishertool.cli.flags import (
     Threads,
     TrustRemoteCode,
     data_options,
-    limits,
     option,
     thread_count,
 )
 from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.cli.values import limits
 
 
 @app.command()

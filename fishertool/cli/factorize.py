@@ -34,7 +34,6 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
-    method_settings,
     methods_flag,
     option,
     out_flag,
@@ -43,6 +42,7 @@ from fishertool.cli.flags import (
 )
 from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
+from fishertool.cli.values import method_settings
 from fishertool.errors import UsageError
 
 FACTORIZATION_METHODS = "fishertool.factorization"

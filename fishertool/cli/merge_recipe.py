@@ -8,14 +8,8 @@ from typing import Any
 
 import typer
 
-from fishertool.cli.flags import (
-    flags_of_data,
-    is_given,
-    method_settings,
-    number,
-    refuse,
-    set_defaults,
-)
+from fishertool.cli.flags import flags_of_data, is_given, refuse, set_defaults
+from fishertool.cli.values import method_settings, number
 from fishertool.errors import UsageError
 from fishertool.registry import find_method
 

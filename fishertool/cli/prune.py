@@ -41,7 +41,6 @@ from fishertool.cli.flags import (
     TrustRemoteCode,
     data_options,
     flags_of_data,
-    method_settings,
     methods_flag,
     option,
     out_flag,
@@ -50,6 +49,7 @@ from fishertool.cli.flags import (
 )
 from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
+from fishertool.cli.values import method_settings
 
 PRUNING_METHODS = "fishertool.pruning"
 USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")

@@ -1,18 +1,14 @@
-"""Whether gradients formed by rules are those of plain autograd, logits those without padding, and
-examples apart in what layers read."""
+"""Whether gradients formed by rules are those of plain autograd, and logits those without padding."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import Tensor
 
 from fishertool.fisher.gradients import Gradient, dtype_of, rows_of
+from fishertool.fisher.views import View
 
-T = TypeVar("T")
 TOLERANCE = 0.05
 """Of a tensor's root mean square; a wrong rule is off by more, bfloat16 by less."""
 
@@ -56,71 +52,20 @@ class Agreement:
                 self.differing.add(name)
 
 
-class FirstDimensions:
-    """Of what the calls of each parameter read and gave, with one example and then with two.
-
-    shared  embeddings -> whether their ids are as many for two, that is, have no example dimension
-    """
-
-    def __init__(self) -> None:
-        self.shared: dict[int, bool] = {}
-        self._sizes: tuple[dict[int, list[int]], ...] = (defaultdict(list), defaultdict(list))
-
-    def see(self, examples: int, keys: Sequence[int], reads: Tensor | None, output: Tensor) -> None:
-        """Raises RuntimeError if an embedding's ids are shared in one call and not in another."""
-        one, two = self._sizes
-        sizes = [len(each) for each in (reads, output) if each is not None and each.dim()]
-        for key in keys:
-            if examples == 1:
-                one[key] += sizes
-                continue
-            if reads is not None and reads.dim() and not reads.is_floating_point():
-                shared = one[key][len(two[key]) :][:1] == sizes[:1]
-                if self.shared.setdefault(key, shared) != shared:
-                    raise RuntimeError("ids of examples, and then of none")
-                if shared:
-                    sizes = [2 * size for size in sizes]
-            two[key] += sizes
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether two examples were twice as much everywhere."""
-        one, two = self._sizes
-        return all(sizes == [2 * size for size in one[key]] for key, sizes in two.items())
-
-
-def with_calls(forward: Callable[[], Tensor]) -> tuple[Tensor, dict[nn.Module, set[int]]]:
-    """What it gives, and of each module that it called the sizes of its outputs' first dimension."""
-    called: dict[nn.Module, set[int]] = defaultdict(set)
-
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        called[module].update(output.shape[:1] if isinstance(output, Tensor) else ())
-
-    handle = register_module_forward_hook(see)
-    try:
-        return forward(), called
-    finally:
-        handle.remove()
-
-
-def picks(
-    model: nn.Module,
-    layers: Collection[nn.Module],
-    called: Mapping[nn.Module, Collection[int]],
-    rows: int,
-) -> bool:
-    """Whether the modules of a list with such layers are called as experts: some of them and others
-    not, or with other than the batch's rows in front. Each is given the tokens picked for it, however
-    many of an example these are."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            children = [one for one in module.children() if any(True for _ in one.parameters())]
-            sizes = [called[child] for child in children if child in called]
-            some = 0 < len(sizes) < len(children)
-            of_tokens = len(sizes) > 1 and any({*one} - {rows} for one in sizes)
-            if (some or of_tokens) and any(one in layers for one in module.modules()):
-                return True
-    return False
+def exact_gradients(
+    logits: Tensor, cotangent: Tensor, views: Mapping[int, Sequence[View]]
+) -> dict[str, Tensor]:
+    """Autograd's, by the names of the views, of those whose parameter takes part in the logits."""
+    if not logits.requires_grad:
+        return {}
+    parameters = [same[0].parameter for same in views.values()]
+    found = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+    return {
+        view.name: view.of(gradient)
+        for same, gradient in zip(views.values(), found, strict=True)
+        for view in same
+        if gradient is not None
+    }
 
 
 def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
@@ -131,12 +76,6 @@ def equal_but_for_rounding(alone: Tensor, padded: Tensor) -> bool:
     error = alone - padded[common]
     error, size = (one.double().nan_to_num(0, 0, 0).norm() for one in (error, alone))
     return bool(error <= torch.finfo(alone.dtype).eps ** 0.5 * size)
-
-
-def sees_padding(run: Callable[[Sequence[T]], Tensor], short: T, longer: T) -> bool:
-    """Whether an example gets other outputs beside a longer one than alone. `run` gives those of
-    examples that are padded to one length, [example, ...]."""
-    return not equal_but_for_rounding(run([short]), run([short, longer])[:1])
 
 
 def _rms(tensor: Tensor) -> float:

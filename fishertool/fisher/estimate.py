@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fishertool.errors import InputError
 from fishertool.fisher import labels as label_rules
-from fishertool.fisher.agreement import equal_but_for_rounding, picks, with_calls
+from fishertool.fisher.agreement import equal_but_for_rounding
+from fishertool.fisher.apart import picks, with_calls
 from fishertool.fisher.batches import Batch, logits_of
 from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient

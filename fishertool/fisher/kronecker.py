@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -83,12 +82,7 @@ class InputMoments:
         self._exit.callback(calls.listeners.remove, self._on_use)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._exit.close()
 
     def begin(self, masks: Sequence[Tensor]) -> None:

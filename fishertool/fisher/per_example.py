@@ -8,20 +8,14 @@ per-example gradients. They are handed on as soon as they are complete and then 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fishertool.errors import FishertoolError, InputError
-from fishertool.fisher.agreement import (
-    Agreement,
-    FirstDimensions,
-    equal_but_for_rounding,
-    picks,
-    with_calls,
-)
+from fishertool.fisher.agreement import Agreement, equal_but_for_rounding, exact_gradients
+from fishertool.fisher.apart import FirstDimensions, picks, with_calls
 from fishertool.fisher.function_calls import FunctionCalls, Use
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
 from fishertool.fisher.outputs import Expected, Form, made
@@ -81,12 +75,7 @@ class PerExampleGradients:
         self.model.requires_grad_(False)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._exit.close()
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
@@ -103,28 +92,18 @@ class PerExampleGradients:
         is left to autograd. They go one by one, too, where the example's logits among padding,
         `padded`, are others.
         """
-        parameters = {key: views[0].parameter for key, views in self._views.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        for views in self._views.values():
+            views[0].parameter.requires_grad_(True)
         self.calls.paused = True
         logits, called = with_calls(lambda: forward(1))
         with torch.no_grad():
             self.one_by_one = padded is not None and not equal_but_for_rounding(logits, padded())
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(logits.shape, generator=generator).to(logits)
-        theirs: list[Tensor | None] = [None] * len(parameters)
-        if logits.requires_grad:
-            wanted = list(parameters.values())
-            theirs = list(torch.autograd.grad(logits, wanted, cotangent, allow_unused=True))
+        exact = exact_gradients(logits, cotangent, self._views)
         self.calls.paused = False
         self.model.requires_grad_(False)
-        exact = {
-            view.name: view.of(gradient)
-            for views, gradient in zip(self._views.values(), theirs, strict=True)
-            for view in views
-            if gradient is not None
-        }
-        del logits, theirs
+        del logits
         self._checking = True
         self._run(forward, 1, rows_each)  # for the dimensions of what is read
         differing = self._differing(forward, 2, rows_each, cotangent, exact)

@@ -1,7 +1,6 @@
 """The signed estimator: squared per-example gradients from one ordinary backward pass a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -52,12 +51,7 @@ class SignedGradients:
             owner.requires_grad_(True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
             parameter.grad = None
