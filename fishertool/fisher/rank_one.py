@@ -15,8 +15,9 @@ from torch import Tensor
 from fishertool.errors import InputError
 from fishertool.fisher.columns import Gradients, Piece, Pieces
 
-TILE = 64
-"""What has a triangle is multiplied in strips of so many rows, each as far as the diagonal."""
+STRIP = 64
+"""What has a triangle is multiplied in strips of so many rows, two at least, each as far as the
+diagonal."""
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -270,8 +271,7 @@ def _gram(rows: Tensor) -> Tensor:
     """rows rows^T on and below the diagonal: [block, side, other] -> [block, side, side], float64."""
     blocks, side, _ = rows.shape
     gram = rows.new_zeros(blocks, side, side, dtype=torch.float64)
-    for start in range(0, side, TILE):
-        stop = start + TILE
+    for start, stop in _strips(side):
         gram[:, start:stop, :stop] = rows[:, start:stop] @ rows[:, :stop].mT
     return gram
 
@@ -280,11 +280,16 @@ def _whitened(inverse: Tensor, piece: Piece) -> Tensor:
     """L^-1 G, [block, member, width]; by the inverse, which BLAS takes half the time for."""
     result = torch.empty_like(piece.gradients)
     inverse = inverse.to(result.dtype)
-    for start in range(0, inverse.shape[1], TILE):
-        stop = start + TILE
+    for start, stop in _strips(inverse.shape[1]):
         rows = result[:, start:stop]
         torch.matmul(inverse[:, start:stop, :stop], piece.gradients[:, :stop], out=rows)
     return result
+
+
+def _strips(side: int) -> Iterator[tuple[int, int]]:
+    height = min(STRIP, -(-side // 2))
+    for start in range(0, side, height):
+        yield start, start + height
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Time of the OBS saliency against the recursion of M-FAC, and time and memory of a whole pruning.
 
-    python scripts/bench/prune_speed.py [--model MODEL --fisher SIDECAR] [--repeats 3] [--threads 1]
+    python scripts/bench/prune_speed.py [--model MODEL --fisher SIDECAR] [--repeats 3] [--threads N]
 
 whole   all weights in one Fisher; at least 5 times as fast as the recursion
 blocks  500 blocks of 128 weights and 256 gradients; at least 1.5 times as fast
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--fisher", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as the command line does, here for both alike

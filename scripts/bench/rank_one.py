@@ -1,6 +1,6 @@
 """Time of the rank-one Fisher's inverse against the recursion over members, in one run.
 
-    python scripts/bench/rank_one.py [--cases whole,blocks] [--repeats 3] [--threads 1]
+    python scripts/bench/rank_one.py [--cases whole,blocks] [--repeats 3] [--threads N]
 
 ours       fishertool.fisher.rank_one.RankOneFisher, of a float32 bank in memory; in blocks the
            inverse diagonal and the solve factor anew, and both times count
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cases", default="whole,blocks")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as the command line does, here for both alike
