@@ -11,6 +11,9 @@ from fishertool.errors import InputError
 
 KEY = "fishertool.fisher"
 FORMAT = 2
+PIECE_ELEMENTS = 1 << 15
+"""Added up at a time: few enough to stay in cache, and for torch to use one thread, so that sums do
+not depend on how many there are."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ class FisherHeader:
 
 
 def statistics_of(fisher: Tensor, standard_error: float | None = None) -> TensorStatistics:
-    values = fisher.to(torch.float64)
-    total, squares = float(values.sum()), float(values.square().sum())
-    return TensorStatistics(values.numel(), total, squares, standard_error)
+    sums = fisher.new_zeros(2, dtype=torch.float64)
+    for piece in fisher.reshape(-1).split(PIECE_ELEMENTS):
+        values = piece.to(torch.float64)
+        sums += torch.stack([values.sum(), values.square().sum()])
+    total, squares = sums.tolist()
+    return TensorStatistics(fisher.numel(), total, squares, standard_error)
