@@ -8,7 +8,7 @@ from typing import Any
 
 UNSCORED = -100
 """Stands for a target where nothing is predicted, as in transformers."""
-PROBE_TOKENS = 64
+PROBE_TOKENS = 32
 PADDING = 8
 """Columns, at most, by which even the longest probe is padded to see what that changes."""
 TOKEN_TYPES = "token_type_ids"

@@ -31,7 +31,7 @@ class Agreement:
         count = sum(value.numel() for value in exact.values())
         squares = (self._own[name] ** 2 * value.numel() for name, value in exact.items())
         self._all = math.sqrt(sum(squares) / max(count, 1))
-        self.differing = {name for name, value in exact.items() if bool(value.any())}
+        self.differing = {name for name, v in exact.items() if self._own[name] or bool(v.any())}
         """At first, all that have a gradient: one that is never handed on is missed, however small."""
 
     def consume(self, name: str, parts: Sequence[Gradient]) -> None:
