@@ -120,6 +120,8 @@ class Pieces:
 
     def __init__(self, gradients: Gradients, block: int | None, dtype: torch.dtype):
         self._gradients, self._block, self._dtype = gradients, block, dtype
+        self._finite = 0
+        """Weights, from the first on, whose gradients are known to be finite."""
 
     def __iter__(self) -> Iterator[Piece]:
         first, unit = 0, self._block or 1
@@ -133,7 +135,9 @@ class Pieces:
                 for a, b in (*cuts, *_cuts(whole, end, unit)):
                     width = min(b - a, self._block or b - a)
                     piece = Piece(rows[:, a:b], first + start + a, width, self._dtype)
-                    _check_finite(piece, name)
+                    if piece.where.stop > self._finite:
+                        _check_finite(piece, name)
+                        self._finite = piece.where.stop
                     yield piece
             first += size
 

@@ -90,7 +90,7 @@ class FisherHeader:
 
 def statistics_of(fisher: Tensor, standard_error: float | None = None) -> TensorStatistics:
     sums = fisher.new_zeros(2, dtype=torch.float64)
-    for piece in fisher.reshape(-1).split(PIECE_ELEMENTS):
+    for piece in torch.split(fisher.reshape(-1), PIECE_ELEMENTS):
         values = piece.to(torch.float64)
         sums += torch.stack([values.sum(), values.square().sum()])
     total, squares = sums.tolist()

@@ -7,7 +7,7 @@ Nothing of size weight x weight is formed, and a bank on disk is never in memory
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from fishertool.errors import InputError
 from fishertool.fisher.columns import Gradients, Piece, Pieces
 
 STRIP = 64
-"""What has a triangle is multiplied in strips of so many rows, two at least, each as far as the
-diagonal."""
+"""What has a triangle is multiplied in two strips of rows at least, each as far as the diagonal."""
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -139,7 +138,8 @@ class RankOneFisher:
             (1 - sums over members of (L^-1 G)^2 / m) / damping     with S = L L^T
             sums over rows of (L^-1)^2                              with A = L L^T
 
-        What rounding puts out of these bounds is moved to them, and counted as `clamped`.
+        What rounding puts out of these bounds is moved to them, and counted as `clamped`. Where no
+        digits to speak of are cancelled, the lower one holds but for the last of them.
         """
         self.clamped = 0
         found = []
@@ -150,7 +150,11 @@ class RankOneFisher:
                     values = inverse.square().sum(1)
                 else:
                     explained = _whitened(inverse, piece).square_().sum(1).double()
-                    values = (1 - explained / self.members) / dampings
+                    left = 1 - explained / self.members
+                    values = left / dampings
+                    if left.min() > self._slack**0.5:
+                        found.append(values.flatten())
+                        continue
                 least = 1 / (dampings + piece.squares / self.members)
                 most = (1 / dampings).expand_as(least)
                 outside = values < least * (1 - self._slack)
@@ -293,8 +297,4 @@ def _strips(side: int) -> Iterator[tuple[int, int]]:
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
-    iterator = iter(parts)
-    total = next(iterator)
-    for part in iterator:
-        total += part
-    return total
+    return reduce(Tensor.add_, parts)
