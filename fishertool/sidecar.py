@@ -12,11 +12,12 @@ from typing import Self
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import COMPUTED, FLOATING, NAMES
+from fishertool.checkpoint.dtypes import COMPUTED, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.fisher.factored import expand

@@ -23,10 +23,11 @@ from torch import Tensor
 from fishertool.checkpoint import digest as digest_module
 from fishertool.checkpoint import writer as writer_module
 from fishertool.checkpoint.digest import FileDigest, RunningDigest, digest
-from fishertool.checkpoint.dtypes import BITS, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.header import TensorInfo, read_header
 from fishertool.checkpoint.layout import Layout, lay_out, parse_size, show_size
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.stored import BITS
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import UsageError

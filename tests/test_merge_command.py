@@ -16,7 +16,8 @@ from conftest import VOCABULARY, Cli, ModelMaker, files_of, weights_of
 from safetensors.torch import load_file, save_file
 
 from fishertool.checkpoint.compare import settings_that_differ
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.searching.weights import MergesJudge
 
 MakePair = Callable[..., tuple[Path, Path]]

@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
 
 

@@ -1,73 +1,19 @@
-"""The dtypes of a safetensors file, by the names its header gives them."""
+"""What torch computes with, and in, for each dtype of a safetensors file."""
 
 import torch
 from torch import Tensor
 
-BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2": 8,
-    "F8_E5M2FNUZ": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-}
+from fishertool.checkpoint.stored import CONFIG_NAMES
 
-TORCH = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+TORCH: dict[str, torch.dtype] = {name: getattr(torch, word) for name, word in CONFIG_NAMES.items()}
 
 E4M3_ROUNDS_DOWN = 464
 """The largest number nearer to F8_E4M3's largest, 448, than to what would be the next."""
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
-FLOATING = frozenset(name for name, dtype in TORCH.items() if dtype.is_floating_point)
-
 COMPUTED = ("F64", "F32", "F16", "BF16")
 """Those that linear algebra is done with, in themselves or in a wider one."""
-
-
-def torch_name(dtype: str) -> str:
-    """The dtype as config.json writes it.
-
-    >>> torch_name("BF16")
-    'bfloat16'
-    """
-    return str(TORCH[dtype]).removeprefix("torch.")
 
 
 def compute_dtype(dtype: str) -> torch.dtype:

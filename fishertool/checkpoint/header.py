@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.dtypes import BITS
+from fishertool.checkpoint.stored import BITS
 from fishertool.errors import InputError
 
 MAX_HEADER_BYTES = 25_000_000

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fishertool.checkpoint.dtypes import BITS, FLOATING, torch_name
 from fishertool.checkpoint.header import TensorInfo, encode_header
+from fishertool.checkpoint.stored import BITS, FLOATING, torch_name
 from fishertool.errors import UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

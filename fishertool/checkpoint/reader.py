@@ -4,8 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,26 +13,20 @@ from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest, RunningDigest
 from fishertool.checkpoint.dtypes import TORCH, as_bytes
-from fishertool.checkpoint.header import (
-    Header,
-    TensorInfo,
-    has_control_characters,
-    read_header,
-)
-from fishertool.checkpoint.json_files import check_link, load_json
-from fishertool.errors import InputError, some
+from fishertool.checkpoint.header import Header, TensorInfo
+from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.shards import read_headers
+from fishertool.errors import InputError
 
-MODEL = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLE_BYTES = 512
 
 
 class Shard:
     """One open safetensors file; reads are positioned, so threads share it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, header: Header):
         self.path = path
-        self.header: Header = read_header(path)
+        self.header = header
         self._file = path.open("rb")
         self.digest = RunningDigest(path, self._file.fileno())
         self.digest.feed(0, memoryview(self._file.read(self.header.nbytes)))
@@ -188,89 +181,13 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
     """Open `<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` names.
 
-    Reads headers only. Raises InputError for what read_header refuses, and for an index that
-    names files outside the folder, names tensors its shards lack (or the reverse), or lies beside
-    a file it would be ambiguous with.
+    Reads headers only. Raises InputError for what read_headers refuses.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.exists() and index.exists():
-        raise InputError(
-            f"{folder}: both {single.name} and {index.name}; remove the one that is stale"
-        )
-    if not single.exists() and not index.exists():
-        raise _nothing_to_open(folder, single.name)
-    weight_map = _weight_map(index) if index.exists() else None
-    names = sorted(set(weight_map.values())) if weight_map is not None else [single.name]
+    headers = read_headers(folder, stem)
     with ExitStack() as opened:
-        shards: list[Shard] = []
-        for name in names:
-            path = folder / name
-            if not path.exists():
-                raise InputError(f"{index}: names {name}, which is missing; fetch it again")
-            check_link(path)
-            shards.append(Shard(path))
+        shards = []
+        for path, header in headers.items():
+            shards.append(Shard(path, header))
             opened.callback(shards[-1].close)
-        _check_tensors(index, weight_map, shards)
         opened.pop_all()
     return Checkpoint(folder, shards)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = load_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map must map tensor names to file names")
-    for name, file in weight_map.items():
-        if has_control_characters(name):
-            raise InputError(f"{index}: tensor name {name!r} has control characters")
-        plain = isinstance(file, str) and (
-            PurePosixPath(file).name == PureWindowsPath(file).name == file
-            and not has_control_characters(file)
-        )
-        if not plain or not file.endswith(".safetensors"):
-            raise InputError(
-                f"{index}: tensor {name} is said to be in {file!r}; "
-                "only plain .safetensors file names in the same folder are read"
-            )
-    return weight_map
-
-
-def _check_tensors(index: Path, weight_map: dict[str, str] | None, shards: list[Shard]) -> None:
-    found: dict[str, str] = {}
-    for shard in shards:
-        for name in shard.header.tensors:
-            if name in found:
-                raise InputError(f"{shard.path}: tensor {name} is also in {found[name]}")
-            found[name] = shard.path.name
-    if not found:
-        raise InputError(f"{shards[0].path}: holds no tensors")
-    if weight_map is None:
-        return
-    for name, file in weight_map.items():
-        if found.get(name) != file:
-            raise InputError(f"{index}: tensor {name} is not in {file}")
-    if unnamed := sorted(found.keys() - weight_map.keys()):
-        raise InputError(f"{index}: does not name {some(unnamed)} in {found[unnamed[0]]}")
-
-
-def _nothing_to_open(folder: Path, wanted: str) -> InputError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if not pickles:
-        others = sorted(path.name for path in folder.glob("*.safetensors"))
-        hint = f", but {some(others)}" if others else ""
-        if wanted == MODEL:
-            hint += "; give the folder of a model"
-        if wanted == MODEL and "adapter_model.safetensors" in others:
-            hint += ": an adapter is merged into its own by fishertool merge BASE+ADAPTER"
-        return InputError(f"{folder}: no {wanted} in it{hint}")
-    # A pattern, not a name: what is printed to be pasted holds nothing that the folder says.
-    weights = [name for name in pickles if fnmatchcase(name, "pytorch_model*.bin")]
-    pattern = "pytorch_model*.bin" if weights else f"*{Path(pickles[0]).suffix}"
-    return InputError(
-        f"{folder / (weights or pickles)[0]}: pickled weights can run code and are not read; "
-        'convert them: python -c "import glob, torch; from safetensors.torch import save_file; '
-        f"save_file({{k: v.clone().contiguous() for f in sorted(glob.glob('{pattern}')) "
-        "for k, v in torch.load(f, weights_only=True).items()}, "
-        f"'{wanted}', {{'format': 'pt'}})\""
-    )

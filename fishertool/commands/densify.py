@@ -16,12 +16,13 @@ from fishertool.checkpoint.companions import (
     write_json,
 )
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
+from fishertool.checkpoint.dtypes import TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out, parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError

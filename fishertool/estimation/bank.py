@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import BITS, TORCH
+from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import show_size
 from fishertool.checkpoint.staging import free_bytes
+from fishertool.checkpoint.stored import BITS
 from fishertool.errors import UsageError
 from fishertool.estimation.partial import Job
 from fishertool.estimation.settings import BANK_DTYPES

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from fishertool.checkpoint.dtypes import BITS
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.staging import free_bytes
+from fishertool.checkpoint.stored import BITS
 from fishertool.estimation.settings import BANK_DTYPES, Settings
 from fishertool.fisher.kronecker import MAX_SIDE
 from fishertool.models.layers import Layer

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import FLOATING, compute_dtype
+from fishertool.checkpoint.dtypes import compute_dtype
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import SourceView
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import pieces
 from fishertool.errors import InputError, some
 from fishertool.models.adapters import Adapter

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishertool.checkpoint.dtypes import FLOATING, NAMES, compute_dtype
+from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
 from fishertool.models.adapter_options import rank_and_scale, read_options
 from fishertool.models.lora import LowRank

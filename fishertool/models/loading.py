@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishertool.checkpoint.dtypes import COMPUTED, FLOATING, TORCH
+from fishertool.checkpoint.dtypes import COMPUTED, TORCH
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, UsageError, some
 from fishertool.models.buffers import is_old_buffer
 from fishertool.models.low_rank_layers import table_length

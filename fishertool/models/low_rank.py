@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
 from fishertool.models.low_rank_layers import (
     EMPTY,

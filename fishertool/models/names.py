@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
 from fishertool.models.buffers import is_old_buffer
 from fishertool.models.probes import Origin, origins

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fishertool.checkpoint.header import read_header
 from fishertool.checkpoint.reader import Checkpoint, Shard
 from fishertool.errors import InputError
 from fishertool.models.low_rank import (
@@ -104,7 +105,7 @@ def _open(model: Any, files: Sequence[str] | None) -> Checkpoint:
             f"{model.config.name_or_path or type(model).__name__}: low-rank weights are read from "
             "safetensors files alone"
         )
-    return Checkpoint(paths[0].parent, [Shard(path) for path in paths])
+    return Checkpoint(paths[0].parent, [Shard(path, read_header(path)) for path in paths])
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # by an earlier import of this module

@@ -9,10 +9,11 @@ from typing import Any
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_companions, same_file
 from fishertool.checkpoint.compare import settings_that_differ
-from fishertool.checkpoint.dtypes import FLOATING, NAMES
+from fishertool.checkpoint.dtypes import NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import UsageError, some
 from fishertool.models.chat_template import choose_template
 from fishertool.models.layer_stacks import check_layers

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite, representable
+from fishertool.checkpoint.dtypes import TORCH, all_finite, representable
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.source import TensorSource, check_finite
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
 from fishertool.merging.linear import linear

@@ -11,10 +11,10 @@ from typing import Self
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_in_folders
 from fishertool.checkpoint.compare import check_not_quantized
-from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.kronecker import MAX_SIDE
 from fishertool.models.layers import Layer, layers_of

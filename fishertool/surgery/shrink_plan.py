@@ -9,9 +9,9 @@ from typing import Any
 from fishertool import hub
 from fishertool.checkpoint.companions import Companions, find_in_folders
 from fishertool.checkpoint.compare import check_not_quantized
-from fishertool.checkpoint.dtypes import FLOATING
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, UsageError
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import transformer_folder
