@@ -1,4 +1,4 @@
-"""A model id or a folder -> a folder."""
+"""A model id or a folder -> a folder; what the cache knows of a model id."""
 
 import re
 import sys
@@ -49,3 +49,20 @@ def resolve(source: str) -> Path:
         raise HubError(
             f"{source}: no such folder here, and not fetched from the Hub: {reason}"
         ) from error
+
+
+def cached_license(source: str) -> str | None:
+    """The licence that the card of a Hub id says, where that card is in the cache; nothing is fetched."""
+    match = HUB_ID.fullmatch(source)
+    if match is None:
+        return None
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    card = try_to_load_from_cache(match[1], "README.md", revision=match[2])
+    if not isinstance(card, str):
+        return None
+    try:
+        told = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError):  # somebody's card, which may be anything
+        return None
+    return told if isinstance(told, str) else None

@@ -6,13 +6,21 @@ is imported right after it, or at once where it is there already.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 WATCHED = "transformers.quantizers"
+METHOD = "low_rank"
+"""The format's name among the quantizers, in config.json too."""
+
+
+def is_low_rank(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this config.json is in the low-rank format."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
 def install() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fishertool import __version__
+from fishertool.errors import InputError
 from fishertool.paths import expanded
 
 SCHEMA = "fishertool.report/1"
@@ -23,7 +24,7 @@ NAMES_A_PLACE = (
 )  # fmt: skip
 DECIDES_NOTHING = (
     "track", "threads", "device", "device_map", "accumulate_on", "overwrite", "world_size",
-    "checkpoint_every", "resume",
+    "checkpoint_every", "resume", "bars",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
 
@@ -156,6 +157,33 @@ def is_report(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.get("schema") == SCHEMA
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """The report that lies in an output. Raises InputError for a file that is none."""
+    document = json.loads(path.read_text(encoding="utf-8")) if is_report(path) else {}
+    inputs, output = document.get("inputs"), document.get("output") or {}
+    lists = [one.get("files") if isinstance(one, dict) else None for one in inputs or ()]
+    tables = [
+        document.get(name) or {} for name in ("options", "summary", "evaluation", "calibration")
+    ]
+    if (
+        not isinstance(inputs, list)
+        or not all(isinstance(one, dict) for one in (output, *tables))
+        or not all(isinstance(one.get(name), str) for one in inputs for name in ("id", "role"))
+        or not all(map(_are_files, [*lists, output.get("files", [])]))
+    ):
+        raise InputError(f"{path}: is no report of fishertool; write the output again")
+    return document
+
+
+def _are_files(value: Any) -> bool:
+    kinds = {"file": str, "bytes": int, "sha256": str}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        for entry in value
+    )
 
 
 def schema() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fishertool.checkpoint.dtypes import COMPUTED, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.shards import check_whole
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -24,9 +25,6 @@ from fishertool.fisher.factored import expand
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import KINDS
 
-PARTIAL = "partial"
-"""Stem of the file with the sums of one part of an estimate."""
-
 
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
     """Open one kind of a sidecar and check its header against its tensors.
@@ -34,11 +32,7 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
     Raises InputError for a folder that is no sidecar, or one part of it, or has not that kind, or
     whose header and tensors disagree.
     """
-    if (folder / f"{PARTIAL}.safetensors").exists():  # its bank has some of the members
-        raise InputError(
-            f"{folder}: is one part of an estimate; put all of them together with fishertool "
-            "combine-fisher"
-        )
+    check_whole(folder)
     if folder.is_dir() and kind not in (there := kinds_of(folder)):
         others = f", but {', '.join(there)}" if there else ""
         raise InputError(

@@ -14,13 +14,23 @@ PACKAGE = Path(fishertool.__file__).parent
 
 # What each part may import of ours; a part is a folder or a top-level file.
 CHECKPOINTS = {"errors", "paths", "checkpoint", "progress", "report"}
-LIBRARIES = CHECKPOINTS | {"registry", "selection", "calibration", "hub", "fisher", "sidecar"}
+LIBRARIES = CHECKPOINTS | {
+    "plugin",
+    "registry",
+    "selection",
+    "calibration",
+    "hub",
+    "fisher",
+    "sidecar",
+}
 PURE = {"factorization", "merging", "pruning"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
 UPPER |= {"surgery", "searching"}
+PUBLISHING = {"hub_push", "model_card"}
 MAY_IMPORT = {
     "__init__": {"plugin"},
     "plugin": set[str](),
+    "model_card": {"plugin"},
     "errors": set[str](),
     "paths": set[str](),
     "progress": set[str](),
@@ -31,6 +41,7 @@ MAY_IMPORT = {
     "report": {"errors", "paths", ""},
     "config": {"errors", "recipe", "registry"},
     "hub": {"errors", "paths"},
+    "hub_push": {"errors"},
     "calibration": {"errors", "paths", "calibration"},
     "checkpoint": {"errors", "checkpoint"},
     "fisher": {"errors", "registry", "fisher"},
@@ -44,7 +55,7 @@ MAY_IMPORT = {
     "evaluation": LIBRARIES | {"models", "evaluation"},
     "surgery": LIBRARIES | PURE | {"models", "estimation", "recipe", "surgery"},
     "searching": UPPER,
-    "commands": UPPER,
+    "commands": UPPER | PUBLISHING,
     "cli": {"cli", "errors", "launcher", "memory", "paths", "registry", ""},
     "__main__": {"cli"},
 }
@@ -69,7 +80,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "transformers": {"models"},
     "datasets": {"calibration"},
-    "huggingface_hub": {"hub", "calibration"},
+    "huggingface_hub": {"hub", "hub_push", "model_card", "calibration"},
     "botorch": {"searching"},
     "gpytorch": {"searching"},
 }
@@ -87,6 +98,8 @@ WITHOUT_TORCH = {
     "registry",
     "progress",
     "hub",
+    "hub_push",
+    "model_card",
     "recipe",
 }
 

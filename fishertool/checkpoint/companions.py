@@ -44,6 +44,7 @@ LOADED = (
 )
 LOADED_IN_FOLDERS = ("config.json", "*.safetensors", "*.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TEMPLATES = "additional_chat_templates"
 FORBIDDEN = (".py", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
 
 
@@ -60,16 +61,16 @@ def find_companions(folder: Path) -> Companions:
 
     Raises InputError for one that links out of the folder.
     """
-    folders = {"additional_chat_templates", *_module_folders(folder)}
+    folders = {TEMPLATES, *module_folders(folder)}
     copied, left_out = [], []
-    for path in _files(folder):
+    for path in files_of(folder):
         name = path.relative_to(folder)
         top = len(name.parts) == 1
-        if top and (name.name == "config.json" or _matches(name, WEIGHTS)):
+        if top and (name.name == "config.json" or matches(name, WEIGHTS)):
             continue
         allowed = LOADED if top else LOADED_IN_FOLDERS
         inside = top or name.parent.as_posix() in folders
-        if inside and _matches(name, allowed) and name.suffix.lower() not in FORBIDDEN:
+        if inside and matches(name, allowed) and name.suffix.lower() not in FORBIDDEN:
             check_link(path)
             copied.append(name.as_posix())
         else:
@@ -131,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def _module_folders(folder: Path) -> Iterator[str]:
+def module_folders(folder: Path) -> Iterator[str]:
     """Folders that a sentence-transformers modules.json names, such as 1_Pooling."""
     path = folder / "modules.json"
     if not path.exists():
@@ -143,7 +144,7 @@ def _module_folders(folder: Path) -> Iterator[str]:
         raise InputError(f"{path}: not a list of modules: {error}") from error
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
     """Every file below a folder in sorted order; a linked folder as itself; nothing hidden."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -153,5 +154,5 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _matches(name: PurePath, patterns: tuple[str, ...]) -> bool:
+def matches(name: PurePath, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name.name, pattern) for pattern in patterns)

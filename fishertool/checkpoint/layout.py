@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fishertool.checkpoint.header import TensorInfo, encode_header
-from fishertool.checkpoint.stored import BITS, FLOATING, torch_name
+from fishertool.checkpoint.stored import BITS, CONFIG_NAMES, FLOATING
 from fishertool.errors import UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,12 +50,17 @@ class Layout:
 
     @property
     def dtype(self) -> str:
-        """What most weights have, as config.json calls it."""
-        totals: dict[str, int] = {}
-        for tensor in self.tensors:
-            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
-        floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
-        return torch_name(max(floating or totals, key=lambda dtype: totals[dtype]))
+        return main_dtype(self.tensors)
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """What most weights have, as config.json calls it; where config.json has no word, as headers do."""
+    totals: dict[str, int] = {}
+    for tensor in tensors:
+        totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.elements
+    floating = {dtype: count for dtype, count in totals.items() if dtype in FLOATING}
+    dtype = max(floating or totals, key=lambda dtype: totals[dtype])
+    return CONFIG_NAMES.get(dtype, dtype)
 
 
 def lay_out(

@@ -8,6 +8,8 @@ from fishertool.checkpoint.json_files import check_link, load_json
 from fishertool.errors import InputError, some
 
 MODEL = "model.safetensors"
+PARTIAL = "partial"
+"""Stem of the file with the sums of one part of an estimate."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -38,6 +40,15 @@ def read_headers(folder: Path, stem: str = "model") -> dict[Path, Header]:
         headers[path] = read_header(path)
     _check_tensors(index, weight_map, headers)
     return headers
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder with one part of an estimate, whose bank has some of the members."""
+    if (folder / f"{PARTIAL}.safetensors").exists():
+        raise InputError(
+            f"{folder}: is one part of an estimate; put all of them together with fishertool "
+            "combine-fisher"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     factorize,
     merge,
     prune,
+    push,
     search,
 )
 from fishertool.cli.app import app

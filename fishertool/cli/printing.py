@@ -97,6 +97,8 @@ def _flatten(summary: Mapping[str, Any], prefix: str = "") -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_show, value))
+    if isinstance(value, str) and "\n" in value:  # a text of its own, below its name
+        return f"\n\n{value}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.shards import PARTIAL
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
 from fishertool.errors import InputError
 from fishertool.estimation.bank import bank_writer
@@ -22,7 +23,7 @@ from fishertool.fisher.kinds import Gathering
 from fishertool.paths import expanded
 from fishertool.progress import Track, silent
 from fishertool.report import Files, Report, environment, options_of
-from fishertool.sidecar import PARTIAL, BankWriter
+from fishertool.sidecar import BankWriter
 
 RANK_ONE = "rank-one"
 

@@ -26,10 +26,11 @@ from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
-from fishertool.models.low_rank import Factors, factors_of, is_low_rank, modules_of
+from fishertool.models.low_rank import Factors, factors_of, modules_of
 from fishertool.models.low_rank_layers import is_turned, product
 from fishertool.models.names import empty_model
 from fishertool.models.sentence import weights_folder
+from fishertool.plugin import is_low_rank
 from fishertool.progress import Advance, Track, silent
 from fishertool.report import Files, Report, environment, options_of, public_name
 from fishertool.surgery.output import checkpoint_output, code_left_out, row_of

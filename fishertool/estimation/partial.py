@@ -14,9 +14,10 @@ from torch import Tensor
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import ONE_FILE, Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.shards import PARTIAL
 from fishertool.errors import InputError
 from fishertool.fisher.header import FisherHeader
-from fishertool.sidecar import PARTIAL, write_tensors
+from fishertool.sidecar import write_tensors
 
 KEY = "fishertool.partial"
 FORMAT = 1

@@ -27,8 +27,8 @@ from fishertool.models.low_rank_layers import (
     token_table,
 )
 from fishertool.models.names import origins_by_disk_name
+from fishertool.plugin import METHOD
 
-METHOD = "low_rank"
 FORMAT_VERSION = 1
 
 
@@ -69,11 +69,6 @@ def quantization_config(ranks: Mapping[str, int], embedding: str | None) -> dict
     """What config.json says of modules with these ranks, by their names on disk."""
     told = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
     return told if embedding is None else {**told, "embedding": embedding}
-
-
-def is_low_rank(config: Mapping[str, Any]) -> bool:
-    settings = config.get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
 def factors_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Factors]:

@@ -20,7 +20,6 @@ from fishertool.checkpoint.header import read_header
 from fishertool.checkpoint.reader import Checkpoint, Shard
 from fishertool.errors import InputError
 from fishertool.models.low_rank import (
-    METHOD,
     Factors,
     check_loaded,
     factors_of,
@@ -30,6 +29,7 @@ from fishertool.models.low_rank import (
 )
 from fishertool.models.low_rank_layers import LowRank, LowRankEmbedding
 from fishertool.models.probes import origins
+from fishertool.plugin import METHOD
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
