@@ -57,12 +57,13 @@ def cached_license(source: str) -> str | None:
     if match is None:
         return None
     from huggingface_hub import ModelCard, try_to_load_from_cache
+    from yaml import YAMLError
 
     card = try_to_load_from_cache(match[1], "README.md", revision=match[2])
     if not isinstance(card, str):
         return None
     try:
         told = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError):  # somebody's card, which may be anything
+    except (OSError, ValueError, YAMLError):  # somebody's card, which may be anything
         return None
     return told if isinstance(told, str) else None

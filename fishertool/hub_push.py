@@ -38,8 +38,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class Pushed:
+    """`repository`, `commit` and `pull_request` are addresses."""
+
     repository: str
-    """These three are addresses, or None."""
     commit: str
     pull_request: str | None
     revision: str
@@ -98,7 +99,7 @@ def publish(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the rest is told here
     if not bars:
         disable_progress_bars()
-    token = None
+    token, address = None, None
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -124,12 +125,13 @@ def publish(
                     create_pr=pull_request,
                     parent_commit=target.sha,
                 )
-            place = commit.pr_revision or commit.oid
-            _check_what_is_there(api, repo, place, sent, commit.pr_url or commit.commit_url)
+            place, address = commit.pr_revision or commit.oid, commit.pr_url or commit.commit_url
+            _check_what_is_there(api, repo, place, sent, address)
     except FishertoolError:
         raise
     except Exception as error:  # of the Hub, a proxy, the HTTP client, JSON, the disk
-        raise HubError(f"{repo}: not published: {_reason(error, token)}") from error
+        how = f"sent, but what is at {address} is not checked" if address else "not published"
+        raise HubError(f"{repo}: {how}: {_reason(error, token)}") from error
     said = [" ".join(str(one.message).split()) for one in told]
     if commit.oid == target.sha:
         said.append(f"{repo}: has all of it already; nothing was sent")
@@ -217,11 +219,16 @@ def _said_of_a_new_one(repo: str, created: bool) -> Iterator[None]:
 
 def _reason(error: BaseException, token: str | None) -> str:
     """One line on what went wrong, from the error and what it came of, never with the token."""
+    from huggingface_hub import constants
+
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     statuses = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
     advice = next((ADVICE[status] for status in statuses if status in ADVICE), None)
+    # Of the HTTP client, which is another one in other versions of huggingface_hub.
+    if "TransportError" in {one.__name__ for one in type(error).__mro__}:
+        advice = f"{constants.ENDPOINT} is not reached; look at the network, and at HF_ENDPOINT"
     notes = [note for one in chain for note in getattr(one, "__notes__", ())]
     first = str(error) or type(error).__name__
     # An error of the upload says which file, and only its cause says why.

@@ -164,6 +164,29 @@ def test_what_is_no_name_is_refused(source: str) -> None:
         hub.resolve(source)
 
 
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        ("---\nlicense: mit\n---\nText.\n", "mit"),
+        ("Text.\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\n: {\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_of_a_card_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str | None, told: str | None
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = COMMITS["v1"]
+    snapshot = tmp_path / "models--org--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    if card is not None:
+        (snapshot / "README.md").write_text(card)
+    assert hub.cached_license(f"org/model@{commit}") == told
+    assert hub.cached_license("model-a") is None
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="is a file; give the folder"):

@@ -72,7 +72,7 @@ def open_published(folder: Path) -> Published:
     sent, left_out = [], [path.name for path in sorted(folder.iterdir()) if _is_hidden(path)]
     for path in files_of(folder):
         name = path.relative_to(folder)
-        if name.as_posix() in opened or _may_go(name, folders.keys()):
+        if name.as_posix() in opened or (path.is_file() and _may_go(name, folders.keys())):
             check_link(path)
             sent.append(name.as_posix())
         else:
@@ -114,12 +114,17 @@ def _stems(folder: Path) -> set[str]:
 def _may_go(name: PurePath, folders: Collection[str]) -> bool:
     if name.suffix.lower() in FORBIDDEN or matches(name, WEIGHTS):
         return False
-    place = "" if len(name.parts) == 1 else name.parent.as_posix()
+    place = _place(name)
     if name.parent.name == TEMPLATES:
-        return fnmatchcase(name.name, "*.jinja")
+        return _place(name.parent) in folders and fnmatchcase(name.name, "*.jinja")
     if not place and name.name in (CARD, REPORT_FILE):
         return True
     return place in folders and (name.name in CONFIGS or matches(name, LOADED))
+
+
+def _place(name: PurePath) -> str:
+    """The folder that a name is in, as modules.json writes it."""
+    return "" if len(name.parts) == 1 else name.parent.as_posix()
 
 
 def _is_inside(folder: Path) -> Callable[[str], bool]:
