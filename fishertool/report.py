@@ -21,6 +21,7 @@ from fishertool.paths import expanded
 SCHEMA = "fishertool.report/1"
 NAMES_A_PLACE = (
     "model", "models", "adapter", "against", "base", "fisher", "general_fisher", "parts", "data", "out",
+    "path",
 )  # fmt: skip
 DECIDES_NOTHING = (
     "track", "threads", "device", "device_map", "accumulate_on", "overwrite", "world_size",

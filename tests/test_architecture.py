@@ -25,7 +25,7 @@ LIBRARIES = CHECKPOINTS | {
 }
 PURE = {"factorization", "merging", "pruning"}
 UPPER = LIBRARIES | PURE | {"models", "evaluation", "estimation", "recipe"}
-UPPER |= {"surgery", "searching"}
+UPPER |= {"surgery", "searching", "inspection"}
 PUBLISHING = {"hub_push", "model_card"}
 MAY_IMPORT = {
     "__init__": {"plugin"},
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "models": LIBRARIES | {"models"},
     "estimation": LIBRARIES | {"models", "estimation", "launcher"},
     "evaluation": LIBRARIES | {"models", "evaluation"},
+    "inspection": LIBRARIES | {"models", "estimation", "surgery", "inspection"},
     "surgery": LIBRARIES | PURE | {"models", "estimation", "recipe", "surgery"},
     "searching": UPPER,
     "commands": UPPER | PUBLISHING,

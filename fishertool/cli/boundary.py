@@ -17,6 +17,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     estimate,
     evaluate,
     factorize,
+    inspect,
     merge,
     prune,
     push,

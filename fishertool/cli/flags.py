@@ -60,6 +60,7 @@ def report_place(context: typer.Context, path: Path | None) -> Path | None:
         if not os.access(path if path.exists() else there, os.W_OK):
             raise StorageError(f"--report {path}: no permission to write it")
         _check_apart(path, context.params.get("out"))
+        _check_beside(path, context.params.get("path"))
     return path
 
 
@@ -76,6 +77,21 @@ def _check_apart(report: Path | None, out: Path | None) -> None:
         raise UsageError(
             f"--report {report}: is in the output {out}, which has a report of its own; choose "
             "another place"
+        )
+
+
+def looked_at(context: typer.Context, source: str) -> str:
+    """A folder or Hub id that is read and told of, and may have a report that nothing replaces."""
+    _check_beside(context.params.get("report_file"), source)
+    return source
+
+
+def _check_beside(report: Path | None, source: str | None) -> None:
+    if report is None or source is None:
+        return
+    if report.resolve().is_relative_to(expanded(source).resolve()):
+        raise UsageError(
+            f"--report {report}: is in {source}, which is only read; choose another place"
         )
 
 

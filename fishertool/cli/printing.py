@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from fishertool.errors import GateError
 
 def tell(message: str) -> None:
     """One line on stderr; what a terminal would act on, as a name from a file may have, is escaped."""
-    line = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in " ".join(message.split())
-    )
     with suppress(OSError):  # whoever read it may have left, or its disk be full
-        print(f"fishertool: {line}", file=sys.stderr)
+        print(f"fishertool: {_printable(' '.join(message.split()))}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 @contextmanager
@@ -36,8 +39,17 @@ def telling_if_stopped(told: str | None) -> Iterator[None]:
         raise stop from None
 
 
-def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) -> None:
-    """Print the report, write it where asked, and fail if a gate is not met."""
+def finish(
+    report: Any,
+    as_json: bool,
+    quiet: bool,
+    report_file: Path | None,
+    columns: Sequence[str] = (),
+) -> None:
+    """Print the report, write it where asked, and fail if a gate is not met.
+
+    With `columns`, the table has these of every tensor too.
+    """
     for warning in report.warnings:
         tell(f"warning: {warning}")
     text = report.to_json()
@@ -45,7 +57,7 @@ def finish(report: Any, as_json: bool, quiet: bool, report_file: Path | None) ->
         if as_json:
             put(text)
         elif not quiet:
-            put(_table(report))
+            put(_table(report) + _rows(report.tensors if columns else [], columns))
     finally:  # where one of the two places fails, the other has the result
         if report_file is not None:
             report_file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +92,17 @@ def _table(report: Any) -> str:
     lines = []
     for name, value in rows:
         other = f"  (against: {_show(against[name])})" if name in against else ""
-        lines.append(f"{name:<{width}}  {_show(value)}{other}\n")
+        lines.append(f"{_printable(name):<{width}}  {_show(value)}{other}\n")
     for name, value in ((report.evaluation or {}).get("metrics") or {}).items():
         lines.append(f"{name:<{width}}  {_show(value)}\n")
     return "".join(lines)
+
+
+def _rows(tensors: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    shown = [[_printable(str(tensor[column])) for column in columns] for tensor in tensors]
+    widths = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
+    lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in shown)
+    return "".join(f"{line}\n" for line in ["", *lines]) if shown else ""
 
 
 def _flatten(summary: Mapping[str, Any], prefix: str = "") -> Any:
@@ -99,7 +118,7 @@ def _show(value: Any) -> str:
         return ", ".join(map(_show, value))
     if isinstance(value, str) and "\n" in value:  # a text of its own, below its name
         return f"\n\n{value}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
 
 
 def track_on_stderr(quiet: bool) -> Any:

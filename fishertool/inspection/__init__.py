@@ -1,0 +1,1 @@
+"""What lies in a folder, told from headers; and whether it is what its report says."""
