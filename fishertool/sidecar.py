@@ -241,24 +241,8 @@ def check_fits(
     way_out: str = "give that model's own",
 ) -> None:
     """Refuse a sidecar estimated on other weights than these, with the way out."""
-    for name in header.statistics:
-        if name not in model:
-            raise InputError(f"{tensors.folder}: tensor {name}: {model.folder} has no such tensor")
-        if name in header.leaders:
-            _check_factors(tensors, header, name, model)
-        stored = f"{name}#rows" if header.kind == "factored" and name not in tensors else name
-        if stored not in tensors:
-            continue
-        mine, theirs = model.info(name).shape, tensors.info(stored).shape
-        if header.kind == "rank-one":
-            theirs = theirs[1:]
-        elif stored != name:
-            theirs = (*theirs, *tensors.info(f"{name}#columns").shape)
-            mine = (model.info(name).rows, model.info(name).width)
-        if mine != theirs:
-            raise InputError(
-                f"{tensors.where(name)} is {list(theirs)}, but {list(mine)} in {model.folder}"
-            )
+    infos = {name: model.info(name) for name in header.statistics if name in model}
+    check_shapes(tensors, header, infos, model.folder)
     if header.fingerprint != model.fingerprint():
         raise InputError(
             f"{tensors.folder}: was estimated on other weights ({header.model}) than "
@@ -266,10 +250,35 @@ def check_fits(
         )
 
 
-def _check_factors(
-    tensors: Checkpoint, header: FisherHeader, name: str, model: TensorSource
+def check_shapes(
+    tensors: Checkpoint, header: FisherHeader, weights: Mapping[str, TensorInfo], source: Path
 ) -> None:
-    shape = model.info(name).shape
+    """Refuse a sidecar with tensors of other shapes than these weights', of which `source` tells."""
+    for name in header.statistics:
+        if name not in weights:
+            raise InputError(f"{tensors.folder}: tensor {name}: {source} has no such tensor")
+        info = weights[name]
+        if name in header.leaders:
+            _check_factors(tensors, header, info, source)
+        stored = f"{name}#rows" if header.kind == "factored" and name not in tensors else name
+        if stored not in tensors:
+            continue
+        mine, theirs = info.shape, tensors.info(stored).shape
+        if header.kind == "rank-one":
+            theirs = theirs[1:]
+        elif stored != name:
+            theirs = (*theirs, *tensors.info(f"{name}#columns").shape)
+            mine = (info.rows, info.width)
+        if mine != theirs:
+            raise InputError(
+                f"{tensors.where(stored)} is {list(theirs)}, but {list(mine)} in {source}"
+            )
+
+
+def _check_factors(
+    tensors: Checkpoint, header: FisherHeader, weight: TensorInfo, source: Path
+) -> None:
+    name, shape = weight.name, weight.shape
     *stack, out, width = shape
     if name in header.transposed:
         out, width = width, out
@@ -281,5 +290,5 @@ def _check_factors(
         if theirs != mine:
             raise InputError(
                 f"{tensors.where(part)} is {theirs}, but {name} is {list(shape)} in "
-                f"{model.folder}, which needs {mine}"
+                f"{source}, which needs {mine}"
             )

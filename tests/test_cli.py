@@ -22,7 +22,16 @@ from fishertool.commands import evaluate as evaluate_module
 from fishertool.errors import InputError, UsageError
 from fishertool.report import Report, is_report
 
-VERBS = ("estimate-fisher", "merge", "search", "prune", "factorize", "densify", "evaluate", "inspect")
+VERBS = (
+    "estimate-fisher",
+    "merge",
+    "search",
+    "prune",
+    "factorize",
+    "densify",
+    "evaluate",
+    "inspect",
+)
 
 
 def test_version_is_in_one_place(cli: Cli) -> None:

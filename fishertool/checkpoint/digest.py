@@ -30,12 +30,13 @@ class RunningDigest:
     that another process hashes, is not hashed here.
     """
 
-    def __init__(self, path: Path, descriptor: int | None = None):
-        """`descriptor` is what the file is read from; without one it is written."""
-        self.path = path
+    def __init__(self, path: Path, descriptor: int | None = None, anew: bool = False):
+        """`descriptor` is what the file is read from; without one it is written. `anew` takes
+        nobody's word for what its bytes are, and remembers nothing."""
+        self.path, self._anew = path, anew
         self._file = None if descriptor is None else identity(os.fstat(descriptor))
-        self._known = self._file and recall(self._file)
-        self._elsewhere = self._file and hashed_ahead(self._file)
+        self._known = None if anew else self._file and recall(self._file)
+        self._elsewhere = None if anew else self._file and hashed_ahead(self._file)
         self._hash, self._position = hashlib.sha256(), 0
         self._pending: dict[int, bytes] = {}
         self._pending_bytes = 0
@@ -68,7 +69,7 @@ class RunningDigest:
         if self._known is None:
             found = self._elsewhere.sha256(file) if file and self._elsewhere else None
             self._known = found or self._finish()
-            if file is not None:
+            if file is not None and not self._anew:
                 remember(file, self._known)
         return FileDigest(self.path.name, stat.st_size, self._known)
 
@@ -85,7 +86,7 @@ class RunningDigest:
         self._position += len(data)
 
 
-def digest(path: Path) -> FileDigest:
+def digest(path: Path, anew: bool = False) -> FileDigest:
     """The SHA-256 of a whole file."""
     with path.open("rb") as file:
-        return RunningDigest(path, file.fileno()).finish()
+        return RunningDigest(path, file.fileno(), anew).finish()

@@ -31,6 +31,12 @@ class Shard:
         self.digest = RunningDigest(path, self._file.fileno())
         self.digest.feed(0, memoryview(self._file.read(self.header.nbytes)))
 
+    def hash_anew(self) -> None:
+        """Have `digest` find out what the bytes are now, whatever is known of the file."""
+        self.digest = RunningDigest(self.path, self._file.fileno(), anew=True)
+        header = os.pread(self._file.fileno(), self.header.nbytes, 0)
+        self.digest.feed(0, memoryview(header))
+
     def read(self, start: int, size: int) -> Tensor:
         """Bytes `[start, start + size)` of the file as a uint8 tensor of its own."""
         tensor = torch.empty(size, dtype=torch.uint8)

@@ -22,6 +22,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
     prune,
     push,
     search,
+    verify,
 )
 from fishertool.cli.app import app
 from fishertool.cli.printing import leave_stdout, tell

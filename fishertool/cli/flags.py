@@ -59,8 +59,11 @@ def report_place(context: typer.Context, path: Path | None) -> Path | None:
             raise UsageError(f"--report {path}: is there, and is no report; choose another name")
         if not os.access(path if path.exists() else there, os.W_OK):
             raise StorageError(f"--report {path}: no permission to write it")
-        _check_apart(path, context.params.get("out"))
-        _check_beside(path, context.params.get("path"))
+        out = context.params.get("out")
+        if isinstance(out, Path):
+            _check_apart(path, out)
+        else:  # of a verb that writes nothing
+            _check_beside(path, out or context.params.get("path"))
     return path
 
 

@@ -107,7 +107,9 @@ def _rows(tensors: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def _flatten(summary: Mapping[str, Any], prefix: str = "") -> Any:
     for name, value in summary.items():
-        if isinstance(value, dict):
+        if name == "findings":  # a sentence each
+            yield from (("finding", one) for one in value)
+        elif isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
         elif value not in ([], None):
             yield f"{prefix}{name}", value

@@ -86,7 +86,7 @@ def load_model(
         raise InputError(
             f"{checkpoint.folder}: {_architecture(config)} does not fit --task {task.name}"
         )
-    _quieten(transformers)
+    quieten(transformers)
     if device == "meta":
         device_map = "meta"
     dtype = _dtype(checkpoint)
@@ -108,26 +108,11 @@ def load_model(
         if "Unrecognized configuration class" in reason:  # and a list of all that it recognizes
             reason = f"{_architecture(config)} does not fit --task {task.name}"
         raise InputError(f"{checkpoint.folder}: transformers cannot load it: {reason}") from error
-    missing = sorted(found["missing_keys"])
-    mismatched = sorted(
-        f"{name} ({list(on_disk)} on disk, {list(wanted)} in the model)"
-        for name, on_disk, wanted in found["mismatched_keys"]
-    )
-    left_over = sorted(
-        name
-        for name in found["unexpected_keys"]
-        if name not in checkpoint or _is_weight(checkpoint.info(name))
-    )
-    for names, fault in (
-        (missing, "lacks tensors the model needs"),
-        (mismatched, "has tensors of another shape than the model"),
-        (left_over, "has tensors the model does not use"),
-    ):
-        if names:
-            raise InputError(
-                f"{checkpoint.folder}: {fault} as {type(module).__name__}: {some(names)}; "
-                f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
-            )
+    for fault in faults_of(checkpoint, type(module).__name__, found):
+        raise InputError(
+            f"{checkpoint.folder}: {fault}; "
+            f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
+        )
     off = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if off and device != "meta":
         raise InputError(
@@ -164,6 +149,26 @@ def load_model(
         _positions(module, config),
     )
     return loaded if task.name != "embedding" else _scorer(loaded, checkpoint.folder, scale)
+
+
+def faults_of(checkpoint: Checkpoint, model: str, found: Mapping[str, Any]) -> list[str]:
+    """What transformers' loading info says is wrong with a checkpoint as this model; by name."""
+    missing = sorted(found["missing_keys"])
+    mismatched = sorted(
+        f"{name} ({list(on_disk)} on disk, {list(wanted)} in the model)"
+        for name, on_disk, wanted in found["mismatched_keys"]
+    )
+    left_over = sorted(
+        name
+        for name in found["unexpected_keys"]
+        if name not in checkpoint or _is_weight(checkpoint.info(name))
+    )
+    faults = (
+        (missing, "lacks tensors the model needs"),
+        (mismatched, "has tensors of another shape than the model"),
+        (left_over, "has tensors the model does not use"),
+    )
+    return [f"{fault} as {model}: {some(names)}" for names, fault in faults if names]
 
 
 def _scorer(loaded: LoadedModel, folder: Path, scale: float | None) -> LoadedModel:
@@ -269,7 +274,7 @@ def check_spreading(device_map: str | None, fsdp: bool) -> None:
         raise UsageError(f"{flag} needs the package accelerate: pip install 'fishertool[large]'")
 
 
-def _quieten(transformers: Any) -> None:
+def quieten(transformers: Any) -> None:
     """What it warns of, this project checks; its progress bars are not ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
