@@ -31,6 +31,7 @@ VERBS = (
     "densify",
     "evaluate",
     "inspect",
+    "verify",
 )
 
 

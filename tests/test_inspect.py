@@ -127,12 +127,13 @@ def test_low_rank_and_its_report(cli: Cli, make_model: ModelMaker) -> None:
     assert found["others"] == []
     assert found["report"]["command"] == "densify"
     assert found["report"]["summary"]["modules"] == 1
-    flags = ("--method", "magnitude", "--sparsity", "0.5", "--out", "pruned", "-q")
+    flags = ("--method", "magnitude", "--sparsity", "0.5", "--save-mask", "--out", "pruned", "-q")
     assert cli("prune", "m", *flags).code == 0
     out = cli("inspect", "pruned").out
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
     assert ["report.method", "magnitude"] in lines
     assert ["report.summary.sparsity", "0.5"] in lines
+    assert told(cli, "pruned")["others"] == ["pruning_mask.safetensors"]
 
 
 def test_a_sidecar_and_a_part(
@@ -183,6 +184,8 @@ def test_a_sentence_transformers_folder(cli: Cli, make_model: ModelMaker) -> Non
     assert found["task"] == "embedding"
     assert list(found["files"]) == ["0_Transformer/model.safetensors"]
     assert "modules.json" in found["companions"]
+    assert "0_Transformer/config.json" in found["companions"]
+    assert found["others"] == []
 
 
 def test_a_search(cli: Cli) -> None:

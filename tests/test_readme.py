@@ -36,7 +36,7 @@ def stage(cli: Cli, make_model: ModelMaker, data: Path, tmp_path: Path) -> Calla
 def test_readme_has_a_command_for_every_verb() -> None:
     assert {shlex.split(command)[1] for command in COMMANDS} == {
         "estimate-fisher", "combine-fisher", "merge", "factorize", "densify", "prune", "evaluate",
-        "search", "push",
+        "search", "inspect", "verify", "push",
     }  # fmt: skip
 
 

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.companions import find_companions
+from fishertool.checkpoint.companions import find_in_folders
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE
 from fishertool.errors import InputError
 from fishertool.estimation.partial import Partial
 from fishertool.fisher.header import FisherHeader
+from fishertool.inspection.files import extra_files
 from fishertool.inspection.place import About, Place
 from fishertool.inspection.written import Written
 from fishertool.models.adapters import CONFIG
@@ -43,14 +44,11 @@ def figures_of(
         own = _of_adapter(load_json(place.top / CONFIG))
     else:
         own = _of_checkpoint(checkpoints[0])
-    beside = find_companions(place.top)
-    others = [name for name in beside.left_out if name != REPORT_FILE]
     return {
         "what": place.what,
         **own,
         **_sizes(place.top, checkpoints),
-        "companions": list(beside.copied),
-        "others": others,
+        **_beside(place, checkpoints),
         "report": None if written is None else of_report(written),
     }
 
@@ -90,6 +88,21 @@ def _sizes(top: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         "bytes": sum(files.values()),
         "dtypes": dtypes,
         "files": files,
+    }
+
+
+def _beside(place: Place, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What a loader needs, and what it does not, besides the files of tensors and the report."""
+    shards = [shard.path for checkpoint in checkpoints for shard in checkpoint.shards]
+    own = {REPORT_FILE, "config.json", *(_relative(path, place.top) for path in shards)}
+    copied: dict[str, None] = {}
+    left_out = dict.fromkeys(extra_files(place, shards, None))
+    for folder, found in find_in_folders(place.top, place.weights).items():
+        copied |= {_relative(folder / name, place.top): None for name in found.copied}
+        left_out |= {_relative(folder / name, place.top): None for name in found.left_out}
+    return {
+        "companions": [name for name in copied if name not in own],
+        "others": [name for name in left_out if name not in copied and name not in own],
     }
 
 
