@@ -16,6 +16,8 @@ from test_sentence import make_sentence_model
 from torch import Tensor
 
 from fishertool.checkpoint import known_digests
+from fishertool.checkpoint.header import TensorInfo
+from fishertool.checkpoint.stream import pieces
 from fishertool.commands import verify as verify_module
 from fishertool.inspection import values
 
@@ -168,16 +170,13 @@ def test_shards(cli: Cli, make_model: ModelMaker) -> None:
 def test_values_that_are_not_finite(
     cli: Cli, merged: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(values, "pieces", lambda infos: PIECES(infos, 7))
+    monkeypatch.setattr(values, "pieces", lambda infos: pieces(infos, 7))
     rewrite(merged / "model.safetensors", lambda tensors: tensors[QUERY][-1].fill_(value))
     retell(merged)
     assert findings(cli, merged, "--threads", 2) == [f"NaN or Inf in {QUERY} (model.safetensors)"]
     assert findings(cli, merged, "--allow-nonfinite") == []
     told = cli("verify", merged, "--allow-nonfinite", "--no-load", "--json").report["summary"]
     assert (told["nonfinite"], told["loads"]) == (1, None)
-
-
-PIECES = values.pieces
 
 
 def test_dtype(cli: Cli, merged: Path) -> None:
@@ -324,9 +323,9 @@ def test_zeros_of_experts_in_a_stack() -> None:
     save_file({"stack": tensor}, "stack.safetensors")
     counts = []
     for step in (5, 15, 1000):
-        info = values.TensorInfo("stack", "F32", (3, 4, 5))
+        info = TensorInfo("stack", "F32", (3, 4, 5))
         found: dict[int, int] = {}
-        for piece in PIECES([info], step):
+        for piece in pieces([info], step):
             rows = tensor.reshape(-1, 5)[piece.start : piece.stop]
             for expert, count in values._zeros(rows, info, piece).items():
                 found[expert] = found.get(expert, 0) + count
@@ -343,6 +342,19 @@ def test_neurons_left_out_and_sentences(cli: Cli, make_model: ModelMaker) -> Non
     assert findings(cli, "out", "--no-load") == [
         "1_Pooling/config.json: missing, and its report says that it went along"
     ]
+
+
+def test_neurons_left_out_of_a_model_of_two_dtypes(cli: Cli, make_model: ModelMaker) -> None:
+    make_model("m", "llama")
+    rewrite(
+        Path("m/model.safetensors"),
+        lambda tensors: tensors.update(
+            {name: one.bfloat16() for name, one in tensors.items() if "down_proj" in name}
+        ),
+    )
+    flags = ("--pattern", "neurons", "--method", "magnitude", "--sparsity", "0.5", "--out", "out")
+    assert cli("prune", "m", *flags, "-q").code == 0
+    assert findings(cli, "out") == []
 
 
 def test_an_adapter(cli: Cli, make_model: ModelMaker) -> None:

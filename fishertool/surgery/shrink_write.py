@@ -63,8 +63,7 @@ def write_shrunk(
             writer.write(info.name, values.contiguous())
             advance(info.elements)
         digests = writer.finish()
-    dtype = torch_name(checkpoint.info(plan.units.blocks[0].join.name).dtype)
-    write_config(checkpoint.folder, place, dtype, plan.units.changes(plan.kept))
+    write_config(checkpoint.folder, place, plan.layout.dtype, plan.units.changes(plan.kept))
     copy_from_folders(plan.top, checkpoint.folder, plan.companions, folder)
     return digests
 
