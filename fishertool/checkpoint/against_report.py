@@ -1,11 +1,10 @@
 """Files held against what a report says of them."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.digest import digest
 
 
 def differences(folder: Path, listed: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -18,13 +17,6 @@ def differences(folder: Path, listed: Sequence[Mapping[str, Any]]) -> list[str]:
     return [told for told in found if told is not None]
 
 
-def digest_anew(path: Path, name: str | None = None) -> FileDigest:
-    """The SHA-256 of a file as it is now, under its own name or another."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileDigest(name or path.name, file.tell(), sha256)
-
-
 def _difference(folder: Path, entry: Mapping[str, Any]) -> str | None:
     name = PurePosixPath(str(entry["file"]))
     if name.is_absolute() or ".." in name.parts:
@@ -34,6 +26,6 @@ def _difference(folder: Path, entry: Mapping[str, Any]) -> str | None:
         return f"{name}: is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{name}: has {size} bytes, the report says {entry['bytes']}"
-    if (sha256 := digest_anew(path).sha256) != entry["sha256"]:
+    if (sha256 := digest(path, anew=True).sha256) != entry["sha256"]:
         return f"{name}: has SHA-256 {sha256}, the report says {entry['sha256']}"
     return None

@@ -1,14 +1,15 @@
 """`fishertool push`: an output folder -> a repository on the Hub."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fishertool import hub, hub_push
-from fishertool.checkpoint.against_report import differences, digest_anew
-from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.against_report import differences
+from fishertool.checkpoint.digest import FileDigest, digest
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.layout import main_dtype
 from fishertool.checkpoint.published import (
@@ -116,7 +117,7 @@ def _digests(found: Published, written: Mapping[str, Any] | None) -> list[FileDi
     return [
         FileDigest(name, listed[name]["bytes"], listed[name]["sha256"])
         if name in listed
-        else digest_anew(found.folder / name, name)
+        else replace(digest(found.folder / name, anew=True), file=name)
         for name in found.sent
     ]
 

@@ -16,8 +16,9 @@ from fishertool.inspection.files import extra_files
 from fishertool.inspection.place import About, Place
 from fishertool.inspection.written import Written
 from fishertool.models.adapters import CONFIG
-from fishertool.models.low_rank import factors_of, is_low_rank
+from fishertool.models.low_rank import factors_of
 from fishertool.models.tasks import loading_task
+from fishertool.plugin import is_low_rank
 from fishertool.report import public_name
 from fishertool.surgery.output import row_of
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
+from fishertool.checkpoint.shards import PARTIAL
 from fishertool.estimation.partial import Partial, open_partial
 from fishertool.fisher.header import FisherHeader
 from fishertool.models.adapters import STEM
 from fishertool.models.sentence import weights_folder
-from fishertool.sidecar import PARTIAL, has_kind, kinds_of, open_sidecar
+from fishertool.sidecar import has_kind, kinds_of, open_sidecar
 
 MODEL = "model"
 About = FisherHeader | Partial | None

@@ -8,9 +8,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import FLOATING, TORCH, all_finite
+from fishertool.checkpoint.dtypes import TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, collect, pieces
 from fishertool.progress import Advance
 

@@ -23,7 +23,8 @@ from fishertool.inspection.values import look_through
 from fishertool.inspection.written import Written
 from fishertool.models.adapters import open_adapter
 from fishertool.models.loadable import cannot_be_tried, loading_faults
-from fishertool.models.low_rank import Factors, factors_of, is_low_rank
+from fishertool.models.low_rank import Factors, factors_of
+from fishertool.plugin import is_low_rank
 from fishertool.progress import Advance
 from fishertool.report import Files
 

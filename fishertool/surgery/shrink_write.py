@@ -10,7 +10,6 @@ from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.source import check_finite
-from fishertool.checkpoint.stored import torch_name
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.models.recovery import as_stored, check_trained
 from fishertool.models.units import Cut
