@@ -320,7 +320,6 @@ def test_zeros_of_experts_in_a_stack() -> None:
     tensor = torch.ones(3, 4, 5)
     tensor[1, 2:] = 0
     tensor[2, 0, 0] = 0
-    save_file({"stack": tensor}, "stack.safetensors")
     counts = []
     for step in (5, 15, 1000):
         info = TensorInfo("stack", "F32", (3, 4, 5))
