@@ -26,7 +26,7 @@ from fishertool.calibration import Example
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.fisher.batches import micro_batches
-from fishertool.models.loading import LoadedModel, load_model, load_tokenizer
+from fishertool.models.loading import LoadedModel, has_accelerate, load_model, load_tokenizer
 from fishertool.models.names import (
     empty_model,
     head_names,
@@ -78,6 +78,19 @@ def check_zips(folder: Path, task: str, apart: tuple[str, ...] = ()) -> dict[str
     assert all(torch.equal(parameter, stored[name]) for name, parameter in found.items())
     assert {id(p) for p in found.values()} == {id(p) for p in module.parameters()}
     return found
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_model_whose_weights_are_not_read(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    if not there:  # accelerate, without which transformers gives every weight a value
+        monkeypatch.setattr("fishertool.models.loading.has_accelerate", lambda: False)
+    elif not has_accelerate():
+        pytest.skip("needs accelerate")
+    with open_checkpoint(make_model("gpt2", "gpt2")) as checkpoint:
+        module = load_model(checkpoint, TASKS[CAUSAL], "meta").module
+    assert {parameter.is_meta for parameter in module.parameters()} == {there}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Whether transformers would load a checkpoint as it is, by its names and shapes."""
 
-import importlib.util
-
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import FishertoolError
-from fishertool.models.loading import faults_of, quieten
+from fishertool.models.loading import faults_of, has_accelerate, quieten
 from fishertool.models.names import architecture_of, model_class_of, reason_of
 
 
@@ -30,7 +28,6 @@ def loading_faults(checkpoint: Checkpoint) -> list[str]:
 
     quieten(transformers)
     model_class = model_class_of(checkpoint)
-    empty = importlib.util.find_spec("accelerate") is not None
     try:
         _, found = model_class.from_pretrained(
             checkpoint.folder,
@@ -39,7 +36,7 @@ def loading_faults(checkpoint: Checkpoint) -> list[str]:
             ignore_mismatched_sizes=True,  # told by name
             local_files_only=True,
             use_safetensors=True,
-            device_map="meta" if empty else None,
+            device_map="meta" if has_accelerate() else None,
         )
     except FishertoolError as error:  # of the low-rank plug-in
         return [str(error)]

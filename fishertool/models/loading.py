@@ -74,7 +74,8 @@ def load_model(
 
     `scale` is that of an embedding model's scores. With `watch_experts`, experts run one after
     another, so that each one's products can be seen. With `device_map`, one of DEVICE_MAPS, the
-    layers go to several devices, in place of `device`; on device "meta" the weights have no values.
+    layers go to several devices, in place of `device`; on device "meta" the weights have no values,
+    if accelerate is there, which transformers needs for that.
     Raises InputError, naming task and architecture, if transformers finds a tensor missing, of
     another shape, or left over; for one that the device map has no device for; and for a model
     without a table of token embeddings.
@@ -88,7 +89,7 @@ def load_model(
         )
     quieten(transformers)
     if device == "meta":
-        device_map = "meta"
+        device, device_map = ("meta", "meta") if has_accelerate() else ("cpu", None)
     dtype = _dtype(checkpoint)
     one_by_one = watch_experts or dtype == torch.float64  # which no grouped product takes
     try:
@@ -103,7 +104,7 @@ def load_model(
             device_map=device_map,
             **({"experts_implementation": "eager"} if one_by_one else {}),
         )
-    except (ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         if "Unrecognized configuration class" in reason:  # and a list of all that it recognizes
             reason = f"{_architecture(config)} does not fit --task {task.name}"
@@ -269,9 +270,13 @@ def check_spreading(device_map: str | None, fsdp: bool) -> None:
     """Raises UsageError for a device map that is not known, or without the package it needs."""
     if device_map is not None and device_map not in DEVICE_MAPS:
         raise UsageError(f"--device-map {suggest(device_map, DEVICE_MAPS)}")
-    if (fsdp or device_map is not None) and importlib.util.find_spec("accelerate") is None:
+    if (fsdp or device_map is not None) and not has_accelerate():
         flag = "--fsdp" if fsdp else "--device-map"
         raise UsageError(f"{flag} needs the package accelerate: pip install 'fishertool[large]'")
+
+
+def has_accelerate() -> bool:
+    return importlib.util.find_spec("accelerate") is not None
 
 
 def quieten(transformers: Any) -> None:
