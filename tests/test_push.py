@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hub_server import TOKEN, Hub, Repo, Stored, running
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from test_sentence import make_sentence_model
 
-from fishertool.checkpoint.against_report import differences
+from fishertool.checkpoint.against_report import difference
+from fishertool.checkpoint.digest import FileDigest
 
 REPORT = "fishertool_report.json"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -175,7 +177,7 @@ def test_modules_of_sentence_transformers(
     weights = Path("low", transformer, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     result = cli("push", "low", "org/low")
-    assert result.code == 3 and f"{weights.relative_to('low')}: has SHA-256" in result.err
+    assert result.code == 3 and f"{weights.relative_to('low')}: has other bytes" in result.err
 
 
 def test_sidecars_and_adapters(
@@ -209,7 +211,7 @@ def test_what_was_changed_is_refused(cli: Cli, hub: Hub, merged: Path) -> None:
     weights = merged / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"\x7f")
-    refused("merged: is not as it was written: model.safetensors: has SHA-256")
+    refused("merged: is not as it was written: model.safetensors: has other bytes")
     weights.write_bytes(whole[:-1])
     refused("truncated")
     weights.write_bytes(whole)
@@ -226,7 +228,7 @@ def test_what_was_changed_is_refused(cli: Cli, hub: Hub, merged: Path) -> None:
         refused(f"{REPORT}: is no report of fishertool")
     report["output"]["files"][0]["file"] = "../b/model.safetensors"
     (merged / REPORT).write_text(json.dumps(report))
-    refused("../b/model.safetensors: is listed, and is no file of the folder")
+    refused("../b/model.safetensors: is named in its report, and is no file of the folder")
     (merged / "config.json").unlink()
     refused("config.json: missing")
     assert hub.asked == []
@@ -364,19 +366,21 @@ def test_it_starts_without_torch(hub: Hub, merged: Path) -> None:
     assert f"{hub.address}/org/new" in done.stdout
 
 
-def test_differences(tmp_path: Path) -> None:
+def test_difference(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    right = {"file": "a", "bytes": 3, "sha256": sha256(b"abc").hexdigest()}
-    assert differences(tmp_path, [right]) == []
+    right = FileDigest("a", 3, sha256(b"abc").hexdigest())
+    assert difference(tmp_path, right) is None
     wrong = [
-        right | {"file": "b"},
-        right | {"bytes": 4},
-        right | {"sha256": "0" * 64},
-        right | {"file": "/a"},
+        replace(right, file="b"),
+        replace(right, bytes=4),
+        replace(right, sha256="0" * 64),
+        replace(right, file="/a"),
     ]
-    assert differences(tmp_path, wrong) == [
-        "b: is missing",
-        "a: has 3 bytes, the report says 4",
-        f"a: has SHA-256 {right['sha256']}, the report says {'0' * 64}",
-        "/a: is listed, and is no file of the folder",
+    assert [difference(tmp_path, one) for one in wrong] == [
+        "b: missing, and its report names it",
+        "a: has 3 bytes, and 4 in the report",
+        "a: has other bytes than when it was written (SHA-256)",
+        "/a: is named in its report, and is no file of the folder",
     ]
+    known = FileDigest("a", 3, "0" * 64)
+    assert difference(tmp_path, right, known) == difference(tmp_path, wrong[2])

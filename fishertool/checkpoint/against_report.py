@@ -1,31 +1,24 @@
-"""Files held against what a report says of them."""
+"""A file held against what a report says of it."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from fishertool.checkpoint.digest import digest
+from fishertool.checkpoint.digest import FileDigest, digest
 
 
-def differences(folder: Path, listed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a file of `folder` that is missing, or differs in bytes or SHA-256 from its entry.
+def difference(folder: Path, told: FileDigest, known: FileDigest | None = None) -> str | None:
+    """That a file is missing, or of other bytes than the report of its folder says; None if it is not.
 
-    `listed` is a report's `output.files`: each with file, bytes and sha256. The bytes are hashed
-    anew, as a digest that is remembered would not tell of a disk that lost some.
+    It is hashed anew, as a digest that is remembered would not tell of a disk that lost some bytes;
+    unless that was done already, which `known` tells.
     """
-    found = (_difference(folder, entry) for entry in listed)
-    return [told for told in found if told is not None]
-
-
-def _difference(folder: Path, entry: Mapping[str, Any]) -> str | None:
-    name = PurePosixPath(str(entry["file"]))
+    name = PurePosixPath(told.file)
     if name.is_absolute() or ".." in name.parts:
-        return f"{name}: is listed, and is no file of the folder"
+        return f"{name}: is named in its report, and is no file of the folder"
     path = folder / name
     if not path.is_file():
-        return f"{name}: is missing"
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return f"{name}: has {size} bytes, the report says {entry['bytes']}"
-    if (sha256 := digest(path, anew=True).sha256) != entry["sha256"]:
-        return f"{name}: has SHA-256 {sha256}, the report says {entry['sha256']}"
+        return f"{name}: missing, and its report names it"
+    if (size := path.stat().st_size) != told.bytes:
+        return f"{name}: has {size} bytes, and {told.bytes} in the report"
+    if (known or digest(path, anew=True)).sha256 != told.sha256:
+        return f"{name}: has other bytes than when it was written (SHA-256)"
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import hub, hub_push
-from fishertool.checkpoint.against_report import differences
+from fishertool.checkpoint.against_report import difference
 from fishertool.checkpoint.digest import FileDigest, digest
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.layout import main_dtype
@@ -101,11 +101,13 @@ def _check_flags(
 def _digests(found: Published, written: Mapping[str, Any] | None) -> list[FileDigest]:
     """Of all that is sent. Raises InputError unless the weights are those that the report lists."""
     inside = found.place.relative_to(found.folder)
-    listed = {
-        (inside / entry["file"]).as_posix(): entry
-        for entry in ((written or {}).get("output") or {}).get("files", ())
-    }
-    wrong = differences(found.folder, [entry | {"file": name} for name, entry in listed.items()])
+    entries = ((written or {}).get("output") or {}).get("files", ())
+    told = [
+        FileDigest((inside / entry["file"]).as_posix(), entry["bytes"], entry["sha256"])
+        for entry in entries
+    ]
+    listed = {one.file: one for one in told}
+    wrong = [fault for one in told if (fault := difference(found.folder, one)) is not None]
     if written is not None:
         beside = [name for name in found.weights if (found.folder / name).parent == found.place]
         wrong += [f"{name}: is not in {REPORT_FILE}" for name in beside if name not in listed]
@@ -115,9 +117,7 @@ def _digests(found: Published, written: Mapping[str, Any] | None) -> list[FileDi
             f"{REPORT_FILE} to publish it as it is"
         )
     return [
-        FileDigest(name, listed[name]["bytes"], listed[name]["sha256"])
-        if name in listed
-        else replace(digest(found.folder / name, anew=True), file=name)
+        listed.get(name) or replace(digest(found.folder / name, anew=True), file=name)
         for name in found.sent
     ]
 

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from fishertool.checkpoint.digest import FileDigest, digest
+from fishertool.checkpoint.against_report import difference
+from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.header import read_header
 from fishertool.checkpoint.json_files import check_link
 from fishertool.errors import InputError, some
@@ -18,21 +19,13 @@ def faults_of_files(
 ) -> Iterator[str]:
     """Files that are missing, or of other bytes; `hashed` are those that were hashed already."""
     for told in written.files:
-        path = next((path for path in _paths(place, told.file) if path.is_file()), None)
-        if path is None:
-            yield f"{told.file}: missing, and its report names it"
-            continue
-        size = path.stat().st_size
-        if size != told.bytes:
-            yield f"{told.file}: has {size} bytes, and {told.bytes} in the report"
-            continue
-        try:
-            found = hashed.get(path) or _hashed(path)
-        except InputError as error:
-            yield str(error)
-            continue
-        if found.sha256 != told.sha256:
-            yield f"{told.file}: has other bytes than when it was written (SHA-256)"
+        there = (path for path in _paths(place, told.file) if path.is_file())
+        path = next(there, place.top / told.file)
+        fault = difference(path.parent, told, hashed.get(path))
+        if fault is None and path not in hashed:  # not of the checkpoint itself, as masks
+            fault = _fault_of(path)
+        if fault is not None:
+            yield fault
     own = place.weights.relative_to(place.top)
     beside = [name for name in written.companions if not (place.top / name).is_file()]
     # What lies with the checkpoint in a folder of its own is told of as files.
@@ -51,12 +44,14 @@ def extra_files(place: Place, known: Collection[Path], written: Written | None) 
     return sorted(path.relative_to(place.top).as_posix() for path in there - named)
 
 
-def _hashed(path: Path) -> FileDigest:
-    """Also of files that are not of the checkpoint itself, as masks."""
-    check_link(path)
-    if path.suffix == TENSORS:
-        read_header(path)
-    return digest(path, anew=True)
+def _fault_of(path: Path) -> str | None:
+    try:
+        check_link(path)
+        if path.suffix == TENSORS:
+            read_header(path)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _folders(place: Place) -> list[Path]:
