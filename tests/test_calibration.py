@@ -86,10 +86,10 @@ def test_a_probe_keeps_the_end_of_its_text(tmp_path: Path) -> None:
     inputs = {"input_ids": long, "token_type_ids": [0] * 99 + [1]}
     example = Example(inputs, 0, 9, targets=long, candidates=[{"input_ids": [7, 8]}])
     probe, longer = probes([example])
-    assert probe.inputs["input_ids"] == [*long[:63], long[-1]] == probe.targets
-    assert probe.inputs["token_type_ids"] == [0] * 63 + [1]
+    assert probe.inputs["input_ids"] == [*long[:31], long[-1]] == probe.targets
+    assert probe.inputs["token_type_ids"] == [0] * 31 + [1]
     assert probe.candidates == example.candidates and probe.label == 0
-    assert longer == example.cut(72)
+    assert longer == example.cut(40)
     assert probes([probe]) == (probe, None)
 
 
