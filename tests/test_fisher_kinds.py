@@ -17,6 +17,7 @@ from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import Factored, add_marginals, expand, marginals
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.gradients import OuterProducts
+from fishertool.fisher.header import PIECE_ELEMENTS, statistics_of
 from fishertool.fisher.kinds import Gathering, Stored
 from fishertool.fisher.kronecker import InputMoments, OutputMoments, add_gram, mirrored
 from fishertool.fisher.layers import linear, rule_for, transposed_linear
@@ -329,3 +330,21 @@ def test_standard_error_is_that_of_the_traces() -> None:
 )
 def test_micro_batches(lengths: list[int], options: dict[str, Any], expected: list[Any]) -> None:
     assert micro_batches(lengths, **options) == expected
+
+
+@pytest.mark.parametrize("elements", [1, PIECE_ELEMENTS, 3 * PIECE_ELEMENTS + 1])
+def test_sums_of_a_header(elements: int) -> None:
+    """Of tensors of several pieces too, and not otherwise with other threads."""
+    values = torch.rand(elements, generator=torch.Generator().manual_seed(0)) ** 8
+    exact, threads = values.double(), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(statistics_of(values, 0.5))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+    assert (found[0].elements, found[0].standard_error) == (elements, 0.5)
+    assert found[0].total == pytest.approx(float(exact.sum()), rel=1e-13)
+    assert found[0].squares == pytest.approx(float(exact.square().sum()), rel=1e-13)

@@ -237,7 +237,7 @@ def test_what_was_changed_is_refused(cli: Cli, hub: Hub, merged: Path) -> None:
 def test_a_folder_without_a_report(cli: Cli, hub: Hub, make_model: ModelMaker) -> None:
     folder = make_model("plain", shards="6KB")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"_name_or_path": "/home/somebody/model", "license": "mit"}
+    config |= {"_name_or_path": "/models/of-somebody", "license": "mit"}
     (folder / "config.json").write_text(json.dumps(config))
     result = cli("push", "plain", "org/plain")
     assert result.code == 0, result.err
