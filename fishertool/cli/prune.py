@@ -78,8 +78,8 @@ def prune(
         option(
             "--pattern",
             help="unstructured, n:m (2:4 keeps two of four), blocks, as 1x4; or heads or neurons, "
-            "of which every block has fewer: a smaller model, by --method fisher, magnitude or "
-            "random.",
+            "of which every block has fewer: a smaller model, by --method fisher, obs, magnitude "
+            "or random.",
         ),
     ] = "unstructured",
     fisher: Annotated[
@@ -112,7 +112,8 @@ def prune(
             "--compensate",
             help="How the weights that stay make up for the others: none, summed, joint, "
             "columnwise, mask (of heads and neurons: one factor each), or auto, what lowers the "
-            "held-out loss. [default: none; columnwise for sparsegpt]",
+            "held-out loss. [default: none; columnwise for sparsegpt; joint for obs of heads or "
+            "neurons]",
         ),
     ] = None,
     block: Annotated[

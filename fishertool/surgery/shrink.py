@@ -1,4 +1,4 @@
-"""Leave out heads or neurons: which, by the Fisher of a mask, and what the others make up for."""
+"""Leave out heads or neurons: which, by what of the Fisher, and what the others make up for."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,11 +10,13 @@ from torch import Tensor
 from fishertool.errors import InputError
 from fishertool.estimation.subject import LoadedSubject
 from fishertool.estimation.work import divide
+from fishertool.fisher.column_blocks import ColumnBlocks
 from fishertool.fisher.estimate import estimate
 from fishertool.fisher.kronecker import InputMoments, mirrored
 from fishertool.fisher.mask import Masked, MaskMoments
 from fishertool.models.units import Block
 from fishertool.progress import Advance
+from fishertool.pruning.parts.elimination import left_by_elimination
 from fishertool.pruning.parts.reconstruction import mask_scales, refitted
 from fishertool.pruning.parts.units import (
     features_of,
@@ -37,6 +39,8 @@ class Statistics:
     """Mean of u u^T, [unit, unit]; or of u^2, [unit], where nothing is rearranged or tuned."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """Mean of x x^T / |y|^2, y the layer's output, [in, in]."""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """Mean of G G^T, [out, out]: the Fisher's block of a column of the weight, summed over them."""
 
 
 @dataclass
@@ -112,8 +116,9 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
             for block in plan.units.blocks
         }
         masks = MaskMoments(layers, cross=recipe.rearrange or recipe.tunes_masks)
+    outputs = ColumnBlocks(plan.units.turned) if recipe.method == "obs" else None
     inputs = None
-    if recipe.compensate in ("joint", "auto"):
+    if recipe.method == "obs" or recipe.compensate in ("joint", "auto"):
         inputs = InputMoments(loaded.module, parameters, relative=True)
     examples = loaded.texts.examples
     sizes, rows = [one.size for one in examples], [len(one.texts) for one in examples]
@@ -122,7 +127,7 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
         parameters,
         loaded.batch,
         divide(sizes, rows, size=None).units,
-        [] if masks is None else [masks],
+        [one for one in (masks, outputs) if one is not None],
         probe=loaded.probe,
         longer=loaded.longer,
         inputs=inputs,
@@ -142,9 +147,11 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
             if leader is None:
                 raise InputError(
                     f"{plan.checkpoint.where(name)}: the inputs of its layer were not seen; use "
-                    "--compensate none"
+                    "--method fisher or magnitude and --compensate none"
                 )
             found.inputs[name] = mirrored(inputs.sums[leader], float(inputs.tokens[leader]))
+    if outputs is not None:
+        found.outputs = {name: total / done.examples for name, total in outputs.sums.items()}
     return found
 
 
@@ -155,6 +162,8 @@ def _chosen(plan: ShrinkPlan, block: Block, gathered: Statistics, seed: int) -> 
         return torch.randperm(plan.units.number, generator=generator)[: plan.kept].sort().values
     if method == "magnitude":
         return _by_magnitude(plan, block)
+    if method == "obs":
+        return _by_elimination(plan, block, gathered)
     moments = gathered.masks[block.join.name].cpu()
     salient = most_salient(moments if moments.dim() == 1 else moments.diagonal(), plan.kept)
     return rearranged(moments, salient) if plan.recipe.rearrange else salient
@@ -165,6 +174,20 @@ def _by_magnitude(plan: ShrinkPlan, block: Block) -> Tensor:
         plan.checkpoint[cut.name].transpose(0, cut.dimension) for cut in (block.join, *block.read)
     ]
     return most_salient(weight_norms(tensors, plan.units.number), plan.kept)
+
+
+def _by_elimination(plan: ShrinkPlan, block: Block, gathered: Statistics) -> Tensor:
+    name, features, weight = block.join.name, block.join.features, _dense(plan, block)
+    outputs = gathered.outputs.get(name, torch.zeros(len(weight), len(weight))).cpu()
+    try:
+        return left_by_elimination(
+            weight, gathered.inputs[name].cpu(), outputs, plan.kept, features
+        )
+    except ValueError:
+        raise InputError(
+            f"{plan.checkpoint.where(name)}: its inputs or its gradients are zero in every example, "
+            "so no unit costs more than another; take other data, or --method magnitude"
+        ) from None
 
 
 def _dense(plan: ShrinkPlan, block: Block) -> Tensor:

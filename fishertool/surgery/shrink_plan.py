@@ -18,7 +18,7 @@ from fishertool.models.sentence import transformer_folder
 from fishertool.models.units import PATTERNS, Units, check_loads, count_kept, units_of
 from fishertool.registry import suggest
 
-METHODS = ("fisher", "magnitude", "random")
+METHODS = ("fisher", "obs", "magnitude", "random")
 COMPENSATIONS = ("none", "mask", "joint", "auto")
 
 
@@ -41,7 +41,7 @@ class ShrinkRecipe:
 
     @property
     def needs_data(self) -> bool:
-        return self.method == "fisher" or self.compensate != "none"
+        return self.method in ("fisher", "obs") or self.compensate != "none"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def structured_recipe(
     word = str(settings.get("rearrange", True)).lower()
     if word not in words:
         raise UsageError(f"fisher rearrange: {word!r} is not a bool")
-    return ShrinkRecipe(pattern, sparsity, method, compensate or "none", words[word])
+    compensate = compensate or ("joint" if method == "obs" else "none")
+    return ShrinkRecipe(pattern, sparsity, method, compensate, words[word])
 
 
 def check_recipe(recipe: ShrinkRecipe, has_data: bool) -> None:

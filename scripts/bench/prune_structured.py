@@ -1,15 +1,17 @@
 """Neurons left out of every feed-forward layer: what it costs in quality, and what it saves.
 
     python scripts/bench/prune_structured.py FOLDER [--cases classifier,embedder] [--seeds 0,1,2]
-        [--sparsities 0.3,0.5] [--examples 256] [--texts 200] [--repeats 15] [--threads 1]
+        [--sparsities 0.3,0.5] [--methods fisher,obs,magnitude] [--examples 256] [--texts 200]
+        [--repeats 15] [--threads 1]
 
 The models and texts are those of prune_quality.py, which makes them in FOLDER. Neurons are chosen
-by the Fisher of a mask and by magnitude, on training texts; the loss is that of test texts, with
-the layers that join the neurons as they are (`none`), scaled (`mask`) and refitted (`joint`);
-beside it KL to the dense classifier, or the mean cosine to the dense embedder's vectors.
-Parameters and floating-point operations are counted, and times taken, of the checkpoint as written
-and loaded again: the median of one forward pass of texts of 48 tokens, dense and small in turn. One
-JSON line a result, in FOLDER/structured.jsonl, and a Markdown table of means over seeds.
+by the Fisher of a mask (`fisher`), with a refit in mind (`obs`), and by magnitude, on training texts;
+the loss is that of test texts, with the layers that join the neurons as they are
+(`none`), scaled (`mask`) and refitted (`joint`); beside it KL to the dense classifier, or the mean
+cosine to the dense embedder's vectors. Parameters and floating-point operations are counted, and
+times taken, of what the first method wrote, loaded again: the median of one forward pass of texts
+of 48 tokens, dense and small in turn (`--repeats 0`: none of these). One JSON line a result, in
+FOLDER/structured.jsonl, and a Markdown table of means over seeds.
 """
 
 import argparse
@@ -38,7 +40,6 @@ from fishertool.surgery.shrink import Outcome, run_shrink
 from fishertool.surgery.shrink_plan import ShrinkPlan, ShrinkRecipe, plan_shrink
 from fishertool.surgery.shrink_write import write_shrunk
 
-METHODS = ("fisher", "magnitude")
 BATCHES = (1, 32)
 NEAR = {"classifier": "kl", "embedder": "mean_cosine"}
 
@@ -52,7 +53,8 @@ def results(case: str, seed: int, sparsity: float, options: Any) -> list[dict[st
     )
     test = DataOptions(f"{model}-test.jsonl", max_length=LENGTH, num_examples=options.texts)
     found: list[dict[str, Any]] = []
-    for method in METHODS:
+    methods = options.methods.split(",")
+    for method in methods:
         with ExitStack() as opened:
             recipe = ShrinkRecipe("neurons", sparsity, method, "auto")
             plan = plan_shrink(opened, str(model), recipe, 1 << 40, True)
@@ -75,7 +77,7 @@ def results(case: str, seed: int, sparsity: float, options: Any) -> list[dict[st
                 {"method": method, "compensate": way, **figures}
                 for way, figures in zip(outcome.losses, tried, strict=True)
             ]
-            if method == "fisher":
+            if method == methods[0] and options.repeats:
                 found.append({"method": "size", "compensate": "", **sizes(plan, outcome, options)})
     return found
 
@@ -124,7 +126,7 @@ def table(found: list[dict[str, Any]], case: str) -> str:
         "|---" * (1 + len(sparsities)) + "|",
     ]
     for (method, way), cell in cells.items():
-        if method == "size" or (way == "dense" and method != METHODS[0]):
+        if method == "size" or (way == "dense" and len(lines) > 2):
             continue
         shown = [
             f"{mean(one['loss'] for one in cell[sparsity]):.3f} / "
@@ -134,7 +136,7 @@ def table(found: list[dict[str, Any]], case: str) -> str:
         ]
         lines.append(f"| {way if way == 'dense' else f'{method}, {way}'} | {' | '.join(shown)} |")
     kinds = ("parameters", "flops", *(f"ms_{batch}" for batch in BATCHES))
-    for kind in kinds:
+    for kind in kinds if ("size", "") in cells else ():
         shown = []
         for sparsity in sparsities:
             several = cells["size", ""][sparsity]
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--cases", default="classifier,embedder")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sparsities", default="0.3,0.5")
+    parser.add_argument("--methods", default="fisher,obs,magnitude")
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=15)
