@@ -1,6 +1,7 @@
 """Which tensors a merge writes, and what each is called in every model it comes from."""
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,30 +103,31 @@ def arrange_slices(
     or for sources of one slice with runs of different length.
     """
     lowest = slices[0][0][0]
-    stack = _stack(lowest)
+    stacks: dict[int, _Stack] = {}
+    for sources in slices:
+        for source, _ in sources:
+            if id(source) not in stacks:
+                stacks[id(source)] = _stack_of(source)
+    stack = stacks[id(lowest)].name
     places: list[Place] = []
     layers: list[int] = []
     for number, sources in enumerate(slices):
-        _check_runs(number, sources, stack)
+        _check_runs(number, sources, stacks, stack)
         first, (start, stop) = sources[0]
-        grouped: dict[int, list[str]] = {}
-        for name in own_names(first):
-            layer = layer_of(name)
-            if layer is not None:
-                grouped.setdefault(layer[1], []).append(name[len(f"{stack}{layer[1]}") :])
+        grouped = stacks[id(first)].layers
         for offset in range(stop - start):
             depth = offset / (stop - start - 1) if stop - start > 1 else 1.0
-            for rest in grouped.get(start + offset, []):
+            for rest in grouped[start + offset]:
                 inside = tuple(f"{stack}{run[0] + offset}{rest}" for _, run in sources)
                 places.append(Place(f"{stack}{len(layers)}{rest}", number, depth, inside))
             layers.append(start + offset)
-    outside = [name for name in own_names(lowest) if layer_of(name) is None]
+    outside = stacks[id(lowest)].outside
     after = names_after_layers(lowest, stack, outside)
     before = [
         Place(name, 0, 0.0, (name,) * len(slices[0])) for name in outside if name not in after
     ]
     end = [Place(name, len(slices) - 1, 1.0, (name,) * len(slices[-1])) for name in after]
-    changes = config_of_layers(lowest.config(), layer_count(lowest), layers)
+    changes = config_of_layers(lowest.config(), stacks[id(lowest)].depth, layers)
     return Arrangement([*before, *places, *end], changes)
 
 
@@ -150,18 +152,42 @@ def config_of_layers(
     return changes
 
 
-def _stack(source: TensorSource) -> str:
+@dataclass(frozen=True)
+class _Stack:
+    """A model's layers, found once however many slices are cut from it."""
+
+    name: str
+    depth: int
+    layers: Mapping[int, list[str]]
+    """The tensors of each, by the rest of their names."""
+    outside: list[str]
+    """All other tensors."""
+
+
+def _stack_of(source: TensorSource) -> _Stack:
     stacks = {layer[0] for layer in map(layer_of, source) if layer is not None}
     if len(stacks) != 1:
         raise InputError(
             f"{source.folder}: slices need a model with one stack of layers; it has "
             f"{some(sorted(stacks)) if stacks else 'none'}"
         )
-    return stacks.pop()
+    [stack] = stacks
+    layers: dict[int, list[str]] = defaultdict(list)
+    outside = []
+    for name in own_names(source):
+        layer = layer_of(name)
+        if layer is None:
+            outside.append(name)
+        else:
+            layers[layer[1]].append(name[len(f"{stack}{layer[1]}") :])
+    return _Stack(stack, layer_count(source), layers, outside)
 
 
 def _check_runs(
-    number: int, sources: Sequence[tuple[TensorSource, tuple[int, int]]], stack: str
+    number: int,
+    sources: Sequence[tuple[TensorSource, tuple[int, int]]],
+    stacks: Mapping[int, _Stack],
+    stack: str,
 ) -> None:
     lengths = {stop - start for _, (start, stop) in sources}
     if len(lengths) != 1 or min(lengths) < 1:
@@ -170,11 +196,9 @@ def _check_runs(
             "a slice needs as many of each, and one at least"
         )
     for source, (start, stop) in sources:
-        if _stack(source) != stack:
-            raise InputError(
-                f"{source.folder}: its layers are {_stack(source)}*, the others' {stack}*"
-            )
-        depth = layer_count(source)
+        own, depth = stacks[id(source)].name, stacks[id(source)].depth
+        if own != stack:
+            raise InputError(f"{source.folder}: its layers are {own}*, the others' {stack}*")
         if start < 0 or stop > depth:
             raise UsageError(
                 f"slices[{number}]: layers {start} to {stop} of {source.folder}, which has {depth}"
