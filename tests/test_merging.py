@@ -214,6 +214,9 @@ def test_only_the_proportion_of_the_weights_counts(anchored: bool) -> None:
     torch.testing.assert_close(fisher(models, (3.0, 7.0), fishers, base), once)
 
 
+TOO_LARGE = "its weights or settings are too large to be computed with"
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "settings", "told"),
     [
@@ -233,6 +236,11 @@ def test_only_the_proportion_of_the_weights_counts(anchored: bool) -> None:
         ("nearswap", [1.0, 1.0], {"t": -0.5}, "t -0.5 is negative"),
         ("karcher", [1.0, 1.0], {"tol": 0}, "tol 0.0 is not above zero"),
         ("karcher", [1.0, -1.0], {}, "weights that sum to 0 cannot be normalized"),
+        ("multislerp", [0.0, 0.0], {}, "weights that sum to 0 cannot be normalized"),
+        ("linear", [1e308, 1e308], {}, TOO_LARGE),
+        ("linear", [1.0, 1e300], {"normalize": False}, TOO_LARGE),
+        ("ties", [1.0, 1.0], {"lambda": 1e300}, TOO_LARGE),
+        ("nearswap", [1.0, 1.0], {"t": 1e300}, TOO_LARGE),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(

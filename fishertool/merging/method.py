@@ -31,6 +31,7 @@ Where the method names `fishers`, its passes are given those of the piece as wel
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -101,10 +102,14 @@ def fractions(setting: PerModel, models: int, name: str) -> list[float]:
 def total_of(weights: Sequence[float]) -> float:
     """Their sum, to divide by; 0 where they cancel but for rounding.
 
+    Raises OverflowError for one that is no number.
+
     >>> total_of([0.1, 0.2, -0.3]), total_of([0.5, -0.25])
     (0.0, 0.25)
     """
     total = sum(weights)
+    if not isfinite(total):
+        raise OverflowError(f"the sum of weights {weights} is no number")
     return total if abs(total) > 1e-9 * sum(map(abs, weights)) else 0.0
 
 

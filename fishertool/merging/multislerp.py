@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishertool.merging.method import Passes, refuse_negative
+from fishertool.merging.method import Passes, refuse_negative, total_of
 from fishertool.merging.parts.sphere import combine, gram
 
 
@@ -21,14 +21,15 @@ def multislerp(
         theta = (sum_i c_i |v_i|) m / |m|      [+ theta_0]
         m     = sum_i c_i v_i / |v_i|,         v_i = theta_i [- theta_0]
 
-    `normalize_weights` divides the c_i by their sum, where that is not zero. Where |m| is below
-    `eps` the directions cancel, and the result is sum_i c_i v_i; with more than two models
-    mergekit raises an error there.
+    `normalize_weights` divides the c_i by their sum. Where |m| is below `eps` the directions
+    cancel, and the result is sum_i c_i v_i; with more than two models mergekit raises an error
+    there.
 
     mergekit projects to the plane that touches the sphere at m / |m|, averages, and projects
     back; as that average is zero, the result is the same.
 
-    Shapes: every model, the base and the result alike. Raises ValueError for an eps below zero.
+    Shapes: every model, the base and the result alike. Raises ValueError for an eps below zero,
+    ZeroDivisionError where the weights sum to zero and are to be normalized.
     Source: C. Goddard 2025, Multi-SLERP (goddard.blog); name, parameters and meaning as mergekit's
     `multislerp`.
     """
@@ -40,9 +41,11 @@ def whole(
 ) -> Passes[list[float]]:
     """The models' coefficients."""
     refuse_negative(eps=eps)
+    if normalize_weights and not total_of(weights):
+        raise ZeroDivisionError("the weights sum to zero")
     products: Tensor = yield gram
     shares = torch.tensor(weights, dtype=torch.float64)
-    if normalize_weights and shares.sum():
+    if normalize_weights:
         shares /= shares.sum()
     lengths = products.diagonal().sqrt()
     direction = torch.where(lengths > 0, shares / lengths, 0)

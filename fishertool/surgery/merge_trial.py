@@ -41,3 +41,9 @@ def try_settings(
         ) from error
     except ValueError as error:
         raise UsageError(f"method {method.name}: {error}") from error
+    except (OverflowError, RuntimeError) as error:
+        if "overflow" not in str(error) and not isinstance(error, OverflowError):
+            raise
+        raise UsageError(
+            f"method {method.name}: its weights or settings are too large to be computed with"
+        ) from error
