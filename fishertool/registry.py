@@ -99,6 +99,7 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
     """A setting by its annotation.
 
     bool, int, float, str, a Literal of words, float | Sequence[float], or one of these or None.
+    mergekit writes all numbers as 1.0, and true and false too.
     """
     options = typing.get_args(kind)
     if NoneType in options:
@@ -120,8 +121,10 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
         return value
     try:
         if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            text = value.lower() if isinstance(value, str) else value
+            return {"true": True, "false": False, 1: True, 0: False}[text]
+        broken = kind is int and isinstance(value, float) and not value.is_integer()
+        if isinstance(value, bool) or broken:
             raise ValueError
         return kind(value)
     except (KeyError, ValueError, TypeError):

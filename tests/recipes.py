@@ -130,6 +130,32 @@ merge_method: della
 base_model: {path: org/base, revision: main}
 parameters: {normalize: false, lambda: 1}
 """
+MODULES = """
+base_model: org/base
+dtype: bfloat16
+merge_method: della_linear
+modules:
+  default:
+    slices:
+    - sources:
+      - layer_range: [0, 40]
+        model: ./intermediates/First
+        parameters:
+          density: 0.5
+          epsilon: 0.4
+          weight: [0.9, 0.2, 0.95]
+      - layer_range: [0, 40]
+        model: org/base
+    parameters:
+      lambda:
+      - filter: mlp
+        value: 0.5
+parameters:
+  int8_mask: 1.0
+  lambda: 1.0
+  normalize: 1.0
+tokenizer: {}
+"""
 TOKENS = """
 merge_method: linear
 models:
@@ -177,6 +203,7 @@ TEXTS = {
     "model-stock": MODEL_STOCK,
     "task-arithmetic": TASK_ARITHMETIC,
     "della": DELLA,
+    "della-linear": MODULES,
     "tokens": TOKENS,
     "fisher": OURS,
 }
@@ -255,6 +282,7 @@ FUNCTIONS: dict[str, Any] = {
     "model-stock": _model_stock,
     "task-arithmetic": _ties,
     "della": _della,
+    "della-linear": _della,
     "fisher": _fisher,
 }
 METHODS = {name: method_of(name, function) for name, function in FUNCTIONS.items()}

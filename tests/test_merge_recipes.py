@@ -11,7 +11,9 @@ import torch
 import transformers
 from conftest import Cli, ModelMaker, weights_of
 
-from fishertool.surgery.merge_layers import config_of_layers, layer_of
+from fishertool.checkpoint.source import TensorSource
+from fishertool.surgery import merge_layers
+from fishertool.surgery.merge_layers import config_of_layers, layer_of, own_names
 
 
 def layer(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
@@ -106,6 +108,26 @@ def test_a_slice_merges_layers_of_different_numbers(
     for name, value in layer(first, 0).items():
         torch.testing.assert_close(ours[name], 0.25 * value + 0.75 * layer(second, 1)[name])
     assert not layer(merged, 1)
+
+
+def test_models_of_many_slices_are_looked_through_once(
+    cli: Cli, llamas: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def counted(source: TensorSource) -> list[str]:
+        seen.append(source.folder.name)
+        return own_names(source)
+
+    monkeypatch.setattr(merge_layers, "own_names", counted)
+    pieces = "".join(
+        f"- sources: [{{model: {name}, layer_range: [{layer}, {layer + 1}]}}]\n"
+        for name in "abab"
+        for layer in range(2)
+    )
+    file = recipe(tmp_path / "r.yml", f"merge_method: passthrough\nslices:\n{pieces}")
+    assert cli("merge", "--config", file, "--out", "o", "--dry-run", "-q").code == 0
+    assert seen == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +278,11 @@ BAD: dict[str, tuple[str, int, str]] = {
         "'selfattn' decides none of 21 tensors",
     ),
     "no base": (f"merge_method: ties\n{MODELS}", 2, "needs --base"),
+    "the base alone": (
+        "merge_method: task_arithmetic\nbase_model: A\nmodels: [{model: A}]\n",
+        2,
+        "merges one or more models; 0 given beside the base; to write out the base alone: passthrough",
+    ),
     "three models": (
         "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}, {model: C}]\n"
         "parameters: {t: 0.5}\n",

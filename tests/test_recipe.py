@@ -64,7 +64,68 @@ def test_ties_and_dare_as_model_cards_have_them() -> None:
     assert [source.model for source in dare.slices[0].sources] == [
         "org/base", "org/a", "org/b@v1.2", "org/c+org/c-lora",
     ]  # fmt: skip
-    assert any("computed in float32" in note for note in dare.notes)
+    assert dare.notes == ("parameters.int8_mask has no effect here",)
+    [note] = parsed("dtype: float16\nout_dtype: bfloat16\n").notes
+    assert "dtype float16 has no effect here: merges are computed in float32" in note
+
+
+def test_one_module_as_mergekit_writes_it() -> None:
+    found = recipe_of(TEXTS["della-linear"])
+    [piece] = found.slices
+    assert piece.sources[0] == Source(
+        "./intermediates/First",
+        (0, 40),
+        {"density": 0.5, "epsilon": 0.4, "weight": (0.9, 0.2, 0.95)},
+    )
+    rules = (Rule(0.5, filter="mlp"), Rule(1.0))
+    assert found.parameters == {"lambda": rules, "normalize": 1.0}
+    assert (found.base, found.tokenizer) == ("org/base", TokenizerChoice("union"))
+    assert is_recipe(yaml.safe_load(TEXTS["della-linear"]))
+    assert is_recipe({"modules": {}})
+
+
+def test_what_mergekit_passes_over_at_the_top_is_noted() -> None:
+    found = parsed("name: first\nrandom_seed: 0\nint8_mask: true\nlow_cpu_memory: true\n")
+    assert found == parsed()
+    assert found.notes == tuple(
+        f"{key} has no effect here"
+        for key in ("int8_mask", "name", "random_seed", "low_cpu_memory")
+    )
+
+
+def test_parameters_that_mergekit_passes_over_are_noted() -> None:
+    text = (
+        "merge_method: sce\nbase_model: c\nmodels: [{model: a, parameters: {density: 0.5}}, "
+        "{model: b}]\nparameters: {normalize: true, weight: 1, select_topk: 0.5}\n"
+    )
+    sce = find_method("fishertool.merging", "sce")
+    found = normalised(recipe_of(text), sce)
+    assert found == normalised(
+        recipe_of(text.replace("density: 0.5", "").replace("normalize: true, weight: 1,", "")), sce
+    )
+    assert found.notes == ("density, normalize, weight has no effect in method sce",)
+    slices = "slices: [{parameters: {gamma: 1}, sources: [{model: a, layer_range: [0, 2]}]}]"
+    found = normalised(recipe_of(f"merge_method: passthrough\n{slices}"), METHODS["passthrough"])
+    assert found.slices == (Slice((Source("a", (0, 2)),)),) and len(found.notes) == 1
+    for name, more in (("sce", "smooth: 1"), ("fisher", "density: 1"), ("ties", "t: 1")):
+        method, kept = find_method("fishertool.merging", name), parsed(f"parameters: {{{more}}}")
+        assert normalised(kept, method) == kept  # to be refused by its name
+
+
+def test_a_model_that_is_listed_twice_counts_twice_and_is_noted() -> None:
+    three = "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: a}]\n"
+    found = normalised(parsed(text=three), METHODS["linear"])
+    assert found == parsed(text=three)
+    assert found.notes == (
+        "models 1, 3 are the same, and count as 2; in mergekit they count as one",
+    )
+    assert normalised(from_flags(["a", "a"]), METHODS["linear"]).notes == ()
+    one, two = ({"model": "a", "layer_range": [at, at + 2]} for at in (0, 2))
+    apart = {"merge_method": "linear", "slices": [{"sources": [one, two]}]}
+    assert normalised(parse_recipe(apart, "x"), METHODS["linear"]).notes == ()
+    same = {"merge_method": "linear", "slices": [{"sources": [one, two, one]}]}
+    [note] = normalised(parse_recipe(same, "x"), METHODS["linear"]).notes
+    assert note.startswith("models 1, 3 of slices[0] are the same")
 
 
 def test_layers_on_top_of_each_other() -> None:
@@ -159,7 +220,22 @@ def test_awkward_words_are_written_so_that_they_read_back(tmp_path: Path) -> Non
         ("models: [{model: a}]", "needs a merge_method"),
         ("merge_method: linear", "needs models or slices"),
         (TWO + "slices: []", "models and slices exclude each other"),
-        (TWO + "modules: {}", "modules are not supported; write models or slices"),
+        (TWO + "modules: {}", "models and modules exclude each other"),
+        ("merge_method: linear\nmodules: {}", "modules: 0 modules (); one is supported"),
+        ("merge_method: linear\nmodules: {a: {models: []}, b: {models: []}}",
+         "modules: 2 modules (a, b); one is supported"),
+        ("merge_method: linear\nmodules: {a: {models: [], slices: []}}",
+         "modules.a: models and slices exclude each other"),
+        ("merge_method: linear\nmodules: {a: {model: []}}",
+         "modules.a: no key 'model'; did you mean 'models'?"),
+        ("merge_method: linear\nmodules: {a: {models: [{modl: b}]}}",
+         "modules.a.models[0]: no key 'modl'; did you mean 'model'?"),
+        (TWO + "t: 0.5", "t belongs under parameters"),
+        (TWO + "name: x\nsoure: 1", "no key 'soure'; known: merge_method, models, slices, base_model,"),
+        ("base_model: a\ngate_mode: hidden", "experts are for mergekit-moe"),
+        ("merge_method: moe\nbase_model: a\nexperts: [{source_model: b}]", "mergekit-moe"),
+        ("merge_method: linear\nmodels: [{model: org/a, revision: b}]",
+         "models[0]: a revision is written as part of the model, as org/name@revision"),
         (TWO + "base-model: a", "no key 'base-model'; did you mean 'base_model'?"),
         (TWO + "3: a", "the key 3 is not a text"),
         (TWO + "base_model: 3", "base_model: 3 is not a text"),
@@ -235,7 +311,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(text: str, message: st
         ("a: {b: 1, b: 2}", "line 1, column 11: the key 'b' is there twice"),
         ("a: [", "line 1, column 5: "),
         ("a: *b", "undefined alias"),
-        ("--- a\n--- b", "but found another document"),
+        ("--- a\n--- b", "line 2, column 1: a second document begins; give each a file of its own"),
         ("a: !!python/object/apply:os.system [x]", "could not determine a constructor"),
         ("a: \x07", "not YAML: "),
         ("a: " + "9" * 5000, "not YAML: "),
@@ -316,6 +392,9 @@ def test_the_base_is_the_first_where_the_method_goes_from_it() -> None:
     slices = "slices: [{base_model: b, sources: [{model: a, layer_range: [2, 4]}]}]"
     [one] = normalised(recipe_of(f"merge_method: slerp\n{slices}"), METHODS["slerp"]).slices
     assert one == Slice((Source("b", (2, 4)), Source("a", (2, 4))))
+    third = parsed("base_model: c\n", TWO.replace("linear", "slerp"))
+    with pytest.raises(UsageError, match="slerp goes from the base c to one other model; 2 are"):
+        normalised(third, METHODS["slerp"])
     same = "slices: [{sources: [{model: a, layer_range: [2, 4]}, {model: a, layer_range: [3, 5]}]}]"
     [one] = normalised(
         recipe_of(f"merge_method: slerp\nbase_model: a\n{same}"), METHODS["slerp"]

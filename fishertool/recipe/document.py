@@ -73,6 +73,12 @@ def read_document(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if isinstance(error, yaml.composer.ComposerError) and "single document" in (
+            error.context or ""
+        ):
+            raise UsageError(
+                f"{path}: {place}a second document begins; give each a file of its own"
+            ) from error
         raise UsageError(f"{path}: {place}{error.problem or error.context}") from error
     except RecursionError:
         raise UsageError(f"{path}: nested more than {DEEPEST} deep") from None

@@ -1,9 +1,9 @@
 """Which of the models that a recipe names are merged, and which is their base."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from fishertool.errors import UsageError
+from fishertool.errors import UsageError, some
 from fishertool.recipe.references import place_of
 from fishertool.recipe.schema import Recipe, Slice, Source
 from fishertool.recipe.settings import Settings
@@ -13,6 +13,13 @@ from fishertool.registry import Method
 WEIGHT = "weight"
 FROM_BASE = ("slerp", "nearswap", "arcee-fusion")
 """They go from the first model to the second; mergekit calls the first the base."""
+PASSED_OVER = (
+    WEIGHT, "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "select_topk",
+    "filter_wise",
+)  # fmt: skip
+"""Parameters that mergekit's files give to methods without a use for them, which pass them over."""
+STATISTICS = ("fishers", "activations", "kroneckers")
+"""Inputs of methods that mergekit has not."""
 
 
 def normalised(recipe: Recipe, method: Method) -> Recipe:
@@ -33,23 +40,32 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
         elif takes_base:
             slices.append(_without_base(piece, base, notes, recipe, number))
         elif method.name in FROM_BASE:
-            slices.append(replace(piece, base=None, sources=_from_base(piece.sources, base)))
+            sources = _from_base(piece.sources, base, recipe, method)
+            slices.append(replace(piece, base=None, sources=sources))
         else:
             _check_listed(piece, base, notes, recipe, method)
             slices.append(replace(piece, base=None))
-    if "weights" not in method.inputs:
-        slices = [_without_weights(piece, recipe, method, notes) for piece in slices]
+        if recipe.where:
+            notes += _listed_twice(slices[-1], "" if recipe.whole else f" of slices[{number}]")
+    recipe = replace(recipe, slices=tuple(slices))
+    if recipe.where and not any(name in STATISTICS for name in method.inputs):
+        recipe = _without_unused(recipe, method, notes)
     tokenizer = recipe.tokenizer
     if tokenizer is not None and tokenizer.source == "base" and recipe.base is not None:
         tokenizer = replace(tokenizer, source=recipe.base)
     return replace(
         recipe,
-        slices=tuple(slices),
         base=recipe.base if takes_base else None,
         tokenizer=tokenizer,
         seed=recipe.seed if draws(method) else 0,
         notes=tuple(notes),
     )
+
+
+def known_by(method: Method) -> set[str]:
+    """Parameters that a recipe may give to a method."""
+    weight = {WEIGHT} if "weights" in method.inputs else set()
+    return {name.removesuffix("_") for name in method.settings} | weight
 
 
 def draws(method: Method) -> bool:
@@ -84,8 +100,9 @@ def weighted(recipe: Recipe, method: Method, weights: Sequence[float]) -> Recipe
             replace(source, parameters={**source.parameters, WEIGHT: weight})
             for source, weight in zip(piece.sources, weights, strict=True)
         )
-        slices.append(replace(piece, sources=sources, parameters=_weightless(piece.parameters)))
-    return replace(recipe, slices=tuple(slices), parameters=_weightless(recipe.parameters))
+        parameters = _less(piece.parameters, [WEIGHT])
+        slices.append(replace(piece, sources=sources, parameters=parameters))
+    return replace(recipe, slices=tuple(slices), parameters=_less(recipe.parameters, [WEIGHT]))
 
 
 def _without_base(piece: Slice, base: str, notes: list[str], recipe: Recipe, number: int) -> Slice:
@@ -105,25 +122,60 @@ def _without_base(piece: Slice, base: str, notes: list[str], recipe: Recipe, num
     return replace(piece, sources=kept)
 
 
-def _without_weights(piece: Slice, recipe: Recipe, method: Method, notes: list[str]) -> Slice:
-    """mergekit's files may give weights to a method that has no use for them."""
-    if any(WEIGHT in source.parameters for source in piece.sources):
-        if not recipe.where:
-            raise _error(recipe, f"method {method.name} takes no --weights")
-        notes.append(f"weight has no effect in method {method.name}")
-    sources = tuple(
-        replace(source, parameters=_weightless(source.parameters)) for source in piece.sources
-    )
-    return replace(piece, sources=sources)
+def _without_unused(recipe: Recipe, method: Method, notes: list[str]) -> Recipe:
+    known = known_by(method)
+    scopes = [recipe.parameters, *(piece.parameters for piece in recipe.slices)]
+    scopes += [source.parameters for piece in recipe.slices for source in piece.sources]
+    given = {name for scope in scopes for name in scope if name in PASSED_OVER} - known
+    if not given:
+        return recipe
+    notes.append(f"{', '.join(sorted(given))} has no effect in method {method.name}")
+    return reduced(recipe, given)
 
 
-def _weightless(settings: Settings) -> Settings:
-    return {name: setting for name, setting in settings.items() if name != WEIGHT}
+def reduced(recipe: Recipe, names: Collection[str]) -> Recipe:
+    """The recipe without these parameters, anywhere."""
+    slices = [
+        replace(
+            piece,
+            parameters=_less(piece.parameters, names),
+            sources=tuple(
+                replace(source, parameters=_less(source.parameters, names))
+                for source in piece.sources
+            ),
+        )
+        for piece in recipe.slices
+    ]
+    return replace(recipe, slices=tuple(slices), parameters=_less(recipe.parameters, names))
 
 
-def _from_base(sources: Sequence[Source], base: str) -> tuple[Source, ...]:
+def _less(settings: Settings, names: Collection[str]) -> Settings:
+    return {name: setting for name, setting in settings.items() if name not in names}
+
+
+def _listed_twice(piece: Slice, inside: str) -> list[str]:
+    listed: dict[object, list[str]] = {}
+    for number, source in enumerate(piece.sources, 1):
+        listed.setdefault((source.model, source.layers), []).append(str(number))
+    return [
+        f"models {some(numbers)}{inside} are the same, and count as {len(numbers)}; in mergekit "
+        "they count as one"
+        for numbers in listed.values()
+        if len(numbers) > 1
+    ]
+
+
+def _from_base(
+    sources: Sequence[Source], base: str, recipe: Recipe, method: Method
+) -> tuple[Source, ...]:
     first = [source for source in sources if source.model == base][:1]
     others = [source for source in sources if source not in first]
+    if not first and len(others) > 1:
+        raise _error(
+            recipe,
+            f"method {method.name} goes from the base {base} to one other model; {len(others)} are "
+            "listed: leave one out, or let the base be one of them",
+        )
     return (*(first or [Source(base, sources[0].layers)]), *others)
 
 

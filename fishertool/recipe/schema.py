@@ -13,6 +13,7 @@ KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "head", "include", "exclude", "seed",
 )  # fmt: skip
+MODULE_KEYS = ("models", "slices", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters", "fisher")
 MODEL_KEYS = ("model", "parameters", "fisher")
@@ -20,6 +21,15 @@ HEADS = ("error", "merge", "keep-first")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 IGNORED = ("int8_mask",)
 """Parameters of mergekit's that choose how it works, not what comes out."""
+IGNORED_KEYS = (*IGNORED, "name", "random_seed", "low_cpu_memory", "lazy_unpickle", "cuda")
+"""What people write at the top of its files, and it passes over."""
+OF_PARAMETERS = (
+    "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "t", "select_topk",
+    "filter_wise", "max_iter", "tol", "scale",
+)  # fmt: skip
+"""Names of its methods' parameters."""
+OF_MIXTURES = ("experts", "gate_mode")
+"""Keys of files for mergekit-moe."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ def is_recipe(content: Any) -> bool:
         return False
     models = content.get("models")
     described = isinstance(models, list) and any(isinstance(one, Mapping) for one in models)
-    return described or any(key in content for key in ("merge_method", "slices", "base_model"))
+    own = ("merge_method", "slices", "modules", "base_model")
+    return described or any(key in content for key in own)
 
 
 def parse_recipe(content: Any, where: str) -> Recipe:
@@ -104,14 +115,18 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     Raises UsageError naming the file and the place in it.
     """
     document = Value(content, where)
-    if isinstance(content, dict) and "modules" in content:
-        raise document.error("modules are not supported; write models or slices")
-    keys = document.keys(KEYS)
+    notes: list[str] = []
+    keys = _top_keys(document, notes)
     if "merge_method" not in keys:
         raise document.error("needs a merge_method")
-    _refuse_both(document, keys, "models", "slices")
+    parameters = _parse_parameters(keys, notes)
+    for one, other in (("models", "slices"), ("models", "modules"), ("slices", "modules")):
+        _refuse_both(document, keys, one, other)
     _refuse_both(document, keys, "tokenizer", "tokenizer_source")
-    notes: list[str] = []
+    if "modules" in keys:
+        module = _only_module(keys["modules"])
+        parameters = _over(_parse_parameters(module, notes), parameters)
+        keys |= module
     if "models" in keys:
         models = [_parse_source(item, MODEL_KEYS, notes) for item in keys["models"].items()]
         slices = [Slice(tuple(models))]
@@ -126,7 +141,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         keys["merge_method"].text().replace("_", "-"),
         tuple(slices),
         parse_reference(keys["base_model"]) if "base_model" in keys else None,
-        _parse_parameters(keys, notes),
+        parameters,
         _parse_dtype(keys, notes),
         tokenizer,
         keys["chat_template"].text() if "chat_template" in keys else None,
@@ -137,6 +152,37 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         tuple(notes),
         where,
     )
+
+
+def _top_keys(document: Value, notes: list[str]) -> dict[str, Value]:
+    """Without those that mergekit passes over, where these are no mistake."""
+    given = document.keys()
+    if any(key in given for key in OF_MIXTURES):
+        raise document.error("experts are for mergekit-moe; no mixture is made of models here")
+    for key in given:
+        if key in OF_PARAMETERS:
+            raise document.error(f"{key} belongs under parameters")
+    notes += [f"{key} has no effect here" for key in IGNORED_KEYS if key in given]
+    rest = {key: value for key, value in document.content.items() if key not in IGNORED_KEYS}
+    modules = ["modules"] if "modules" in given else []  # else it is no name to be suggested
+    return Value(rest, document.file).keys([*KEYS, *modules])
+
+
+def _only_module(value: Value) -> dict[str, Value]:
+    """What mergekit writes of a model of one part: {default: {slices, parameters}}."""
+    modules = value.keys()
+    if len(modules) != 1:
+        raise value.error(f"{len(modules)} modules ({', '.join(modules)}); one is supported")
+    [module] = modules.values()
+    keys = module.keys(MODULE_KEYS)
+    _refuse_both(module, keys, "models", "slices")
+    return keys
+
+
+def _over(own: Settings, rest: Settings) -> Settings:
+    """Settings of which the own count, and the rest where none of their rules does."""
+    both = {name: rules_of(own[name]) + rules_of(rest[name]) for name in own if name in rest}
+    return {**rest, **own, **both}
 
 
 def _refuse_both(document: Value, keys: Mapping[str, Value], one: str, other: str) -> None:
@@ -156,6 +202,8 @@ def _parse_slice(value: Value, notes: list[str]) -> Slice:
 
 
 def _parse_source(value: Value, known: tuple[str, ...], notes: list[str]) -> Source:
+    if isinstance(value.content, dict) and "revision" in value.content:
+        raise value.error("a revision is written as part of the model, as org/name@revision")
     keys = value.keys(known)
     for needed in ("model", "layer_range"):
         if needed in known and needed not in keys:
@@ -189,7 +237,7 @@ def _parse_dtype(keys: Mapping[str, Value], notes: list[str]) -> str | None:
         if key in keys:
             text = keys[key].text().removeprefix("torch.")
             found[key] = Value(text, keys[key].file, keys[key].place).word(DTYPES)
-    if len(set(found.values())) == 2:
+    if len(set(found.values())) == 2 and found["dtype"] != "float32":
         notes.append(f"dtype {found['dtype']} has no effect here: merges are computed in float32")
     return found.get("out_dtype", found.get("dtype"))
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from fishertool.errors import UsageError
 from fishertool.recipe.document import Value
-from fishertool.recipe.inputs import WEIGHT
-from fishertool.recipe.schema import Recipe, Slice, parse_recipe
-from fishertool.recipe.settings import Scalar, Settings, scalar
+from fishertool.recipe.inputs import known_by, reduced
+from fishertool.recipe.schema import Recipe, parse_recipe
+from fishertool.recipe.settings import Scalar, scalar
 from fishertool.registry import Method
 
 RANGE_KEYS = ("low", "high", "log", "step", "points", "groups")
@@ -152,30 +152,10 @@ def fitting(recipe: Recipe, method: Method, others: Mapping[str, Method]) -> Rec
     own = known_by(method)
     foreign = {name for other in others.values() for name in known_by(other)} - own
 
-    def kept(settings: Settings) -> Settings:
-        return {name: setting for name, setting in settings.items() if name not in foreign}
-
-    def piece(one: Slice) -> Slice:
-        sources = tuple(
-            replace(source, parameters=kept(source.parameters)) for source in one.sources
-        )
-        return replace(one, sources=sources, parameters=kept(one.parameters))
-
     drops_base = "base" not in method.inputs and any(
         "base" in one.inputs for one in others.values()
     )
-    return replace(
-        recipe,
-        parameters=kept(recipe.parameters),
-        slices=tuple(map(piece, recipe.slices)),
-        base=None if drops_base else recipe.base,
-    )
-
-
-def known_by(method: Method) -> set[str]:
-    """Parameters that a recipe may give to a method."""
-    weight = {WEIGHT} if "weights" in method.inputs else set()
-    return {name.removesuffix("_") for name in method.settings} | weight
+    return replace(reduced(recipe, foreign), base=None if drops_base else recipe.base)
 
 
 def _is_range(content: Any) -> bool:

@@ -171,9 +171,12 @@ def _check_counts(method: Method, models: int, base: str | None) -> None:
     scaled = base is not None and "base" in method.inputs and "normalize" in method.settings
     fewest = method.models or (1 if scaled else 2)  # one task vector alone is scaled, or negated
     if models < fewest or (method.models is not None and models > fewest):
-        wanted = f"{fewest}" if method.models else "two or more"
+        wanted = f"{fewest}" if method.models else f"{('one', 'two')[fewest - 1]} or more"
         beside = " beside the base" if base is not None and "base" in method.inputs else ""
-        raise UsageError(f"method {method.name} merges {wanted} models; {models} given{beside}")
+        alone = "; to write out the base alone: passthrough" if not models else ""
+        raise UsageError(
+            f"method {method.name} merges {wanted} models; {models} given{beside}{alone}"
+        )
     if base is not None and "base" not in method.inputs:
         raise UsageError(f"method {method.name} takes no --base")
     if base is None and method.inputs.get("base"):
