@@ -372,6 +372,30 @@ def test_a_union_of_vocabularies_merges_rows_by_token(
     assert model.config.vocab_size == len(ids)
 
 
+def test_layers_put_on_top_of_each_other_may_have_a_union_of_vocabularies(
+    cli: Cli, speakers: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    a, b, words = speakers
+    Path("r.yml").write_text(
+        "merge_method: passthrough\ntokenizer_source: union\nslices:\n"
+        "- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [0, 2]}]\n"
+    )
+    result = cli("merge", "--config", "r.yml", "--out", "o", "-q")
+    assert result.code == 0, result.err
+    first, second, merged = weights_of(a), weights_of(b), weights_of(tmp_path / "o")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "o").get_vocab()
+    assert "owl" in ids and len(ids) == len(VOCABULARY) + 1
+    before, after = "model.embed_tokens.weight", "lm_head.weight"
+    for token, place in ids.items():
+        own = first[before][VOCABULARY[token]] if token in VOCABULARY else second[before][-1]
+        assert torch.equal(merged[before][place], own)
+        row = words.index(token) if token in words else -1
+        theirs = second[after][row] if row >= 0 else first[after][VOCABULARY[token]]
+        assert torch.equal(merged[after][place], theirs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert (model.config.vocab_size, model.config.num_hidden_layers) == (len(ids), 4)
+
+
 def test_fishers_follow_their_tokens(
     cli: Cli, speakers: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """`fishertool merge --config RECIPE`: slices, gradients, filters, against tensors put together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,39 @@ def test_an_order_of_layers_that_the_config_cannot_describe_is_refused(
     assert result.code == code, result.err
     assert ("cannot describe layers in this order: they lack" in result.err) == (code == 3)
     assert (tmp_path / "o").exists() == (code == 0)
+
+
+def test_what_comes_after_the_layers_must_be_there_in_the_last_slice(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    make_model("a", "llama", 1), make_model("b", "llama", 2, tied=True)
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: passthrough\nslices:\n"
+        "- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [0, 2]}]\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o", "--dry-run")
+    assert (result.code, result.out) == (3, ""), result.err
+    assert "b: lacks lm_head.weight, which a has; let the first and the last slice" in result.err
+
+
+def test_layers_of_another_size_are_refused_by_their_shape(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    make_model("a", "llama", 1)
+    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"intermediate_size": 24}
+    wider = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    wider.save_pretrained(tmp_path / "b")
+    file = recipe(
+        tmp_path / "r.yml",
+        "merge_method: passthrough\nslices:\n"
+        "- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [0, 2]}]\n",
+    )
+    result = cli("merge", "--config", file, "--out", "o", "--dry-run")
+    assert result.code == 3, result.err
+    assert (
+        "makes model.layers.2.mlp.gate_proj.weight [32, 16], but it would be [24, 16]" in result.err
+    )
 
 
 def test_a_slice_merges_layers_of_different_numbers(

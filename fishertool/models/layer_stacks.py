@@ -28,11 +28,16 @@ def check_layers(
     parameters = dict(model.named_parameters())
     origins = origins_by_disk_name(model, parameters, source.folder)
     served = {one.name for one in origins.values() if one is not None}
-    given = {
-        one.name
-        for name, one in origins.items()
-        if one is not None and name in shapes and tuple(shapes[name]) == one.shape
-    }
+    given = set()
+    for name, one in origins.items():
+        if one is None or name not in shapes:
+            continue
+        given.add(one.name)
+        if tuple(shapes[name]) != one.shape:
+            raise InputError(
+                f"{source.folder}: its config.json makes {name} {list(one.shape)}, but it would be "
+                f"{list(shapes[name])}; put together layers of models of one size"
+            )
     if lacking := [name for name in parameters if name in served - given]:
         raise InputError(
             f"{source.folder}: config.json cannot describe layers in this order: they lack "

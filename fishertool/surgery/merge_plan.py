@@ -14,7 +14,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stored import FLOATING
-from fishertool.errors import UsageError, some
+from fishertool.errors import InputError, UsageError, some
 from fishertool.models.chat_template import choose_template
 from fishertool.models.layer_stacks import check_layers
 from fishertool.models.sources import folders_of, public_reference
@@ -181,13 +181,13 @@ def plan_merge(
         sidecar.measure(used)
     layout = lay_out([target.info for target in targets.values()], max_shard_bytes)
     first = inputs.sources[0]
+    config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
     if arrangement.config:
         shapes = {name: target.info.shape for name, target in targets.items()}
-        check_layers(first, arrangement.config, shapes, trust_remote_code)
+        check_layers(first, config, shapes, trust_remote_code)
     template = None
     if recipe.chat_template is not None:
         template = choose_template(recipe.chat_template, [one.folder for one in inputs.sources])
-    config = vocabulary.renumbered(first.config(), inputs.references[0]) | arrangement.config
     sidecars = [one.tensors.folder for one in (*fishers.values(), *factors.values())]
     plan = MergePlan(
         inputs, method, targets, arrangement.places, fishers, factors, layout, companions,
@@ -237,7 +237,13 @@ def _target(place: Place, inputs: Inputs, merged: bool, dtype: str | None) -> Ta
     named = tuple(zip(inputs.slices[place.slice], place.names, strict=True))
     ancestor = inputs.bases[place.slice]
     base = None if ancestor is None else (ancestor, place.names[0])
-    stored = inputs.sources[named[0][0]].info(place.names[0])
+    source, name = inputs.sources[named[0][0]], place.names[0]
+    if name not in source:
+        raise InputError(
+            f"{source.folder}: lacks {name}, which {inputs.sources[0].folder} has; let the first and "
+            "the last slice be of models that both have it, or neither"
+        )
+    stored = source.info(name)
     floating = stored.dtype in FLOATING
     action = ("merge" if floating else "equal") if merged else "keep-first"
     if merged:
