@@ -24,6 +24,8 @@ def resolve(source: str) -> Path:
 
     Raises InputError if it is neither, HubError if it cannot be had.
     """
+    if not source:  # which would be the folder that one is in
+        raise InputError("a model or an adapter has no name; write BASE, or BASE+ADAPTER")
     folder = expanded(source)
     if folder.is_dir():
         return folder

@@ -274,6 +274,8 @@ def test_awkward_words_are_written_so_that_they_read_back(tmp_path: Path) -> Non
          f"pad_to_multiple_of: {10**15} is not a whole number of at least 1 and at most 1048576"),
         (TWO + "tokenizer: {tokens: {x: {force: 1}}}",
          "tokenizer.tokens.x.force: 1 is not true or false"),
+        (TWO + "tokenizer: {tokens: {x: {force: true}}}",
+         "tokenizer.tokens.x: force needs a source, whose row all models have then"),
         (TWO + "tokenizer: {tokens: {x: {source: {kind: none}}}}",
          "tokenizer.tokens.x.source.kind: 'none'; known: zero, model_token"),
         (TWO + "tokenizer: {tokens: {x: {source: {kind: zero, model: a}}}}",

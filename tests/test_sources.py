@@ -270,6 +270,25 @@ def test_an_adapter_alone_names_its_base(make_model: ModelMaker, tmp_path: Path)
         open_source(str(adapter)).__enter__()
 
 
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [("a+", "has no name; write BASE, or BASE.ADAPTER"), ("+a", "has no name"), ("", "has no name"),
+     ("a+a", "a: is no adapter; it has no adapter_config.json")],
+)  # fmt: skip
+def test_half_a_reference_and_what_is_no_adapter_are_refused(
+    make_model: ModelMaker,
+    reference: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    make_model("a")
+    monkeypatch.chdir(tmp_path / "a")  # which is a model as well
+    (tmp_path / "a" / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match=told), open_source(reference):
+        pass
+
+
 def test_plus_and_at_in_folder_names(make_model: ModelMaker, tmp_path: Path) -> None:
     base, adapter = tmp_path / "a+b@1", tmp_path / "c+d"
     make_model("a+b@1")

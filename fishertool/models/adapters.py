@@ -184,9 +184,11 @@ def is_turned(module: nn.Module | None) -> bool:
 def open_adapter(folder: Path) -> Iterator[Adapter]:
     """An adapter's tensors, and what they do to which parameters.
 
-    Raises InputError, by name, for an option or a tensor that is not understood, and for shapes
-    that are not those of a pair of its rank.
+    Raises InputError, by name, for a folder that is none, for an option or a tensor that is not
+    understood, and for shapes that are not those of a pair of its rank.
     """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: is no adapter; it has no {CONFIG}")
     config = read_options(folder / CONFIG)
     with open_checkpoint(folder, stem=STEM) as tensors:
         yield _parse(tensors, config)

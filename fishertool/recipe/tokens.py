@@ -61,7 +61,10 @@ def parse_tokenizer(value: Value) -> TokenizerChoice:
 def _parse_token(value: Value) -> Token:
     keys = value.keys(TOKEN_KEYS)
     row = _parse_row(keys["source"]) if "source" in keys else None
-    return Token(row, keys["force"].flag() if "force" in keys else False)
+    force = keys["force"].flag() if "force" in keys else False
+    if force and row is None:
+        raise value.error("force needs a source, whose row all models have then")
+    return Token(row, force)
 
 
 def _parse_row(value: Value) -> TokenRow:
