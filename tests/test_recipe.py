@@ -112,6 +112,19 @@ def test_parameters_that_mergekit_passes_over_are_noted() -> None:
         assert normalised(kept, method) == kept  # to be refused by its name
 
 
+def test_what_mergekit_reads_for_all_models_alone_is_noted_beside_one() -> None:
+    given = {"weight": 1, "density": 0.5, "lambda": 0.5}
+    content: dict[str, Any] = {"merge_method": "ties", "base_model": "c"}
+    beside = content | {"models": [{"model": "a", "parameters": given}, {"model": "b"}]}
+    ties = find_method("fishertool.merging", "ties")
+    [note] = normalised(parse_recipe(beside, "x"), ties).notes
+    assert note.startswith("lambda of one model counts for all; mergekit passes it over there")
+    above = content | {"models": [{"model": "a"}, {"model": "b"}], "parameters": given}
+    assert normalised(parse_recipe(above, "x"), ties).notes == ()
+    flags = from_flags(["a", "b"], "ties", base="c", settings={"lambda": "0.5,0.5"})
+    assert normalised(flags, ties).notes == ()
+
+
 def test_a_model_that_is_listed_twice_counts_twice_and_is_noted() -> None:
     three = "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: a}]\n"
     found = normalised(parsed(text=three), METHODS["linear"])

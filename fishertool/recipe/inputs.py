@@ -18,6 +18,8 @@ PASSED_OVER = (
     "filter_wise",
 )  # fmt: skip
 """Parameters that mergekit's files give to methods without a use for them, which pass them over."""
+OF_ALL = ("lambda", "normalize", "normalize_weights", "rescale", "select_topk", "filter_wise")
+"""Parameters that mergekit reads for all models together, and nowhere else."""
 STATISTICS = ("fishers", "activations", "kroneckers")
 """Inputs of methods that mergekit has not."""
 
@@ -50,6 +52,7 @@ def normalised(recipe: Recipe, method: Method) -> Recipe:
     recipe = replace(recipe, slices=tuple(slices))
     if recipe.where and not any(name in STATISTICS for name in method.inputs):
         recipe = _without_unused(recipe, method, notes)
+        notes += _of_one_model(recipe)
     tokenizer = recipe.tokenizer
     if tokenizer is not None and tokenizer.source == "base" and recipe.base is not None:
         tokenizer = replace(tokenizer, source=recipe.base)
@@ -151,6 +154,16 @@ def reduced(recipe: Recipe, names: Collection[str]) -> Recipe:
 
 def _less(settings: Settings, names: Collection[str]) -> Settings:
     return {name: setting for name, setting in settings.items() if name not in names}
+
+
+def _of_one_model(recipe: Recipe) -> list[str]:
+    given = {name for piece in recipe.slices for one in piece.sources for name in one.parameters}
+    return [
+        f"{name} of one model counts for all; mergekit passes it over there, and reads it in the "
+        "recipe's own parameters"
+        for name in OF_ALL
+        if name in given
+    ]
 
 
 def _listed_twice(piece: Slice, inside: str) -> list[str]:
