@@ -149,6 +149,18 @@ def test_a_report_is_apart_from_the_output(cli: Cli, verb: str, place: str) -> N
     assert not Path("o").exists()
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_outputs_own_report_is_never_replaced(cli: Cli, verb: str) -> None:
+    own = Path("m/fishertool_report.json")
+    own.parent.mkdir()
+    own.write_text(told_by_evaluate().to_json())
+    Path("link.json").symlink_to(own)
+    for place in (own, "link.json"):
+        result = cli(verb, "--report", place)
+        told = f"--report {place}: is an output's own report; choose another place\n"
+        assert (result.code, told in result.err) == (2, True), result.err
+
+
 def test_a_report_that_nobody_may_write_is_refused_at_once(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

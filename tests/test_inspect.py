@@ -253,10 +253,13 @@ def test_refusals(cli: Cli, make_model: ModelMaker) -> None:
 def test_its_report_replaces_nothing_there(cli: Cli, make_model: ModelMaker) -> None:
     make_low_rank(make_model("m"), Path("low"))
     assert cli("densify", "low", "out", "-q").code == 0
-    place = "out/fishertool_report.json"
-    for arguments in (("--report", place, "out"), ("out", "--report", place)):
-        result = cli("inspect", *arguments)
-        assert result.code == 2
-        assert f"--report {place}: is in out, which is only read" in result.err
+    for place, why in (
+        ("out/fishertool_report.json", "is an output's own report"),
+        ("out/told.json", "is in out, which is only read"),
+    ):
+        for arguments in (("--report", place, "out"), ("out", "--report", place)):
+            result = cli("inspect", *arguments)
+            assert result.code == 2
+            assert f"--report {place}: {why}" in result.err
     assert cli("inspect", "out", "-q", "--report", "told.json").code == 0
     assert json.loads(Path("told.json").read_text())["command"] == "inspect"

@@ -432,7 +432,7 @@ def test_refusals(cli: Cli, make_model: ModelMaker, merged: Path) -> None:
     assert findings(cli, "empty")[0].startswith("empty: no model.safetensors in it")
     result = cli("verify", "out", "--report", f"out/{REPORT}")
     assert result.code == 2
-    assert "is in out, which is only read" in result.err
+    assert "is an output's own report" in result.err
     assert cli("verify", "out", "--no-lod").code == 2
     report = json.loads((merged / REPORT).read_text()) | {"command": "search", "output": None}
     (merged / REPORT).write_text(json.dumps(report))
