@@ -55,14 +55,23 @@ class Output:
     bytes: int
     parameters: int
     dtype: str
-    companions: list[str] = field(default_factory=list)
+    companions: list[dict[str, Any]] = field(default_factory=list)
+    """What a loader needs besides the files with tensors, as these are told of."""
     left_out: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, digests: Sequence[Any], parameters: int, dtype: str, **more: list[str]) -> Self:
+    def of(
+        cls,
+        digests: Sequence[Any],
+        parameters: int,
+        dtype: str,
+        companions: Iterable[Any] = (),
+        left_out: Iterable[str] = (),
+    ) -> Self:
         """From the FileDigest of each file."""
         nbytes = sum(one.bytes for one in digests)
-        return cls(list(map(asdict, digests)), nbytes, parameters, dtype, **more)
+        beside = list(map(asdict, companions))
+        return cls(list(map(asdict, digests)), nbytes, parameters, dtype, beside, list(left_out))
 
 
 @dataclass
@@ -172,10 +181,17 @@ def load_report(path: Path) -> dict[str, Any]:
         not isinstance(inputs, list)
         or not all(isinstance(one, dict) for one in (output, *tables))
         or not all(isinstance(one.get(name), str) for one in inputs for name in ("id", "role"))
-        or not all(map(_are_files, [*lists, output.get("files", [])]))
+        or not all(map(_are_files, [*lists, output.get("files", []), companions_of(output)]))
     ):
         raise InputError(f"{path}: is no report of fishertool; write the output again")
     return document
+
+
+def companions_of(output: Mapping[str, Any]) -> Any:
+    """Those that a report has digests of; one of an earlier version has names alone."""
+    found = output.get("companions", [])
+    named = isinstance(found, list) and all(isinstance(one, str) for one in found)
+    return [] if named else found
 
 
 def _are_files(value: Any) -> bool:

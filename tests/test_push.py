@@ -59,9 +59,11 @@ def test_a_new_repository_has_one_commit(cli: Cli, hub: Hub, merged: Path) -> No
     assert report["summary"]["repository"] == f"{hub.address}/org/new"
     assert report["summary"]["created"] and report["summary"]["pull_request"] is None
     assert report["summary"]["commit"].startswith(f"{hub.address}/org/new/commit/")
-    assert {one["file"]: one["sha256"] for one in report["output"]["files"]} == {
+    told = report["output"]["files"] + report["output"]["companions"]
+    assert {one["file"]: one["sha256"] for one in told} == {
         name: sha256(tree[name].content).hexdigest() for name in MERGED
     }
+    assert [one["file"] for one in report["output"]["files"]] == ["model.safetensors"]
     assert report["output"]["dtype"] == "float32" and report["output"]["parameters"] > 0
     assert [one["role"] for one in report["inputs"]] == ["model"]
     assert TOKEN not in result.out + result.err
@@ -70,23 +72,23 @@ def test_a_new_repository_has_one_commit(cli: Cli, hub: Hub, merged: Path) -> No
 def test_a_pull_request_where_there_are_files(cli: Cli, hub: Hub, merged: Path) -> None:
     hub.repos["org/old"] = Repo()
     assert cli("push", merged, "org/old", "-q").code == 0  # empty: a commit
-    (merged / "config.json").write_text((merged / "config.json").read_text() + "\n")
+    (merged / "NOTICE").write_text("ours")  # added to what was written
     result = cli("push", merged, "org/old", "--json")
     assert result.code == 0, result.err
     assert result.report["summary"]["pull_request"] == f"{hub.address}/org/old/discussions/1"
     assert result.report["summary"]["revision"] == "refs/pr/1"
     refs = hub.repos["org/old"].refs
-    assert refs["main"]["config.json"] != refs["refs/pr/1"]["config.json"]
+    assert "NOTICE" in refs["refs/pr/1"] and "NOTICE" not in refs["main"]
     assert hub.messages == ["Output of fishertool merge"] * 2
 
     result = cli("push", merged, "org/old", "--no-pull-request")
     assert result.code == 0, result.err
-    assert refs["main"]["config.json"] == refs["refs/pr/1"]["config.json"]
+    assert refs["main"]["NOTICE"] == refs["refs/pr/1"]["NOTICE"]
     result = cli("push", merged, "org/old", "--no-pull-request")
     assert "org/old: has all of it already; nothing was sent" in result.err
     assert cli("push", merged, "org/fresh", "--pull-request", "-q").code == 0
     assert hub.names("org/fresh") == set()
-    assert hub.names("org/fresh", "refs/pr/1") == MERGED
+    assert hub.names("org/fresh", "refs/pr/1") == MERGED | {"NOTICE"}
 
 
 def test_a_branch_is_made_and_main_stays(cli: Cli, hub: Hub, merged: Path) -> None:
@@ -221,6 +223,19 @@ def test_what_was_changed_is_refused(cli: Cli, hub: Hub, merged: Path) -> None:
     (merged / "tokenizer.json").unlink()
     (merged / "tokenizer.json").symlink_to("/etc/hostname")
     refused("links out of its folder")
+    config = (merged / "config.json").read_text()
+    (merged / "config.json").write_text(f"{config} ")
+    refused("merged: is not as it was written: config.json: has ")
+    (merged / "config.json").write_text(config)
+    report = json.loads((merged / REPORT).read_text())
+    report["output"]["companions"] = [one["file"] for one in report["output"]["companions"]]
+    (merged / REPORT).write_text(json.dumps(report))  # as of an earlier version
+    assert cli("push", merged, "org/old", "--dry-run", "-q").code == 0
+    report["output"]["companions"] = [{"file": "config.json"}]
+    (merged / REPORT).write_text(json.dumps(report))
+    refused(f"{REPORT}: is no report of fishertool")
+    report["output"]["companions"] = []
+    (merged / REPORT).write_text(json.dumps(report))
     (merged / "tokenizer.json").unlink()
     report = json.loads((merged / REPORT).read_text())
     for wrong in ("x", "[]", "{}", json.dumps(report | {"inputs": [{"id": 3}]})):

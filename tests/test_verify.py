@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from conftest import Cli, Estimate, ModelMaker, files_of
@@ -20,6 +21,7 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.stream import pieces
 from fishertool.commands import verify as verify_module
 from fishertool.inspection import values
+from fishertool.report import schema
 
 REPORT = "fishertool_report.json"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -50,7 +52,7 @@ def findings(cli: Cli, out: Path | str, *flags: object) -> list[str]:
 def retell(out: Path, change: Callable[[dict[str, Any]], object] | None = None) -> None:
     """Make the report true of the files again, and change it."""
     report = json.loads((out / REPORT).read_text())
-    for told in report["output"]["files"]:
+    for told in report["output"]["files"] + report["output"]["companions"]:
         content = (out / told["file"]).read_bytes()
         told |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     if change is not None:
@@ -118,9 +120,12 @@ def test_bytes_are_hashed_whatever_is_remembered_of_them(
 
 def test_a_missing_file_and_others(cli: Cli, merged: Path) -> None:
     (merged / "tokenizer.json").unlink()
+    _tell_names_alone(merged)
+    lost = "tokenizer.json: missing, and its report says that it went along"
+    assert findings(cli, merged, "--no-load") == [lost]
     save_file({"a": torch.zeros(2)}, merged / "extra.safetensors")
     assert findings(cli, merged) == [
-        "tokenizer.json: missing, and its report says that it went along",
+        lost,
         "extra.safetensors: not named in its report",
     ]
     (merged / "model.safetensors").unlink()
@@ -130,6 +135,56 @@ def test_a_missing_file_and_others(cli: Cli, merged: Path) -> None:
         == "out: no model.safetensors in it, but extra.safetensors; give the folder of a model"
     )
     assert told[1] == "model.safetensors: missing, and its report names it"
+
+
+def _tell_names_alone(out: Path) -> None:
+    """As reports of earlier versions did of companions."""
+    report = json.loads((out / REPORT).read_text())
+    report["output"]["companions"] = [one["file"] for one in report["output"]["companions"]]
+    (out / REPORT).write_text(json.dumps(report))
+    jsonschema.validate(report, schema())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge a b --dtype bfloat16 --max-shard-size 10KB",
+        "merge a b --tokenizer union --base a --method task-arithmetic",
+        "merge b --base a --method task-arithmetic --as-lora 2",
+        "prune s --method magnitude --sparsity 0.5 --save-mask --resume",
+        "prune s --method magnitude --sparsity 0.5 --pattern neurons",
+        "factorize s --method svd --rank 2",
+        "factorize a --method svd --keep 0.5 --allocate global",
+        "densify low",
+    ],
+)
+def test_every_file_beside_the_weights(cli: Cli, make_model: ModelMaker, command: str) -> None:
+    make_model("a", seed=1)
+    make_model("b", seed=2)
+    make_sentence_model(make_model, transformer="0_Transformer").rename("s")
+    if command == "densify low":
+        assert cli("factorize", "s", "--method", "svd", "--rank", 2, "--out", "low", "-q").code == 0
+    out = ["out"] if command == "densify low" else ["--out", "out"]
+    assert cli(*command.split(), *out, "-q").code == 0
+    report = json.loads(Path("out", REPORT).read_text())
+    jsonschema.validate(report, schema())
+    output = report["output"]
+    told = {one["file"]: one["sha256"] for one in output["companions"]}
+    there = files_of(Path("out"))
+    weights = {
+        name for name in there if Path(name).name in {one["file"] for one in output["files"]}
+    }
+    assert told == {name: there[name] for name in there.keys() - weights}
+    assert not told.keys() & set(output["left_out"])
+    assert {Path(name).name for name in told} & {"config.json", "adapter_config.json"}
+    assert findings(cli, "out") == []
+    for name in told:
+        path = Path("out", name)
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"\n", b" ", 1) if b"\n" in content else content + b" ")
+        found = findings(cli, "out", "--no-load")
+        assert any(one.startswith(f"{name}: has ") for one in found), found
+        path.write_bytes(content)
 
 
 def test_shards(cli: Cli, make_model: ModelMaker) -> None:
@@ -183,6 +238,7 @@ def test_dtype(cli: Cli, merged: Path) -> None:
     path = merged / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    retell(merged)
     told = "config.json: says bfloat16, and most weights are float32"
     assert findings(cli, merged) == [told]
     (merged / REPORT).unlink()
@@ -340,6 +396,10 @@ def test_neurons_left_out_and_sentences(cli: Cli, make_model: ModelMaker) -> Non
     assert cli("prune", folder, "--pattern", "neurons", *flags).code == 0
     assert findings(cli, "out") == []
     Path("out/1_Pooling/config.json").unlink()
+    assert findings(cli, "out", "--no-load") == [
+        "1_Pooling/config.json: missing, and its report names it"
+    ]
+    _tell_names_alone(Path("out"))
     assert findings(cli, "out", "--no-load") == [
         "1_Pooling/config.json: missing, and its report says that it went along"
     ]

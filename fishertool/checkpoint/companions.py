@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
+from fishertool.checkpoint.digest import FileDigest, digest
 from fishertool.checkpoint.json_files import check_link, load_json, parse_json
+from fishertool.checkpoint.staging import REPORT_FILE
 from fishertool.errors import InputError
 
 LOADED = (
@@ -107,6 +109,16 @@ def copy_from_folders(
             copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
         place = out / source.relative_to(top)
         copy_companions(source, Companions(copied, found.left_out), place)
+
+
+def digests_beside(folder: Path, besides: Collection[Path]) -> list[FileDigest]:
+    """Of all files that were written into an output's folder but its report, and what is, or lies
+    below, one of `besides`; by names relative to the folder."""
+    return [
+        replace(digest(path, anew=True), file=path.relative_to(folder).as_posix())
+        for path in files_of(folder)
+        if path != folder / REPORT_FILE and not {path, *path.parents} & {*besides}
+    ]
 
 
 def write_config(

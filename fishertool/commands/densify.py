@@ -52,6 +52,10 @@ class _Plan:
     """By folder."""
     allow_nonfinite: bool
 
+    def place(self, folder: Path) -> Path:
+        """Where in an output's folder its checkpoint lies."""
+        return folder / self.checkpoint.folder.relative_to(self.top)
+
 
 def densify(
     model: str,
@@ -89,7 +93,9 @@ def densify(
                 digests = _write(plan, folder, threads, step)
             with report.phase("digest"):
                 report.inputs = [Files.of(public_name(model), "model", checkpoint.digests())]
-            report.output = checkpoint_output(plan.layout, digests, plan.companions[top])
+            report.output = checkpoint_output(
+                plan.layout, digests, plan.companions[top], folder, plan.place(folder)
+            )
             report.warnings += code_left_out(checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -151,7 +157,7 @@ def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfini
 
 
 def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[FileDigest]:
-    place = folder / plan.checkpoint.folder.relative_to(plan.top)
+    place = plan.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(place, plan.layout) as writer:
 

@@ -159,7 +159,9 @@ def factorize(
                 report.inputs = _input_files(plan, model, fisher)
             for options in data:
                 report.inputs += data_files(options.data)
-            report.output = checkpoint_output(layout, digests, plan.companions[plan.top])
+            report.output = checkpoint_output(
+                layout, digests, plan.companions[plan.top], folder, plan.place(folder)
+            )
             report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report

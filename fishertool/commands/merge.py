@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.calibration import DataOptions, check_data_source
+from fishertool.checkpoint.companions import digests_beside
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, staged
 from fishertool.errors import UsageError
@@ -169,13 +170,18 @@ def _write(
         if lora is not None:
             files, told = write_lora(plan, lora, folder, advance)
             report.tensors = merge_report.rows(plan, told)
-            report.output = Output.of(files, lora.parameters, "float32")
+            report.output = Output.of(
+                files,
+                lora.parameters,
+                "float32",
+                digests_beside(folder, {folder / one.file for one in files}),
+            )
             report.summary |= {"parameters": lora.parameters, "bytes": report.output.bytes}
             return
         written = write_merge(plan, folder, threads, advance)
     told = {name: {"predicted_loss": found} for name, found in written.passed.predicted.items()}
     report.tensors = merge_report.rows(plan, told if predict else {})
-    report.output = checkpoint_output(plan.layout, written.files, plan.companions)
+    report.output = checkpoint_output(plan.layout, written.files, plan.companions, folder)
     report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
     report.summary["bytes"] = report.output.bytes
     report.summary["predicted_loss"] = written.passed.predicted_loss

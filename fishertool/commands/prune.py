@@ -194,7 +194,9 @@ def prune(
                 report.inputs = _input_files(plan, model, fisher, general_fisher)
             if data is not None:
                 report.inputs += data_files(data.data)
-            report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
+            report.output = checkpoint_output(
+                plan.layout, digests, plan.companions[plan.top], folder, plan.place(folder), work
+            )
             report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             shutil.rmtree(work)

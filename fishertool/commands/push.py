@@ -27,6 +27,7 @@ from fishertool.report import (
     Files,
     Output,
     Report,
+    companions_of,
     environment,
     load_report,
     options_of,
@@ -99,11 +100,12 @@ def _check_flags(
 
 
 def _digests(found: Published, written: Mapping[str, Any] | None) -> list[FileDigest]:
-    """Of all that is sent. Raises InputError unless the weights are those that the report lists."""
+    """Of all that is sent. Raises InputError unless the files are those that the report lists."""
     inside = found.place.relative_to(found.folder)
-    entries = ((written or {}).get("output") or {}).get("files", ())
+    output = (written or {}).get("output") or {}
     told = [
-        FileDigest((inside / entry["file"]).as_posix(), entry["bytes"], entry["sha256"])
+        FileDigest((home / entry["file"]).as_posix(), entry["bytes"], entry["sha256"])
+        for home, entries in ((inside, output.get("files", ())), (Path(), companions_of(output)))
         for entry in entries
     ]
     listed = {one.file: one for one in told}
@@ -173,13 +175,14 @@ def _output(
     found: Published, written: Mapping[str, Any] | None, uploads: Sequence[Upload]
 ) -> Output:
     told = (written or {}).get("output") or {}
+    sent = [FileDigest(one.name, one.bytes, one.sha256) for one in uploads]
     tensors = [info for header in found.weights.values() for info in header.tensors.values()]
     return Output.of(
-        [FileDigest(one.name, one.bytes, one.sha256) for one in uploads],
+        [one for one in sent if one.file in found.weights],
         told.get("parameters", sum(info.elements for info in tensors)),
         told.get("dtype") or main_dtype(tensors),
-        companions=[one.name for one in uploads if one.name not in found.weights],
-        left_out=list(found.left_out),
+        companions=[one for one in sent if one.file not in found.weights],
+        left_out=found.left_out,
     )
 
 

@@ -26,8 +26,12 @@ def faults_of_files(
             fault = _fault_of(path)
         if fault is not None:
             yield fault
+    for told in written.companions:
+        fault = difference(place.top, told) or _fault_of(place.top / told.file)
+        if fault is not None:
+            yield fault
     own = place.weights.relative_to(place.top)
-    beside = [name for name in written.companions if not (place.top / name).is_file()]
+    beside = [name for name in written.names if not (place.top / name).is_file()]
     # What lies with the checkpoint in a folder of its own is told of as files.
     lost = [name for name in beside if own == Path() or not Path(name).is_relative_to(own)]
     if lost:
@@ -39,7 +43,8 @@ def extra_files(place: Place, known: Collection[Path], written: Written | None) 
     named = set(known)
     if written is not None:
         named |= {path for one in written.files for path in _paths(place, one.file)}
-        named |= {place.top / name for name in written.companions}
+        named |= {place.top / one.file for one in written.companions}
+        named |= {place.top / name for name in written.names}
     there = {path for folder in _folders(place) for path in folder.glob(f"*{TENSORS}")}
     return sorted(path.relative_to(place.top).as_posix() for path in there - named)
 

@@ -31,7 +31,9 @@ class Written:
     files: tuple[FileDigest, ...] = ()
     parameters: int | None = None
     dtype: str | None = None
-    companions: tuple[str, ...] = ()
+    companions: tuple[FileDigest, ...] = ()
+    names: tuple[str, ...] = ()
+    """Of companions that the report of an earlier version has no digests of."""
 
     @property
     def method(self) -> Any:
@@ -69,6 +71,7 @@ def _written(document: Mapping[str, Any]) -> Written:
     output = document["output"]
     if output is None:
         return found
+    beside = _is(output["companions"], list)
     return Written(
         found.command,
         options,
@@ -77,15 +80,20 @@ def _written(document: Mapping[str, Any]) -> Written:
         tuple(map(_file, _is(output["files"], list))),
         _is(output["parameters"], int),
         _is(output["dtype"], str),
-        tuple(_inside(name) for name in _is(output["companions"], list)),
+        tuple(_companion(one) for one in beside if not isinstance(one, str)),
+        tuple(_inside(one) for one in beside if isinstance(one, str)),
     )
 
 
 def _file(entry: Mapping[str, Any]) -> FileDigest:
-    name = _inside(entry["file"])
-    if PurePath(name).name != name:
-        raise ValueError(name)
-    return FileDigest(name, _is(entry["bytes"], int), _is(entry["sha256"], str))
+    found = _companion(entry)
+    if PurePath(found.file).name != found.file:
+        raise ValueError(found.file)
+    return found
+
+
+def _companion(entry: Mapping[str, Any]) -> FileDigest:
+    return FileDigest(_inside(entry["file"]), _is(entry["bytes"], int), _is(entry["sha256"], str))
 
 
 def _row(entry: Mapping[str, Any]) -> Row:

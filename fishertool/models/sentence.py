@@ -82,7 +82,7 @@ def transformer_folder(folder: Path) -> Path:
 
 def weights_folder(folder: Path) -> Path:
     """The same for what reads only weights, to which modules that are not served do not matter."""
-    return folder if any(folder.glob("*.safetensors")) else transformer_folder(folder)
+    return folder if any(folder.glob("model*.safetensors*")) else transformer_folder(folder)
 
 
 class SentenceScorer(nn.Module):

@@ -132,7 +132,7 @@ def write_picked(out: Path, plan: MergePlan, recipe: str, environment: Mapping[s
         report.summary = merge_report.summary(plan)
         report.tensors = merge_report.rows(plan, {})
         report.inputs = merge_report.input_files(plan)
-        report.output = checkpoint_output(plan.layout, written.files, plan.companions)
+        report.output = checkpoint_output(plan.layout, written.files, plan.companions, folder)
         report.warnings += plan.warnings
         report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
         report.summary["bytes"] = report.output.bytes

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.companions import Companions
+from fishertool.checkpoint.companions import Companions, digests_beside
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout
@@ -23,16 +23,20 @@ def row_of(tensor: TensorInfo, action: str, **more: Any) -> dict[str, Any]:
 
 
 def checkpoint_output(
-    layout: Layout, digests: Sequence[FileDigest], companions: Companions
+    layout: Layout,
+    digests: Sequence[FileDigest],
+    companions: Companions,
+    folder: Path,
+    place: Path | None = None,
+    work: Path | None = None,
 ) -> Output:
-    """A checkpoint as it was written."""
-    return Output.of(
-        digests,
-        layout.parameters,
-        layout.dtype,
-        companions=list(companions.copied),
-        left_out=list(companions.left_out),
-    )
+    """A checkpoint as it was written into `folder`, its tensors into `place` where that is another;
+    without what is in `work`."""
+    tensors = {home / one.file for one in digests for home in (folder, place or folder)}
+    beside = digests_beside(folder, tensors if work is None else {*tensors, work})
+    written = {one.file for one in beside}
+    left_out = [name for name in companions.left_out if name not in written]
+    return Output.of(digests, layout.parameters, layout.dtype, beside, left_out)
 
 
 def code_left_out(checkpoint: TensorSource, companions: Mapping[Path, Companions]) -> list[str]:

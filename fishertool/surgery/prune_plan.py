@@ -49,6 +49,10 @@ class PrunePlan:
     """By folder."""
     allow_nonfinite: bool
 
+    def place(self, folder: Path) -> Path:
+        """Where in an output's folder its checkpoint lies."""
+        return folder / self.checkpoint.folder.relative_to(self.top)
+
     @cached_property
     def matrices(self) -> list[Matrix]:
         """What is pruned, in file order."""

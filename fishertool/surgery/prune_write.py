@@ -36,7 +36,7 @@ def write_pruned(
 
     Also returns how many zeros each pruned one has, with those it had before.
     """
-    place = folder / plan.checkpoint.folder.relative_to(plan.top)
+    place = plan.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote

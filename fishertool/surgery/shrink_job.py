@@ -106,7 +106,9 @@ def shrink(
             else:
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
-            report.output = checkpoint_output(plan.layout, digests, plan.companions[plan.top])
+            report.output = checkpoint_output(
+                plan.layout, digests, plan.companions[plan.top], folder, plan.place(folder)
+            )
             report.warnings += code_left_out(plan.checkpoint, plan.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -138,7 +140,7 @@ def _loss_of_output(
     plan: ShrinkPlan, trial: Trial, folder: Path, device: str, trust_remote_code: bool
 ) -> float:
     held, subject = trial.held_out, trial.held_out.subject
-    with open_checkpoint(folder / plan.checkpoint.folder.relative_to(plan.top)) as written:
+    with open_checkpoint(plan.place(folder)) as written:
         small = load_model(written, subject.task, device, trust_remote_code, subject.data.scale)
     return loss_of(replace(held, model=small))
 

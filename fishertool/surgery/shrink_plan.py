@@ -57,6 +57,10 @@ class ShrinkPlan:
     companions: dict[Path, Companions]
     """By folder."""
 
+    def place(self, folder: Path) -> Path:
+        """Where in an output's folder its checkpoint lies."""
+        return folder / self.checkpoint.folder.relative_to(self.top)
+
 
 NOT_STRUCTURED = {
     "fisher": None, "general_fisher": None, "budget": None, "normalize": "none", "block": None,

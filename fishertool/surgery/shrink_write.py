@@ -34,7 +34,7 @@ def write_shrunk(
     Raises InputError naming a tensor with NaN or Inf.
     """
     checkpoint = plan.checkpoint
-    place = folder / checkpoint.folder.relative_to(plan.top)
+    place = plan.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     cuts = {
         cut.name: (cut, outcome.kept[block.join.name])
