@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -169,7 +170,7 @@ def _use(subject: Subject) -> list[str]:
             f'model = SentenceTransformer("{repo}")',
         ]
     elif subject.kind == "adapter":
-        base = subject.config.get("base_model_name_or_path")
+        base = _named(subject.config.get("base_model_name_or_path"))
         code = [
             "from peft import PeftModel",
             "",
@@ -183,6 +184,12 @@ def _use(subject: Subject) -> list[str]:
             f'model = {loader}.from_pretrained("{repo}")',
         ]
     return ["```python", *needed, *code, "```"]
+
+
+def _named(base: Any) -> str:
+    """A Hub id; of a folder its own name."""
+    name = str(base)
+    return PurePath(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _again(report: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,10 @@ import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fishertool import hub
 from fishertool.models.chat_template import NAMED
 
 RANK, ALPHA = 2, 6
@@ -147,6 +149,48 @@ def test_an_adapter_of_a_base_that_is_built_otherwise_is_refused_on_headers(
     assert (result.code, told in result.err) == (3, True), result.err
     assert "--as-lora needs a base of the models' architecture" in result.err
     assert not (tmp_path / "o").exists()
+
+
+def test_an_adapter_names_a_base_that_peft_finds_from_anywhere(
+    cli: Cli, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        make_model(name, "llama", seed)
+    command = ("merge", "a", "b", "--as-lora", 2, "--out", "o", "--json", "--overwrite")
+    result = cli(*command, "--base", "./base")
+    assert result.code == 0, result.err
+    config = json.loads(Path("o/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    assert config["revision"] is None
+    assert any("names its base, base, by its folder" in one for one in result.report["warnings"])
+    assert str(tmp_path) not in Path("o/fishertool_report.json").read_text()
+
+    resolve = hub.resolve
+    there = {"org/base@v1": tmp_path / "base"}
+    monkeypatch.setattr(hub, "resolve", lambda name: there.get(name) or resolve(name))
+    result = cli(*command, "--base", "org/base@v1")
+    assert result.code == 0, result.err
+    config = json.loads(Path("o/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v1")
+    assert not any("names its base" in one for one in result.report["warnings"])
+
+
+def test_experts_that_no_adapter_can_hold_are_refused_on_headers(cli: Cli, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        ARCHITECTURES["mixtral"]().save_pretrained(tmp_path / name)
+    for name in ("a", "b"):  # the same experts in all
+        tensors, base = weights_of(tmp_path / name), weights_of(tmp_path / "base")
+        tensors |= {one: value for one, value in base.items() if ".experts." in one}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    command = ("merge", "a", "b", "--base", "base", "--as-lora", 2, "--out", "o")
+    for more in ((), ("--dry-run",)):
+        result = cli(*command, *more)
+        assert result.code == 3
+        assert "no adapter can hold it, nor 23 more, as of experts" in result.err
+    assert not Path("o").exists()
+    result = cli(*command, "--exclude", "*.experts.*")
+    assert result.code == 0, result.err
 
 
 READ: dict[str, tuple[str, ...]] = {

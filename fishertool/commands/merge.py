@@ -25,7 +25,7 @@ from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
 from fishertool.searching.weights import MergesJudge, agreement, judged_by
 from fishertool.searching.weights import search_weights as search_weights_by
 from fishertool.surgery import merge_report
-from fishertool.surgery.merge_lora import open_lora, write_lora
+from fishertool.surgery.merge_lora import open_lora, told_of_base, write_lora
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
 from fishertool.surgery.merge_predict import check_optimal, gather_forms
 from fishertool.surgery.merge_write import write_merge
@@ -93,6 +93,8 @@ def merge(
             _check_asked(plan, weights, predict, candidates)
             lora = None if as_lora is None else open_lora(plan, beside[0], as_lora)
             report.warnings += plan.warnings
+            if lora is not None:
+                report.warnings += told_of_base(beside[0])
             needed = (1 + bool(search_weights)) * plan.layout.nbytes
             check_output(out, plan.folders, overwrite, lora.most_bytes if lora else needed)
             if evaluate_on is not None:

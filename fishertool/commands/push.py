@@ -199,15 +199,15 @@ def _warnings(found: Published, written: Mapping[str, Any] | None, subject: Subj
         if name.endswith("config.json"):
             content = load_json(found.folder / name)
             told += [
-                f"{name}: its {key} names a place on a machine, {content[key]}, and is published"
+                f"{name}: its {key} names a place on a machine, and is published"
                 for key in PLACES
                 if _is_a_place(content.get(key))
             ]
     base = subject.config.get("base_model_name_or_path")
-    if subject.kind == "adapter" and not ("/" in str(base) or _is_a_place(base)):
+    if subject.kind == "adapter" and ("/" not in str(base) or _is_a_place(base)):
         told.append(
-            f"adapter_config.json: its base is {base}, which is no Hub id; whoever loads the adapter "
-            "must have that model"
+            f"adapter_config.json: its base is {public_name(str(base))}, which is no Hub id; whoever "
+            "loads the adapter must have that model"
         )
     return told
 

@@ -1,6 +1,6 @@
 """The difference between a model and its base, written as a LoRA adapter that peft reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class LoraWriter:
     are saved whole. Raises InputError for a base whose architecture transformers does not have.
     """
 
-    def __init__(self, base: TensorSource, base_name: str, rank: int):
+    def __init__(self, base: TensorSource, base_name: str, rank: int, revision: str | None = None):
+        """`base_name` is what peft loads the base by: a folder, or a Hub id with its revision."""
         module = empty_model(base)
         if module is None:
             raise InputError(
@@ -78,6 +79,8 @@ class LoraWriter:
                 "architecture is not in transformers; merge without --as-lora"
             )
         self.base, self.base_name, self.rank = base, base_name, rank
+        self.revision = revision
+        self._buffers = {name for name, _ in module.named_buffers()}
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._places = _places(module, self._parameters)
         self._stored = names_on_disk(module, base)
@@ -106,6 +109,14 @@ class LoraWriter:
             found += 4 * rank * sum(info.shape) if place.low_rank else info.nbytes
         return found
 
+    def cannot_hold(self, names: Iterable[str]) -> list[str]:
+        """Weights of these that no adapter has room for, as parts of what is fused on load."""
+        return [name for name in names if not self._place_of(name) and name not in self._buffers]
+
+    def _place_of(self, name: str) -> _Place | None:
+        place = self._places.get(self._parameter_of.get(name, ""))
+        return place if place is not None and (place.whole or place.low_rank) else None
+
     def add(self, name: str, merged: Tensor) -> dict[str, Any]:
         """Take a tensor by its name on disk, shaped as the base's; what became of it, for a report.
 
@@ -116,8 +127,8 @@ class LoraWriter:
         if torch.equal(merged, stored.to(merged.dtype)):
             return {"action": "as-base"}
         parameter = self._parameter_of.get(name, "")
-        place = self._places.get(parameter)
-        if place is None or (place.whole is None and not place.low_rank):
+        place = self._place_of(name)
+        if place is None:
             raise InputError(
                 f"{self.base.where(name)}: the merge's differs, and it belongs to no layer that an "
                 "adapter can hold; merge without --as-lora"
@@ -201,6 +212,7 @@ class LoraWriter:
             "peft_type": "LORA",
             "task_type": tasks[0] if tasks else None,
             "base_model_name_or_path": self.base_name,
+            "revision": self.revision,
             "r": self.rank,
             "lora_alpha": self.rank,
             "lora_dropout": 0.0,

@@ -9,6 +9,7 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.errors import InputError, some
 from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
+from fishertool.paths import expanded
 from fishertool.progress import Advance
 from fishertool.surgery.merge_look import look
 from fishertool.surgery.merge_plan import MergePlan
@@ -20,7 +21,8 @@ WAY_OUT = "--as-lora needs a base of the models' architecture, with their head"
 def open_lora(plan: MergePlan, base: str, rank: int) -> LoraWriter:
     """A writer of adapters of this rank for a base, one of the plan's sources.
 
-    Raises InputError for a base that lacks a tensor of the merge, or has it in another shape.
+    Raises InputError for a base that lacks a tensor of the merge, or has it in another shape, and
+    for a weight that is merged and that no adapter can hold.
     """
     source = plan.inputs.sources[plan.inputs.references.index(base)]
     outputs = plan.layout.tensors
@@ -32,7 +34,41 @@ def open_lora(plan: MergePlan, base: str, rank: int) -> LoraWriter:
                 f"{source.where(info.name)} is {source.info(info.name)}, but {info} in the merge; "
                 f"{WAY_OUT}"
             )
-    return LoraWriter(source, public_reference(base), rank)
+    name, revision = _name_for_peft(base)
+    writer = LoraWriter(source, name, rank, revision)
+    merged = [
+        name
+        for name, target in plan.targets.items()
+        if target.action in ("merge", "average") and target.info.elements
+    ]
+    if lost := writer.cannot_hold(merged):
+        more = f", nor {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise InputError(
+            f"{source.where(lost[0])}: no adapter can hold it{more}, as of experts that are "
+            "fused on load; leave them out with --exclude where the "
+            "models have them as the base has, or merge without --as-lora"
+        )
+    return writer
+
+
+def _name_for_peft(base: str) -> tuple[str, str | None]:
+    """What peft finds the base by, and its revision: it takes a bare name for a folder where it is
+    run, or for somebody's model on the Hub, so that a folder is named by its whole path."""
+    folder = expanded(base)
+    if folder.is_dir():
+        return str(folder.resolve()), None
+    name, _, revision = base.partition("@")
+    return name, revision or None
+
+
+def told_of_base(base: str) -> list[str]:
+    """What to tell of an adapter whose base is a folder."""
+    if not expanded(base).is_dir():
+        return []
+    return [
+        f"adapter_config.json names its base, {public_reference(base)}, by its folder on this "
+        "machine; where others are to load the adapter, give --base as a Hub id"
+    ]
 
 
 def write_lora(
