@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Cli, ModelMaker, make_text, write_rows
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fishertool import launcher
 from fishertool.estimation import subject
@@ -103,6 +106,91 @@ def test_what_is_no_set_of_parts_is_refused(
     result = cli("combine-fisher", *folders, "--out", "sum")
     assert (result.code, told in result.err) == (3, True), result.err
     assert not (tmp_path / "sum").exists()
+
+
+Tensors = dict[str, torch.Tensor]
+Metadata = dict[str, Any]
+
+
+def rewrite(path: Path, change: Callable[[Tensors, Metadata], object]) -> None:
+    """Change the tensors, or what the metadata say of a part."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = json.loads(metadata["fishertool.partial"]) if path.stem == "partial" else {}
+    change(tensors, told)
+    if told:
+        metadata["fishertool.partial"] = json.dumps(told)
+    save_file(tensors, path, metadata)
+
+
+def one_of(sums: Tensors, group: str) -> str:
+    return next(name for name in sorted(sums) if name.startswith(f"{group}:"))
+
+
+LINEAR = "transformer.h.0.mlp.c_fc.weight"
+TAMPERED: dict[str, tuple[Callable[[Tensors, Metadata], object], str]] = {
+    "traces": (lambda sums, told: sums.pop(one_of(sums, "traces")), "its sums are not those"),
+    "inputs": (lambda sums, told: sums.pop(one_of(sums, "inputs")), "its sums are not those"),
+    "outputs": (lambda sums, told: sums.pop(one_of(sums, "outputs")), "its sums are not those"),
+    "counts": (lambda sums, told: sums.pop("pass:scored"), "its sums are not those"),
+    "more": (lambda sums, told: sums.update(a=torch.zeros(1)), "its sums are not those"),
+    "shape": (
+        lambda sums, told: sums.update({one_of(sums, "outputs"): torch.zeros(1).double()}),
+        "lacks sums of its estimate, or has others: outputs:",
+    ),
+    "of one": (
+        lambda sums, told: sums.update({one_of(sums, "bank-traces"): torch.zeros(1).double()}),
+        "lacks sums of its estimate, or has others: bank-traces:",
+    ),
+    "leaders": (lambda sums, told: told["progress"]["leaders"].clear(), "lacks sums"),
+    "a leader": (lambda sums, told: told["progress"]["leaders"].update(a="b"), "no linear layers"),
+    "leader": (lambda sums, told: told["progress"].update(leaders=[1]), "leaders: "),
+    "members": (lambda sums, told: told["progress"].update(members=["1"]), "members: "),
+    "twice": (
+        lambda sums, told: told["progress"].update(members=[0, 0]),
+        "each member of the bank",
+    ),
+    "number": (lambda sums, told: told["progress"].update(number=7), "out of range"),
+    "shapes": (lambda sums, told: told["job"].update(shapes={LINEAR: "x"}), "shapes: "),
+    "kinds": (lambda sums, told: told["job"].update(kinds=["none"]), "kinds none"),
+    "workers": (lambda sums, told: told["job"].update(workers="2"), "workers: "),
+    "group": (lambda sums, told: told["job"]["header"].update(group=0), "out of range"),
+    "examples": (lambda sums, told: told["job"]["header"].update(examples=None), "TypeError("),
+    "job": (lambda sums, told: told.update(job=[]), "not a partial result"),
+}
+
+
+def test_a_part_that_was_changed_is_refused_before_anything_is_added(
+    cli: Cli, make_model: ModelMaker, texts: Path, tmp_path: Path
+) -> None:
+    model = make_model("g", "gpt2")
+    kinds = ("--kind", "kronecker,diagonal,rank-one")
+    flags = ("--data", texts, *kinds, "--include", "*h.0.mlp*", "--batch-size", 4)
+    for n in (1, 2):
+        part = ("--part", f"{n}/2", "--out", f"p{n}", "-q")
+        assert cli("estimate-fisher", model, *flags, *part).code == 0
+    file, bank = Path("p2/partial.safetensors"), Path("p2/rank-one.safetensors")
+
+    def refused(told: str) -> None:
+        for more in ([], ["--dry-run"]):
+            result = cli("combine-fisher", "p1", "p2", "--out", "sum", *more)
+            assert (result.code, told in result.err) == (3, True), result.err
+            assert not (tmp_path / "sum").exists()
+
+    whole = file.read_bytes()
+    for change, told in TAMPERED.values():
+        rewrite(file, change)
+        refused(told)
+        file.write_bytes(whole)
+    whole = bank.read_bytes()
+    rewrite(bank, lambda tensors, told: tensors.update({LINEAR: tensors[LINEAR][1:].clone()}))
+    refused(f"p2: its bank lacks {LINEAR}, or has it of another shape")
+    bank.unlink()
+    refused("p2: no rank-one.safetensors in it")
+    bank.write_bytes(whole)
+    rewrite(file, lambda sums, told: None)
+    assert cli("combine-fisher", "p1", "p2", "--out", "sum", "-q").code == 0
 
 
 def test_a_part_is_no_sidecar(cli: Cli, make_model: ModelMaker, texts: Path) -> None:

@@ -12,14 +12,16 @@ from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.shards import PARTIAL
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, free_bytes, staged
-from fishertool.errors import InputError
+from fishertool.errors import InputError, some
 from fishertool.estimation.bank import bank_writer
 from fishertool.estimation.output import finish
+from fishertool.estimation.part_sums import check_sums
 from fishertool.estimation.partial import Job, Partial, difference, open_partial
 from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.worker import Worker
 from fishertool.fisher.gradient_bank import GradientBank
 from fishertool.fisher.kinds import Gathering
+from fishertool.fisher.sums import flattened
 from fishertool.paths import expanded
 from fishertool.progress import Track, silent
 from fishertool.report import Files, Report, environment, options_of
@@ -49,6 +51,9 @@ def combine_fisher(
         found = [_open(opened, expanded(folder)) for folder in parts]
         found.sort(key=lambda part: part[1].progress.number)
         job = _common_job(found)
+        for tensors, partial in found:
+            check_sums(tensors, partial, flattened(Worker(job, 0, _gathering(job, "meta")).groups))
+        banks = _open_banks(opened, job, found) if RANK_ONE in job.kinds else []
         bytes_in = sum(info.nbytes for tensors, _ in found for info in tensors.infos().values())
         check_output(out, [tensors.folder for tensors, _ in found], overwrite, bytes_in // 2)
         if dry_run:
@@ -70,10 +75,10 @@ def combine_fisher(
         writer = None
         with report.phase("write"):
             if RANK_ONE in job.kinds:
-                members = -(-job.header.examples // job.header.group)
+                members = sum(len(partial.progress.members) for _, partial in found)
                 writer = opened.enter_context(bank_writer(folder, job, members, shard_bytes))
-                for tensors, partial in found:
-                    report.inputs.append(_copy_members(tensors.folder, partial, writer))
+                for bank, (_, partial) in zip(banks, found, strict=True):
+                    report.inputs.append(_copy_members(bank, partial, writer))
             finish(
                 folder, worker, writer, report, shard_bytes=shard_bytes, check=not allow_nonfinite
             )
@@ -112,10 +117,35 @@ def _common_job(found: Sequence[tuple[Checkpoint, Partial]]) -> Job:
     return job
 
 
-def _gathering(job: Job) -> Gathering:
+def _open_banks(
+    opened: ExitStack, job: Job, found: Sequence[tuple[Checkpoint, Partial]]
+) -> list[Checkpoint]:
+    """The members of every part's bank. Raises InputError unless they make one bank, by headers."""
+    members = sorted(member for _, one in found for member in one.progress.members)
+    if members != list(range(-(-job.header.examples // job.header.group))):
+        raise InputError(
+            f"{found[0][0].folder}: its parts have not each member of the bank once; estimate them "
+            "again"
+        )
+    banks = []
+    for tensors, partial in found:
+        bank = opened.enter_context(open_checkpoint(tensors.folder, stem=RANK_ONE))
+        count, dtype = len(partial.progress.members), BANK_DTYPES[job.bank_dtype]
+        told = {name: (dtype, (count, *shape)) for name, shape in job.shapes.items()}
+        have = {name: (info.dtype, info.shape) for name, info in bank.infos().items()}
+        if wrong := sorted(name for name, _ in told.items() ^ have.items()):
+            raise InputError(
+                f"{tensors.folder}: its bank lacks {some(list(dict.fromkeys(wrong)))}, or has it of "
+                "another shape than its part says; estimate it again"
+            )
+        banks.append(bank)
+    return banks
+
+
+def _gathering(job: Job, device: str = "cpu") -> Gathering:
     """Empty sums for the weights of this job: shapes without memory stand for the weights."""
     parameters = {
-        name: nn.Parameter(torch.empty(1).expand(shape), requires_grad=False)
+        name: nn.Parameter(torch.empty(1, device=device).expand(shape), requires_grad=False)
         for name, shape in job.shapes.items()
     }
     bank = None
@@ -129,14 +159,13 @@ def _gathering(job: Job) -> Gathering:
     return Gathering(job.kinds, nn.Module(), parameters, bank)
 
 
-def _copy_members(folder: Path, partial: Partial, writer: BankWriter) -> Files:
-    with open_checkpoint(folder, stem=RANK_ONE) as members:
-        for name in members:
-            info = members.info(name)
-            rows = info.rows // max(len(partial.progress.members), 1)
-            for place, member in enumerate(partial.progress.members):
-                writer.write(name, member, members.read(name, place * rows, (place + 1) * rows))
-        return _files(members)
+def _copy_members(members: Checkpoint, partial: Partial, writer: BankWriter) -> Files:
+    for name in members:
+        info = members.info(name)
+        rows = info.rows // max(len(partial.progress.members), 1)
+        for place, member in enumerate(partial.progress.members):
+            writer.write(name, member, members.read(name, place * rows, (place + 1) * rows))
+    return _files(members)
 
 
 def _files(tensors: Checkpoint) -> Files:

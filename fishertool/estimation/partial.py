@@ -4,8 +4,10 @@ A run saves one now and then to be resumed from; `--part` writes one; `combine-f
 """
 
 import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +17,13 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import ONE_FILE, Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.shards import PARTIAL
-from fishertool.errors import InputError
+from fishertool.errors import InputError, some
+from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.kinds import KINDS
 from fishertool.sidecar import write_tensors
 
-KEY = "fishertool.partial"
+KEY, SUMS_KEY = "fishertool.partial", "fishertool.sums"
 FORMAT = 1
 
 
@@ -83,8 +87,11 @@ class Partial:
             for found, kind in ((job, Job), (progress, Progress)):
                 if set(found) != {item.name for item in fields(kind)}:
                     raise KeyError(kind.__name__)
+                _check_types(found, kind)
             header = FisherHeader(**job["header"])
-            return cls(Job(**{**job, "header": header}), Progress(**progress))
+            partial = cls(Job(**{**job, "header": header}), Progress(**progress))
+            _check_values(partial)
+            return partial
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: not a partial result ({error!r})") from error
 
@@ -92,18 +99,77 @@ class Partial:
 def write_partial(
     folder: Path, partial: Partial, sums: Mapping[str, Tensor], stem: str = PARTIAL
 ) -> tuple[Layout, list[FileDigest]]:
-    """In one file, so that one rename replaces it."""
-    return write_tensors(folder, stem, partial.to_metadata(), sums, ONE_FILE)
+    """In one file, so that one rename replaces it. It names its sums, as what is absent from a sum
+    would go unnoticed."""
+    metadata = partial.to_metadata() | {SUMS_KEY: json.dumps(sorted(sums))}
+    return write_tensors(folder, stem, metadata, sums, ONE_FILE)
 
 
 def open_partial(folder: Path, stem: str = PARTIAL) -> tuple[Checkpoint, Partial]:
-    """Raises InputError for a folder that holds no partial result."""
+    """Raises InputError for a folder that holds no partial result, or one without all its sums."""
     tensors = open_checkpoint(folder, stem=stem)
     try:
-        return tensors, Partial.from_metadata(tensors.metadata, str(folder))
+        partial = Partial.from_metadata(tensors.metadata, str(folder))
+        named = tensors.metadata.get(SUMS_KEY, json.dumps(sorted(tensors)))  # since it is written
+        if apart := sorted(set(tensors) ^ _names(named, str(folder))):
+            raise InputError(
+                f"{folder}: its sums are not those that it was written with, by {some(apart)}; "
+                "estimate it again"
+            )
+        return tensors, partial
     except BaseException:
         tensors.close()
         raise
+
+
+def _names(text: str, where: str) -> set[str]:
+    try:
+        return set(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: not a partial result ({error!r})") from error
+
+
+def _check_types(found: Mapping[str, Any], kind: type) -> None:
+    """Raises TypeError unless these are the fields of a dataclass, as JSON has them."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if name in found and not _is(found[name], hint):
+            raise TypeError(f"{name}: {found[name]!r:.50}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, one) for one in of)
+    if origin in (Mapping, dict):
+        return isinstance(value, dict) and all(_is(one, of[1]) for one in value.values())
+    if origin in (Sequence, list):
+        return isinstance(value, list) and all(_is(one, of[0]) for one in value)
+    if is_dataclass(hint):
+        if isinstance(value, dict):
+            _check_types(value, typing.cast(type, hint))
+        return isinstance(value, dict)
+    whole = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+    return whole or (hint is float and _is(value, int))
+
+
+def _check_values(partial: Partial) -> None:
+    """Raises ValueError for what no estimate has."""
+    job, progress = partial.job, partial.progress
+    positive = (job.header.examples, job.header.tokens + 1, job.header.group, job.workers)
+    sizes = [
+        job.units + 1,
+        progress.units + 1,
+        *(n + 1 for one in job.shapes.values() for n in one),
+    ]
+    if min(*positive, *sizes) < 1 or not 0 <= progress.number < job.workers:
+        raise ValueError("a number out of range")
+    if not job.kinds or not set(job.kinds) <= set(KINDS) or job.bank_dtype not in BANK_DTYPES:
+        raise ValueError(f"kinds {some(list(job.kinds))}, {job.bank_dtype}")
+    used = {*progress.leaders, *progress.leaders.values(), *progress.transposed}
+    if foreign := sorted(name for name in used if len(job.shapes.get(name, ())) not in (2, 3)):
+        raise ValueError(f"no linear layers {some(foreign)}")
 
 
 def difference(one: Job, other: Job) -> str | None:
