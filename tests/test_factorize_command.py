@@ -25,6 +25,7 @@ from fishertool.registry import method_names
 from fishertool.searching.ranks import OriginalsJudge, best_allocation
 from fishertool.sidecar import open_sidecar, read_kronecker
 from fishertool.surgery.factorize_plan import FactorizePlan
+from fishertool.surgery.factorize_terms import KeptTerms
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 METHODS = method_names("fishertool.factorization")
@@ -312,6 +313,29 @@ def test_refining_lowers_the_fisher_weighted_error(
     for refined, first in (("from both", "both"), ("from whitened", "whitened")):
         assert all(a <= b for a, b in zip(errors[refined], errors[first], strict=True))
         assert sum(errors[refined]) < 0.98 * sum(errors[first])
+
+
+def test_terms_that_nobody_reads_are_not_kept(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("m", spread=0.2)
+    sidecar = estimated(model, "diagonal")
+    kept: list[int] = []
+    discard = KeptTerms.discard
+
+    def weigh(self: KeptTerms) -> None:
+        kept.append(sum(path.stat().st_size for path in self._folder.iterdir()))
+        discard(self)
+
+    monkeypatch.setattr(KeptTerms, "discard", weigh)
+    flags = ("--keep", "0.5", "--allocate", "global", "--fisher", sidecar, "--json")
+    planned = {}
+    for method in ("fwsvd", "tfwsvd"):
+        base = ("factorize", model, "--method", method, *flags, "--out", method)
+        planned[method] = cli(*base, "--dry-run").report["summary"]["bytes_to_write"]
+        assert cli(*base).code == 0
+    assert kept[0] > 0 and kept[1] == 0
+    assert planned["tfwsvd"] < planned["fwsvd"]
 
 
 def test_a_factored_sidecar_gives_the_same_as_its_diagonal(

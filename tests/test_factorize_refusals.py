@@ -38,7 +38,9 @@ def test_tied_weights_are_refused_with_the_way_out(
         (("--rank", "0"), 2, "--rank 0 is not at least 1"),
         (("--rank", "17"), 2, "--rank 17: is above the smaller side of bert.encoder.layer.0"),
         (("--keep", "0.5", "--rank-multiple", "0"), 2, "--rank-multiple 0 is not at least 1"),
-        (("--rank", "4", "--rank-multiple", "40"), 2, "parameters than the matrix; lower --rank-m"),
+        (("--rank", "40", "--rank-multiple", "40"), 2, "than the matrix; lower --rank-multiple"),
+        (("--rank", "3", "--rank-multiple", "4"), 2, "--rank 3: is no multiple of --rank-multiple 4"),
+        (("--rank", "6", "--rank-multiple", "4"), 2, "--rank 6: is no multiple of --rank-multiple 4"),
         (("--keep", "0.01"), 2, "ranks of 1 already take"),
         ((), 2, "give one of --keep, --rank, --energy, --target-parameters; 0 given"),
         (("--keep", "0.5", "--rank", "3"), 2, "; 2 given"),
@@ -214,6 +216,29 @@ def test_second_moments_that_are_none_are_refused(
     assert result.code == 3
     assert told in result.err
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["kronecker", "whitened"])
+@pytest.mark.parametrize("more", [(), ("--allocate", "global")])
+def test_moments_that_are_not_positive_are_counted(
+    cli: Cli, make_model: ModelMaker, estimated: Estimate, method: str, more: tuple[str, ...]
+) -> None:
+    model = make_model("m")
+    path = estimated(model, "kronecker") / "kronecker.safetensors"
+    flags = ("--method", method, "--fisher", path.parent, "--keep", "0.5", "--json", *more)
+    result = cli("factorize", model, *flags, "--out", "sound")
+    assert result.code == 0 and "positive" not in result.err
+    moments = load_file(path)
+    with open_checkpoint(path.parent, stem="kronecker") as stored:
+        metadata = dict(stored.metadata)
+    for name in (f"{QUERY}.weight#input", f"{QUERY}.weight#output"):
+        moments[name][0, 1] = moments[name][1, 0] = 9 * moments[name].diagonal().max()
+    save_file(moments, path, metadata)
+    result = cli("factorize", model, *flags, "--out", "o")
+    assert result.code == 0, result.err
+    names = [f"{QUERY}.weight#input", f"{QUERY}.weight#output"][: 2 if method == "kronecker" else 1]
+    told = f"{len(names)} moments are not positive semi-definite: {', '.join(names)}; "
+    assert any(one.startswith(told) for one in result.report["warnings"])
 
 
 def test_a_statistic_that_settings_swamp_is_refused(

@@ -133,6 +133,12 @@ def factorize(
             report.tensors = rows_of(plan, ranks, figures)
             if not any(ranks.values()):
                 report.warnings.append(UNFACTORIZED)
+            if indefinite := plan.statistics.indefinite:
+                report.warnings.append(
+                    f"{len(indefinite)} moments are not positive semi-definite: "
+                    f"{some(sorted(indefinite))}; their negative eigenvalues count as zero; estimate "
+                    "them again"
+                )
             if untold := plan.statistics.untold:
                 report.warnings.append(
                     f"no token reached {some([*untold])}: factorized as by svd, and last where a "
@@ -258,7 +264,7 @@ def _evaluate(
 def _needed_bytes(plan: FactorizePlan, copies: int) -> dict[str, int]:
     """At most: the checkpoint again, and the terms of all matrices where ranks follow from them."""
     found = {"output": copies * sum(info.nbytes for info in plan.checkpoint.infos().values())}
-    if plan.budget.needs_spectra:
+    if plan.budget.needs_spectra and not plan.chosen.refines:
         found["terms"] = sum(
             (8 if matrix.dtype == "F64" else 4) * matrix.elements for matrix in plan.matrices
         )

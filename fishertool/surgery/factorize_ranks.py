@@ -45,6 +45,11 @@ class Budget:
         for flag, count in (("--rank", self.rank), ("--rank-multiple", self.multiple)):
             if count is not None and count < 1:
                 raise UsageError(f"{flag} {count} is not at least 1")
+        if self.rank is not None and self.rank % self.multiple:
+            raise UsageError(
+                f"--rank {self.rank}: is no multiple of --rank-multiple {self.multiple}; give one, or "
+                "leave --rank-multiple out"
+            )
         if self.allocate is not None and self.allocate not in ALLOCATIONS:
             raise UsageError(f"--allocate {suggest(self.allocate, ALLOCATIONS)}")
         if self.allocate is not None and not self.is_shared:

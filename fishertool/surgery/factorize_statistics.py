@@ -24,6 +24,8 @@ SUFFICES = {
 """Input of a method -> the kinds that give it, the cheapest first; what only one gives comes first, as
 a method that needs it is not served by others."""
 SUMMED = ("fisher", "rows", "columns")
+ROUNDING = 1e-5
+"""Of a moment's norm: more than sums in float32 put an eigenvalue below zero by."""
 UNTOLD = 1e-20
 """What is taken for the statistic of weights that no token reached."""
 
@@ -31,12 +33,15 @@ UNTOLD = 1e-20
 class Statistics:
     """The kinds of one sidecar that are needed, open.
 
-    untold  experts that were asked for and that no token reached, by key
+    untold      experts that were asked for and that no token reached, by key
+    indefinite  moments with an eigenvalue clearly below zero, by their names in the sidecar
     """
 
     def __init__(self, kinds: dict[str, tuple[Checkpoint, FisherHeader]]):
         self.kinds = kinds
         self.untold: dict[str, None] = {}
+        self.indefinite: set[str] = set()
+        self._judged: set[str] = set()
 
     def kind_of(self, wanted: str, matrix: Matrix) -> str:
         """Which of the open kinds gives an input; of an expert in a stack no sums over all do."""
@@ -83,6 +88,24 @@ class Statistics:
         if matrix.expert is not None and not bool(values.any()):
             return self._indifferent(wanted, matrix)
         return values
+
+    def judge(self, wanted: str, matrix: Matrix, values: Tensor) -> None:
+        """Note a moment [side, side] that is none: not positive semi-definite, rounding apart."""
+        if wanted not in ("inputs", "gradients"):
+            return
+        header = self.kinds[self.kind_of(wanted, matrix)][1]
+        name = f"{matrix.name}#output"
+        if wanted == "inputs":
+            name = f"{header.leaders.get(matrix.name, matrix.name)}#input"
+        if matrix.expert is not None:
+            name = f"{name}, expert {matrix.expert}"
+        if name in self._judged:
+            return
+        self._judged.add(name)
+        raised = values.double()
+        raised = raised + ROUNDING * raised.norm() * torch.eye(len(raised)).to(raised)
+        if int(torch.linalg.cholesky_ex(raised).info):
+            self.indefinite.add(name)
 
     def _is_absent(self, wanted: str, kind: str, matrix: Matrix) -> bool:
         """Whether the header tells that no token reached an expert; of one in a stack it does not."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import ONE_FILE, lay_out
-from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.stream import Piece, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
@@ -60,6 +60,8 @@ def decomposed(
     weight = read_weight(plan, matrix).to(device)
     chosen = plan.chosen
     given = {name: plan.statistics.read(name, matrix).to(device) for name in chosen.inputs}
+    for name, values in given.items():
+        plan.statistics.judge(name, matrix, values)
 
     def run(method: Method, **more: object) -> Decomposition:
         wanted = {name: value for name, value in given.items() if name in method.inputs}
@@ -104,29 +106,35 @@ def decomposing(plan: FactorizePlan, device: str) -> Cutter:
 def decompose_all(
     plan: FactorizePlan, folder: Path, device: str, threads: int, advance: Advance
 ) -> dict[str, Tensor]:
-    """Write the terms of every matrix that may be needed into `folder`; the spectra by matrix."""
+    """Write the terms of every matrix that may be needed into `folder`; the spectra by matrix. None
+    are, of a method that refines: what it starts from is another for every rank."""
     infos = [
         TensorInfo(f"{matrix.key}#{side}", NAMES[compute_dtype(matrix.dtype)], (terms, length))
         for matrix in plan.matrices
         for side, length in zip(("left", "right"), matrix.shape, strict=True)
-        if (terms := largest_saving(matrix.shape))
+        if (terms := largest_saving(matrix.shape)) and not plan.chosen.refines
     ]
     spectra: dict[str, Tensor] = {}
     matrices = {matrix.key: matrix for matrix in plan.matrices}
-    with CheckpointWriter(folder, lay_out(infos, ONE_FILE, stem=STEM)) as writer:
+    with ExitStack() as opened:
+        writer = None
+        if infos:
+            layout = lay_out(infos, ONE_FILE, stem=STEM)
+            writer = opened.enter_context(CheckpointWriter(folder, layout))
 
         def one(piece: Piece) -> None:
             matrix = matrices[piece.name]
             with decomposed(plan, matrix, device) as (_, found):
                 spectra[matrix.key] = found.singular_values(found.length).cpu()
             terms, dtype = largest_saving(matrix.shape), compute_dtype(matrix.dtype)
-            if terms:
+            if terms and writer is not None:
                 left, right = found.terms(terms)
                 writer.write(f"{matrix.key}#left", left.T.to("cpu", dtype))
                 writer.write(f"{matrix.key}#right", right.to("cpu", dtype))
 
         stream(map(whole_piece, plan.matrices), one, threads, advance)
-        writer.finish()
+        if writer is not None:
+            writer.finish()
     return {matrix.key: spectra[matrix.key] for matrix in plan.matrices}
 
 
@@ -134,13 +142,19 @@ class KeptTerms:
     """Cuts of what `decompose_all` wrote; of a method that refines, refined when asked for."""
 
     def __init__(self, plan: FactorizePlan, folder: Path, spectra: dict[str, Tensor], device: str):
-        self._refined = decomposing(plan, device) if plan.chosen.refines else None
-        self._terms = open_checkpoint(folder, stem=STEM)
-        self._spectra = spectra
+        self._folder, self._spectra = folder, spectra
+        self._terms: Checkpoint | None = None
+        if plan.chosen.refines:
+            self._cut = decomposing(plan, device)
+        else:
+            self._terms = open_checkpoint(folder, stem=STEM)
+            self._cut = self._kept
 
     def __call__(self, matrix: Matrix, rank: int) -> Cut:
-        if self._refined is not None:
-            return self._refined(matrix, rank)
+        return self._cut(matrix, rank)
+
+    def _kept(self, matrix: Matrix, rank: int) -> Cut:
+        assert self._terms is not None
         left = self._terms.read(f"{matrix.key}#left", 0, rank).T
         right = self._terms.read(f"{matrix.key}#right", 0, rank)
         spectrum = self._spectra[matrix.key]
@@ -148,8 +162,9 @@ class KeptTerms:
         return Cut(Factors(left, right), energy)
 
     def discard(self) -> None:
-        self._terms.close()
-        shutil.rmtree(self._terms.folder)
+        if self._terms is not None:
+            self._terms.close()
+        shutil.rmtree(self._folder)
 
 
 def whole_piece(matrix: Matrix) -> Piece:
