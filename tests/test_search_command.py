@@ -307,6 +307,11 @@ def test_pick_writes_one_merge_of_the_front(
     assert built.code == 0, built.err
     files = [tmp_path / folder / "model.safetensors" for folder in ("built", "o/picked")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    result = cli("search", recipe(), "--out", "o", *flags, "--resume")  # which picks none
+    assert result.code == 0, result.err
+    assert not (tmp_path / "o" / "picked").exists()
+    assert any(one.startswith("picked: was") for one in result.report["warnings"])
+    assert "picked" not in result.report["summary"]
 
 
 def start(out: Path, *flags: object, slow: float = 0.0) -> subprocess.Popen[str]:
@@ -588,9 +593,28 @@ def test_a_journal_that_cannot_be_read_is_told(
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "search.journal").write_bytes(content)
     result = cli("search", recipe(), "--out", "o", "--resume")
-    assert result.code == 5
-    assert "search.journal: cannot be opened" in result.err
+    if content.startswith(b"{"):
+        assert result.code == 5
+        assert "search.journal: cannot be opened" in result.err
+    else:
+        assert result.code == 3
+        assert "search.journal: line 1: is no line of a journal" in result.err
     assert (tmp_path / "o" / "search.journal").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"not JSON\n", b'{"op_code": 4, "worker\n', b"[]\n"])
+def test_a_journal_whose_last_line_is_none_is_refused_by_line(
+    cli: Cli, recipe: Recipe, content: bytes, tmp_path: Path
+) -> None:
+    flags = ["--sampler", "random", "-q", "--evaluations", 2]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    journal = tmp_path / "o" / "search.journal"
+    lines = journal.read_bytes().count(b"\n")
+    journal.write_bytes(journal.read_bytes() + content)
+    for more in ("--resume", "--worker"):
+        result = cli("search", recipe(), "--out", "o", *flags, more)
+        assert (result.code, f"search.journal: line {lines + 1}: is no" in result.err) == (3, True)
+    assert journal.read_bytes().endswith(content)
 
 
 def test_a_search_goes_on_from_a_journal_whose_last_line_was_cut(

@@ -36,6 +36,7 @@ from fishertool.searching.results import (
     parse_pick,
     pick_trial,
     remove_left,
+    remove_picked,
     replace_file,
     write_front,
     write_picked,
@@ -140,6 +141,11 @@ def search(
                 told = environment(threads, device)
                 write_picked(out, evaluator.plan(picked["parameters"]), picked["recipe"], told)
                 report.summary["picked"] = picked["number"]
+            elif remove_picked(out):
+                report.warnings.append(
+                    "picked: was an earlier run's, and is removed; --resume --pick writes one of this "
+                    "front"
+                )
             report.inputs = merge_report.input_files(plan)
             sources = dict.fromkeys(one.data.data for one in objectives if one.data)
             report.inputs += [file for source in sources for file in data_files(source)]

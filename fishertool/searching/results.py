@@ -88,6 +88,14 @@ def remove_left(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def remove_picked(out: Path) -> bool:
+    """Remove the merge that an earlier run picked, of a front that is no more; whether there was one."""
+    there = (out / PICKED / REPORT_FILE).is_file()
+    if there:
+        shutil.rmtree(out / PICKED)
+    return there
+
+
 def parse_pick(pick: str | None, objectives: Sequence[Objective]) -> list[float] | str | None:
     """`knee`, or a weight for each objective."""
     if pick is None or pick == KNEE:

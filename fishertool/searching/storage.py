@@ -1,5 +1,6 @@
 """Where the trials of searches are: a journal beside the results, or a database that others use too."""
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from fishertool.errors import StorageError
+from fishertool.errors import FishertoolError, InputError, StorageError
 from fishertool.searching.results import JOURNAL
 
 REPLACED = " (replaced)"
@@ -17,13 +18,14 @@ REPLACED = " (replaced)"
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be."""
+    """A journal file in the folder, or the database of a URL. Raises StorageError if it cannot be,
+    and InputError for a journal with a line that is none."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     where = "--storage" if url is not None else str(folder / JOURNAL)
     try:
         with quiet():
             return _journal(folder / JOURNAL) if url is None else optuna.storages.get_storage(url)
-    except OSError:
+    except (OSError, FishertoolError):
         raise
     except Exception as error:  # whatever the database's driver raises
         reason = " ".join(str(error).split())[:200]
@@ -42,7 +44,24 @@ def _journal(path: Path) -> BaseStorage:
                 file.truncate(file.read().rfind(b"\n") + 1)
         finally:
             lock.release()
+    if path.is_file():
+        _check_lines(path)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _check_lines(path: Path) -> None:
+    """Optuna lets a last line that is no JSON pass, and fails when it has written more after it."""
+    *lines, _ = path.read_bytes().split(b"\n")  # a worker may be writing the rest
+    for number, line in enumerate(lines, 1):
+        try:
+            whole = isinstance(json.loads(line), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise InputError(
+                f"{path}: line {number}: is no line of a journal; remove it and what comes after it, "
+                "or begin anew with --overwrite"
+            )
 
 
 def _whole(journal: bytes) -> bool:
