@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_prune_command import SPREAD
 from torch import Tensor
 
-from fishertool.surgery import prune_run, prune_step
+from fishertool.errors import InputError
+from fishertool.surgery import prune_moves, prune_run, prune_step
 
 
 @pytest.fixture
@@ -172,3 +174,25 @@ def test_a_bank_of_zeros_is_refused(cli: Cli, model: Path, data: Path, method: s
     )
     assert result.code == 3 and result.err.count("\n") == 1, result.err
     assert "every gradient of what is pruned is zero; estimate" in result.err
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F16"])
+def test_a_move_that_its_dtype_has_no_room_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Of F8_E4M3, torch would store 448, the largest there is."""
+    weight, mask = torch.tensor([[1.0, 448.0]]), torch.ones(1, 2, dtype=torch.bool)
+    matrix: Any = SimpleNamespace(key="w", dtype=dtype)
+    for moved, fits in ((460.0, True), (1e5, False)):
+        new = torch.tensor([[moved, 1.0]])
+        monkeypatch.setattr(prune_moves, "_updated", lambda *given, new=new: (new, mask))
+        for lenient in (False, True):
+            plan = SimpleNamespace(allow_nonfinite=lenient)
+            step: Any = SimpleNamespace(plan=plan, recipe=SimpleNamespace(updates=["joint"]))
+            if not fits and not lenient:
+                with pytest.raises(InputError, match=f"joint moves does not fit {dtype}"):
+                    prune_moves._candidates(step, matrix, weight, mask)
+                continue
+            plain, (_, found, _) = prune_moves._candidates(step, matrix, weight, mask)
+            assert torch.equal(plain[1].float(), weight)
+            assert bool(found[0, 0].float().isfinite()) == fits

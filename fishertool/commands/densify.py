@@ -16,7 +16,7 @@ from fishertool.checkpoint.companions import (
     write_json,
 )
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import TORCH, all_finite
+from fishertool.checkpoint.dtypes import TORCH, all_finite, representable
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out, parse_size
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -193,7 +193,7 @@ def _piece(plan: _Plan, piece: Piece) -> Tensor:
         down, up = checkpoint.read(one.down), checkpoint.read(one.up, piece.start, piece.stop)
     for name, values in ((one.down, down), (one.up, up)):
         _check_finite(plan, name, values)
-    dense = product(up, down).to(TORCH[one.dtype])
+    dense = representable(product(up, down), TORCH[one.dtype]).to(TORCH[one.dtype])
     if not plan.allow_nonfinite and not all_finite(dense):
         raise InputError(
             f"{checkpoint.where(one.weight)}: the product of its factors does not fit {one.dtype}; "

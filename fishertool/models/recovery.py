@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fishertool.calibration import CalibrationData
-from fishertool.checkpoint.dtypes import all_finite
+from fishertool.checkpoint.dtypes import all_finite, representable
 from fishertool.errors import InputError
 from fishertool.fisher.batches import Batch, logits_of, micro_batches
 from fishertool.models.loading import LoadedModel
@@ -103,7 +103,7 @@ def as_stored(trained: Tensor, stored: Tensor) -> Tensor:
     """What was trained, in the dtype on disk. Where that is finer than the model's, what training
     added to what the model was loaded from."""
     if stored.dtype.itemsize <= trained.dtype.itemsize:
-        return trained.to(stored.dtype)
+        return representable(trained, stored.dtype).to(stored.dtype)
     return stored + (trained.to(stored.dtype) - stored.to(trained.dtype).to(stored.dtype))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.dtypes import TORCH, all_finite, representable
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError
 from fishertool.progress import Advance
@@ -49,8 +49,8 @@ def _candidates(step: Step, matrix: Matrix, weight: Tensor, mask: Tensor) -> lis
     dtype = TORCH[matrix.dtype]
 
     def candidate(name: str, new: Tensor, mask: Tensor) -> Candidate:
-        rounded = torch.where(mask, new, 0.0).to(dtype)
-        if not step.plan.allow_nonfinite and not bool(rounded.isfinite().all()):
+        rounded = representable(torch.where(mask, new, 0.0), dtype).to(dtype)
+        if not step.plan.allow_nonfinite and not all_finite(rounded):
             raise InputError(
                 f"{matrix.key}: what --compensate {name} moves does not fit {matrix.dtype}; take "
                 "more --damping"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fishertool.checkpoint.companions import copy_from_folders, write_config
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.dtypes import TORCH, representable
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.models.recovery import as_stored, check_trained
@@ -54,7 +54,7 @@ def write_shrunk(
                     values = now if refitted else as_stored(now, values)
                 if info.name in cuts:
                     values = _cut(values, *cuts[info.name])
-            values = values.to(TORCH[info.dtype])
+            values = representable(values, TORCH[info.dtype]).to(TORCH[info.dtype])
             if not allow_nonfinite and info.name in trained:
                 check_trained(info.name, values)
             elif not allow_nonfinite:
