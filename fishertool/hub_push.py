@@ -16,6 +16,10 @@ PULL_REQUESTS = "refs/pr/"
 MADE_BY_THE_HUB = ".gitattributes"
 PATHS_A_REQUEST = 500
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token that may write"
+NOT_CONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"}
+"""Errors of an HTTP client from before a request is sent."""
+LOST = {"TransportError", "ConnectionError", "Timeout"}
+GATEWAYS = (502, 504)
 ADVICE = {
     401: f"the token is not accepted; {LOG_IN}",
     403: "the token may not do that; give it the right to write there",
@@ -93,7 +97,13 @@ def publish(
     Raises HubError for whatever the Hub or the network refuse, and if the files that are there
     afterwards are not those that were sent; UsageError if a repository that is to be private is not.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import (
+        CommitOperationAdd,
+        CommitOperationDelete,
+        HfApi,
+        constants,
+        get_token,
+    )
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the rest is told here
@@ -131,6 +141,12 @@ def publish(
         raise
     except Exception as error:  # of the Hub, a proxy, the HTTP client, JSON, the disk
         how = f"sent, but what is at {address} is not checked" if address else "not published"
+        if _is_lost_commit(error):
+            where = "discussions" if pull_request else f"commits/{revision or MAIN}"
+            how = (
+                "whether it is published is not known, as the connection was lost after the commit was "
+                f"sent; look at {constants.ENDPOINT}/{repo}/{where}, and push again if it is not there"
+            )
         raise HubError(f"{repo}: {how}: {_reason(error, token)}") from error
     said = [" ".join(str(one.message).split()) for one in told]
     if commit.oid == target.sha:
@@ -213,8 +229,26 @@ def _said_of_a_new_one(repo: str, created: bool) -> Iterator[None]:
         yield
     except Exception as error:
         if created:
-            error.add_note(f"{repo} was made, and has none of the files")
+            have = "may have" if _is_lost_commit(error) else "has"
+            error.add_note(f"{repo} was made, and {have} none of the files")
         raise
+
+
+def _is_lost_commit(error: BaseException) -> bool:
+    """Whether the Hub may have a commit that it could not answer: the connection was lost after it
+    was made, or lost by a gateway."""
+    response = getattr(error, "response", None)
+    try:
+        request = getattr(error if response is None else response, "request", None)
+    except RuntimeError:  # of an error before there was one
+        return False
+    if "/commit/" not in str(getattr(request, "url", "")):
+        return False
+    # Of the HTTP client, which is another one in other versions of huggingface_hub.
+    names = {one.__name__ for one in type(error).__mro__}
+    if response is not None:
+        return getattr(response, "status_code", None) in GATEWAYS
+    return bool(names & LOST) and not names & NOT_CONNECTED
 
 
 def _reason(error: BaseException, token: str | None) -> str:
@@ -227,7 +261,8 @@ def _reason(error: BaseException, token: str | None) -> str:
     statuses = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
     advice = next((ADVICE[status] for status in statuses if status in ADVICE), None)
     # Of the HTTP client, which is another one in other versions of huggingface_hub.
-    if "TransportError" in {one.__name__ for one in type(error).__mro__}:
+    transport = "TransportError" in {one.__name__ for one in type(error).__mro__}
+    if transport and not _is_lost_commit(error):
         advice = f"{constants.ENDPOINT} is not reached; look at the network, and at HF_ENDPOINT"
     notes = [note for one in chain for note in getattr(one, "__notes__", ())]
     first = str(error) or type(error).__name__

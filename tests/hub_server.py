@@ -47,6 +47,8 @@ class Hub:
     messages: list[str] = field(default_factory=list)
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By pattern of the request: the status, and what the server says."""
+    drops: str = "$^"
+    """Pattern of a request that is served, and whose connection is lost before the answer."""
     spoils: bool = False
     """Whether it keeps other bytes than it was sent."""
     yaml: dict[str, Any] = field(default_factory=lambda: {"warnings": [], "errors": []})
@@ -83,6 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(path)
         request = f"{self.command} {path}"
         self.hub.asked.append(request)
+        self.dropped = re.search(self.hub.drops, request)
         for pattern, (status, said) in self.hub.faults.items():
             if re.search(pattern, request):
                 self._send(status, {"error": said})
@@ -118,6 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _send(self, status: int, value: Any, code: str | None = None) -> None:
+        if self.dropped:
+            self.close_connection = True
+            return
         sent = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -324,6 +324,30 @@ def test_what_the_hub_refuses(
         assert not any(hub.names(repo) for repo in hub.repos)
 
 
+def test_a_commit_whose_answer_was_lost_may_be_there(cli: Cli, hub: Hub, merged: Path) -> None:
+    hub.drops = "POST .*/commit/"
+    result = cli("push", merged, "org/new")
+    assert result.code == 6 and result.err.count("\n") == 1
+    told = (
+        "org/new: whether it is published is not known, as the connection was lost after the commit"
+    )
+    assert told in result.err and "not published" not in result.err
+    assert f"look at {hub.address}/org/new/commits/main, and push again" in result.err
+    assert "org/new was made, and may have none of the files" in result.err
+    assert hub.names("org/new") == MERGED
+    (merged / "NOTICE").write_text("first")
+    result = cli("push", merged, "org/new")
+    assert f"look at {hub.address}/org/new/discussions, and push again" in result.err
+    hub.drops = "$^"
+    hub.faults["/commit/"] = (504, "Gateway Time-out")
+    assert "is not known" in cli("push", merged, "org/new", "--no-pull-request").err
+    hub.faults.clear()
+    hub.drops = "preupload"
+    result = cli("push", merged, "org/other")
+    assert "org/other: not published: " in result.err
+    assert "org/other was made, and has none of the files" in result.err
+
+
 def test_other_bytes_on_the_hub(cli: Cli, hub: Hub, merged: Path) -> None:
     hub.spoils = True
     result = cli("push", merged, "org/new")
