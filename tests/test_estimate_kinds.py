@@ -254,3 +254,23 @@ def test_a_kind_that_is_not_there_is_named(
     merge = ("merge", model, model, "--method", "fisher", "--fisher", "f", "--fisher", "f")
     result = cli(*merge, "--out", "m")
     assert (result.code, "diagonal" in result.err) == (3, True)
+
+
+def test_how_well_totals_are_known_does_not_count_what_is_rounding(
+    cli: Cli, make_model: ModelMaker, data: Path
+) -> None:
+    """The gradient of a key's bias is zero, and what rounding leaves of it depends on batches."""
+    model = make_model("m")
+    flags = ("estimate-fisher", model, "--data", data, "--until-relative-error", 0.001, "--json")
+    found = [cli(*flags, "--batch-size", size, "--out", f"f{size}") for size in (1, 5)]
+    errors = [one.report["summary"]["largest_relative_error"] for one in found]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    told = (
+        f"--until-relative-error 0.001 was not reached: it is {errors[0]:.3g} with all 12 examples"
+    )
+    assert told in found[0].err
+    worst = cli("inspect", "f1", "--json").report["summary"]["largest_relative_errors"]
+    assert not any("key.bias" in name for name in worst)
+    rows = {row["name"]: row for row in found[0].report["tensors"]}
+    name = "bert.encoder.layer.0.attention.self.key.bias"
+    assert 0 < rows[name]["mean"] < 1e-15

@@ -156,6 +156,7 @@ def estimate_fisher(
                     place, worker, writer, report,
                     shard_bytes=shard_bytes, check=not allow_nonfinite, complete=workers.complete,
                 )  # fmt: skip
+            _tell_of_error(report, settings.until_relative_error)
             (place / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         saver.discard()
     return report
@@ -202,6 +203,15 @@ def _run(
         return
     left = mine[worker.units :]
     run(loaded, settings, worker, left, advance, shards=workers.shards, after=after_unit)
+
+
+def _tell_of_error(report: Report, until: float | None) -> None:
+    error = report.summary.get("largest_relative_error")
+    if until is not None and error is not None and error > until:
+        report.warnings.append(
+            f"--until-relative-error {until:g} was not reached: it is {error:.3g} with all "
+            f"{report.summary['examples']} examples; give more"
+        )
 
 
 def _count(units: Sequence[Unit]) -> int:

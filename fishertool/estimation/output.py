@@ -16,7 +16,7 @@ from fishertool.estimation.partial import Job, write_partial
 from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.estimation.work import Share
 from fishertool.estimation.worker import Worker
-from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.header import FisherHeader, relative_errors
 from fishertool.fisher.kinds import NO_FISHER, Gathering, Stored
 from fishertool.fisher.sums import Complete, all_here, flattened
 from fishertool.report import Output, Report
@@ -157,12 +157,7 @@ def _check_finite(
 
 def _summary(job: Job, worker: Worker, stored: Mapping[str, Stored]) -> dict[str, Any]:
     done, header = worker.done, job.header
-    statistics = next((one.statistics for one in stored.values()), {}).values()
-    errors = [
-        one.standard_error / one.total
-        for one in statistics
-        if one.standard_error is not None and one.total > 0
-    ]
+    statistics = next((one.statistics for one in stored.values()), {})
     return {
         "kind": ",".join(job.kinds),
         "labels": header.labels,
@@ -172,8 +167,8 @@ def _summary(job: Job, worker: Worker, stored: Mapping[str, Stored]) -> dict[str
         "skipped": done.skipped,
         "tokens": header.tokens,
         "loss": done.loss if job.labelled else None,
-        "trace": sum(one.total for one in statistics) or None,
-        "largest_relative_error": max(errors, default=None),
+        "trace": sum(one.total for one in statistics.values()) or None,
+        "largest_relative_error": max(relative_errors(statistics).values(), default=None),
         "parameters": sum(map(prod, job.shapes.values())),
         "one_example_at_a_time": done.one_by_one,
         "by_autograd": sorted(done.by_autograd),

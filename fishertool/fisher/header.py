@@ -1,6 +1,7 @@
 """What a Fisher sidecar says of itself, kept as JSON in its safetensors metadata."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ from fishertool.errors import InputError
 
 KEY = "fishertool.fisher"
 FORMAT = 2
+ROUNDING = torch.finfo(torch.float32).eps ** 2
+"""Of all weights' total, the share below which a weight's is of nothing but rounding: that of the
+biases of keys, say, which add the same to every score of a softmax."""
 PIECE_ELEMENTS = 1 << 15
 """Added up at a time: few enough to stay in cache, and for torch to use one thread, so that sums do
 not depend on how many there are."""
@@ -95,3 +99,14 @@ def statistics_of(fisher: Tensor, standard_error: float | None = None) -> Tensor
         sums += torch.stack([values.sum(), values.square().sum()])
     total, squares = sums.tolist()
     return TensorStatistics(fisher.numel(), total, squares, standard_error)
+
+
+def relative_errors(statistics: Mapping[str, TensorStatistics]) -> dict[str, float]:
+    """By weight, the standard error of its total as a share of it, where it is known; without the
+    weights whose total is of rounding alone, and tells of the batches, not of the examples."""
+    least = ROUNDING * sum(one.total for one in statistics.values())
+    return {
+        name: one.standard_error / one.total
+        for name, one in statistics.items()
+        if one.standard_error is not None and one.total > least
+    }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fishertool.fisher.header import TensorStatistics, relative_errors
 from fishertool.fisher.sums import Groups, absorb, flattened
 
 
@@ -71,12 +72,11 @@ class TraceMoments:
         return errors
 
     def relative_error(self, examples: int) -> float:
-        """The largest standard error of a tensor's trace, relative to the trace; of those not zero.
-
-        Infinite where it is not known.
-        """
-        found = [0.0]
-        for name, error in self.standard_errors(examples).items():
-            if (total := float(self._sums[name][0])) > 0:
-                found.append(float("inf") if error is None else error * examples / total)
-        return max(found)
+        """The largest of `relative_errors`; infinite for fewer than two units."""
+        if float(self._units["all"]) < 2:
+            return float("inf")
+        statistics = {
+            name: TensorStatistics(0, float(self._sums[name][0]) / examples, standard_error=error)
+            for name, error in self.standard_errors(examples).items()
+        }
+        return max(relative_errors(statistics).values(), default=0.0)

@@ -11,7 +11,7 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE
 from fishertool.errors import InputError
 from fishertool.estimation.partial import Partial
-from fishertool.fisher.header import FisherHeader
+from fishertool.fisher.header import FisherHeader, relative_errors
 from fishertool.inspection.files import extra_files
 from fishertool.inspection.place import About, Place
 from fishertool.inspection.written import Written
@@ -189,11 +189,7 @@ def _of_kind(header: FisherHeader) -> dict[str, Any]:
 
 def _errors(header: FisherHeader) -> dict[str, float]:
     """Relative standard errors of the totals that are known worst, by weight."""
-    errors = {
-        name: one.standard_error / one.total
-        for name, one in header.statistics.items()
-        if one.standard_error is not None and one.total > 0
-    }
+    errors = relative_errors(header.statistics)
     worst = sorted(errors, key=lambda name: -errors[name])
     return {name: errors[name] for name in worst[:WORST]}
 
