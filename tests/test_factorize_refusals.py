@@ -1,5 +1,6 @@
 """What `fishertool factorize` refuses: one line, the right exit code, and nothing written."""
 
+import json
 import math
 from pathlib import Path
 
@@ -275,3 +276,18 @@ def test_data_that_is_not_utf_8_is_refused(cli: Cli, make_model: ModelMaker) -> 
     result = cli("evaluate", make_model("m"), "--data", "latin.jsonl")
     assert result.code == 3
     assert "latin.jsonl: has text that is not UTF-8" in result.err
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 32), ("intermediate_size", 64)])
+def test_a_config_of_other_shapes_is_refused_by_name(
+    cli: Cli, make_model: ModelMaker, key: str, value: int
+) -> None:
+    """Else the tensors it is wrong about would stay as they are, and nobody would be told."""
+    model = make_model("m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
+    for verb in (("factorize", "--method", "svd", "--keep", 0.5), ("prune", "--sparsity", 0.5)):
+        result = cli(*verb, model, "--out", "o")
+        assert (result.code, Path("o").exists()) == (3, False)
+        assert "m: has tensors of another shape than config.json gives them: bert.e" in result.err
+        assert "on disk" in result.err and result.err.count("\n") == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fishertool.checkpoint.reader import Checkpoint
-from fishertool.errors import InputError
+from fishertool.errors import InputError, some
 from fishertool.models.low_rank_layers import is_linear, is_turned, token_table
 from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin, whole
@@ -37,7 +37,8 @@ class Layer:
 def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, Layer]:
     """By name on disk. Reads headers and config.json, and makes no weights.
 
-    Raises InputError for an architecture that transformers does not have.
+    Raises InputError for an architecture that transformers does not have, and for matrices of
+    other shapes than it gives them, by name.
     """
     module = empty_model(checkpoint, trust_remote_code)
     if module is None:
@@ -51,17 +52,21 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
     for name, parameter in parameters.items():
         aliases[id(parameter)].append(name)
     found: dict[str, Layer] = {}
+    misfits: list[str] = []
     as_in_memory = {name: whole(name, parameter) for name, parameter in parameters.items()}
     origins = as_in_memory | origins_by_disk_name(module, parameters, checkpoint.folder)
     tokens = token_table(module)
     for name in checkpoint:
         origin = origins.get(name)
-        if origin is None or checkpoint.info(name).shape != origin.shape:
+        if origin is None:
             continue
         parameter = parameters[origin.name]
         owner = module.get_submodule(origin.name.rpartition(".")[0])
         kind = _kind(owner, origin, parameter)
         if kind is None:
+            continue
+        if (stored := checkpoint.info(name).shape) != origin.shape:
+            misfits.append(f"{name} ({list(stored)} on disk, {list(origin.shape)} by config.json)")
             continue
         others = [alias for alias in aliases[id(parameter)] if alias != origin.name]
         found[name] = Layer(
@@ -71,6 +76,11 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
             kind == "linear" or owner is tokens,
+        )
+    if misfits:
+        raise InputError(
+            f"{checkpoint.folder}: has tensors of another shape than config.json gives them: "
+            f"{some(misfits)}; give it the config.json of these weights"
         )
     return found
 
