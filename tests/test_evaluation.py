@@ -216,6 +216,14 @@ def test_a_model_against_itself(kind: str) -> None:
     assert alone == {name: found[name] for name in alone} and "kl" not in alone
 
 
+def test_rounding_takes_no_divergence_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fishertool.evaluation.measure.divergence", lambda log_p, log_q: log_p[:, 0] * 1e-9
+    )
+    found = measure(_model("bert"), CLASSIFY, _data(), against=_model("bert"))
+    assert found["kl"] == 0.0
+
+
 def test_models_of_other_classes_are_refused() -> None:
     model, other = _model("bert"), _model("bert", labels=4)
     with pytest.raises(InputError, match="the models have other classes, only one of them class3"):

@@ -165,6 +165,7 @@ def measure(
         text_bytes = sum(example.text_bytes for example in data.examples)
         metrics = perplexity_metrics(nll, scored, text_bytes)
     if against is not None:
+        kl = max(kl, 0.0)  # rounding alone takes that of equal models below
         metrics |= {"kl": kl / scored, "top1_agreement": agreed / scored}
     return metrics
 
