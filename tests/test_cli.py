@@ -208,7 +208,7 @@ def test_a_report_is_replaced_and_its_folder_made(
     [
         ("~nobody/x --method svd --keep 0.5", 3, "~nobody/x: no such folder"),
         ("m --method svd --keep 0.5 --seed 9999999999999999999", 2, "--seed"),
-        ("m --method svd --keep 0.5 --device meta", 2, "--device meta: computes nothing"),
+        ("m --method svd --keep 0.5 --device meta", 2, "--device meta: is none of auto, cpu"),
         ("m --method svd --keep 0.5 --learning-rate 1", 2, "--learning-rate: needs --finetune"),
         ("m --method svd --keep 0.5 --max-length 9", 2, "--max-length: without --data"),
         ("m --method svd --keep 0.5 --batch-size 9", 2, "--batch-size: without --data"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_text, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_fisher_diagonal import assert_same, randomize
 from torch import Tensor
 
@@ -364,3 +364,14 @@ def test_words_are_measured(cli: Cli, make_model: ModelMaker) -> None:
         loss = -sum(float(score(model)) for score in scores) / words
     assert summary["loss"] == pytest.approx(loss, rel=1e-5)
     assert 0 <= summary["accuracy"] <= 1
+
+
+def test_left_over_tensors_of_the_right_architecture_are_not_laid_to_the_task(
+    cli: Cli, make_model: ModelMaker, data: Path
+) -> None:
+    model = make_model("m")
+    path = model / "model.safetensors"
+    save_file(load_file(path) | {"more.weight": torch.ones(2)}, path, {"format": "pt"})
+    result = cli("estimate-fisher", model, "--data", data, "--out", "f")
+    assert result.code == 3
+    assert result.err.endswith("more.weight; config.json may be that of other weights\n")

@@ -1,8 +1,10 @@
 """`fishertool evaluate`, through the command line."""
 
 import json
+import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -224,6 +226,10 @@ def test_the_report_names_the_device(cli: Cli, make_model: ModelMaker, data: Pat
         (["--min", "perplexity=1"], "not measured here"),
         (["--task", "causal"], "did you mean 'causal-lm'?"),
         (["--device", "cuda:9"], "--device"),
+        (["--device", "mps"], "--device mps: is none of auto, cpu, cuda and cuda:N\n"),
+        (["--min", "loss=nan"], "--min loss: nan is no limit"),
+        (["--threads", "20000"], "--threads"),
+        (["--data", ""], "--data: is empty"),
     ],
 )
 def test_bad_flags(
@@ -265,13 +271,18 @@ def test_bad_data(cli: Cli, make_model: ModelMaker, rows: list[object], told: st
         ("cut.jsonl", '{"text": "cat", "la', "not readable as jsonl"),
         ("table.parquet", "this is no parquet", "not readable as parquet"),
         ("data.xml", "<a/>", "unknown suffix"),
+        ("header.csv", "text,label\n", "has no rows\n"),
+        ("blank.jsonl", "\n\n", "has no rows\n"),
+        ("list.json", "[]", "has no rows\n"),
+        ("latin.csv", b"text,label\ncaf\xe9,0\n", "save it as UTF-8\n"),
+        ("latin.txt", b"caf\xe9\n", "save it as UTF-8\n"),
     ],
 )
 def test_bad_data_files(
-    cli: Cli, make_model: ModelMaker, name: str, content: str | None, told: str
+    cli: Cli, make_model: ModelMaker, name: str, content: str | bytes | None, told: str
 ) -> None:
     if content is not None:
-        Path(name).write_text(content)
+        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
     result = cli("evaluate", make_model("a"), "--data", name)
     assert result.code == 3, result.err
     assert told in result.err
@@ -285,6 +296,42 @@ def test_bad_data_files_are_told_before_a_model_is_opened(cli: Cli, name: str) -
         Path(name).touch()
     result = cli("evaluate", "no-model", "--data", name)
     assert (result.code, name in result.err) == (3, True), result.err
+
+
+def test_a_parquet_file_without_rows(cli: Cli, make_model: ModelMaker) -> None:
+    datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet("none.parquet")
+    result = cli("evaluate", make_model("a"), "--data", "none.parquet")
+    assert (result.code, result.err) == (3, "fishertool: none.parquet: has no rows\n")
+
+
+def test_what_is_no_file_of_data_is_told_as_what_it_is(cli: Cli) -> None:
+    Path("folder.jsonl").mkdir()
+    os.mkfifo("pipe.jsonl")
+    for name, what in (("folder.jsonl", "a folder"), (".", "a folder"), ("pipe.jsonl", "no reg")):
+        result = cli("evaluate", "no-model", "--data", name)
+        assert (result.code, f"{name}: is {what}" in result.err) == (3, True), result.err
+
+
+def test_a_byte_order_mark_is_no_text(cli: Cli, make_model: ModelMaker) -> None:
+    model, text = make_model("g", "gpt2"), "the red cat\na dog runs\n"
+    found = []
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\n"), ("utf-8-sig", "\r\n")):
+        Path("t.txt").write_bytes(text.replace("\n", end).encode(encoding))
+        found.append(cli("evaluate", model, "--data", "t.txt", "--json").report["calibration"])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_number_that_may_be_a_name_or_an_id_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    model = make_model("a")
+    config = json.loads((model / "config.json").read_text())
+    config["id2label"] = {"0": "1", "1": "2", "2": "3"}
+    config["label2id"] = {"1": 0, "2": 1, "3": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    write_rows("names.jsonl", [{"text": "a cat", "label": "2"}])
+    assert cli("evaluate", model, "--data", "names.jsonl").code == 0
+    Path("numbers.csv").write_text("text,label\na cat,2\n")
+    result = cli("evaluate", model, "--data", "numbers.csv")
+    assert (result.code, "named '2', whose id is 1, or the one" in result.err) == (3, True)
 
 
 def test_a_file_name_is_no_pattern(cli: Cli, make_model: ModelMaker, data: Path) -> None:
@@ -388,7 +435,8 @@ def test_text_pairs_and_chats(cli: Cli, make_model: ModelMaker) -> None:
     llama = make_model("l", "llama")
     write_rows("chat.jsonl", [{"messages": [{"role": "user", "content": "the red cat"}]}])
     flags = ("--data", "chat.jsonl", "--chat-column", "messages")
-    assert "chat template" in cli("evaluate", llama, *flags).err
+    told = "--chat-column messages: the model's tokenizer has no chat template; copy one"
+    assert told in cli("evaluate", llama, *flags).err
     template = "{% for m in messages %}the {{ m['content'] }} and {% endfor %}"
     (llama / "chat_template.jinja").write_text(template)
     result = cli("evaluate", llama, *flags, "--json")

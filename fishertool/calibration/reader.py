@@ -86,6 +86,11 @@ class Reader:
                 )
             )
         except Exception as error:  # a template may raise anything
+            if getattr(self.tokenizer, "chat_template", None) is None:
+                raise InputError(
+                    f"--chat-column {self.options.chat_column}: the model's tokenizer has no chat "
+                    "template; copy one from the original model, or give --text-column"
+                ) from error
             raise self.refusal(f"the chat template does not take it: {error}") from error
 
     def label(self, value: Any, labels: Mapping[str, int], where: str = "") -> int:
@@ -102,6 +107,12 @@ class Reader:
         if type(number) is int:
             if self._classes is not None and number in range(len(self._classes)):
                 number = self._classes[number]
+            elif labels.get(str(number), number) != number:
+                raise self.refusal(
+                    f"{where}label {number} may be the class named {str(number)!r}, whose id is "
+                    f"{labels[str(number)]}, or the one whose id it is; write names as strings, in "
+                    "a json or parquet file"
+                )
             if number in labels.values():
                 return number
         raise self.refusal(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fishertool.calibration.data import DataOptions
-from fishertool.errors import HubError, InputError
+from fishertool.errors import HubError, InputError, UsageError
 from fishertool.paths import expanded
 
 BUILDERS = {
@@ -20,6 +20,8 @@ BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
+"""What datasets says of files without rows, the second of parquet's."""
 
 
 def read_rows(options: DataOptions) -> Any:
@@ -41,13 +43,18 @@ def read_rows(options: DataOptions) -> Any:
 def check_data_source(options: DataOptions) -> Path | None:
     """The local file that is meant, or None for a dataset of the Hub; nothing is read.
 
-    Raises InputError naming the file, if it is none that can be read.
+    Raises InputError naming the file, if it is none that can be read; UsageError for no name.
     """
+    if not options.data:
+        raise UsageError("--data: is empty; give a file or a Hub dataset")
     path = expanded(options.data)
     if path.suffix.lower() not in BUILDERS and not path.exists():
         return None
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{options.data}: no such file")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise InputError(f"{options.data}: is {what}; give a file of {', '.join(BUILDERS)}")
     if path.suffix.lower() not in BUILDERS:
         raise InputError(f"{options.data}: unknown suffix; known: {', '.join(BUILDERS)}")
     if path.stat().st_size == 0:
@@ -85,6 +92,8 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
 
     builder, suffix = BUILDERS[path.suffix.lower()], path.suffix.lower()
     more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    if builder == "text":  # the others take a byte order mark for what it is
+        more |= {"encoding": "utf-8-sig"}
     if builder == "csv":  # `NA` and `null` are texts; an empty cell is not
         more |= {"keep_default_na": False, "na_values": [""]}
     with tempfile.TemporaryDirectory(prefix="fishertool-") as cache:
@@ -98,7 +107,12 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
                 **more,
             )
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            reason = str(error.__cause__ or error).split("\n", 1)[0]
+            cause = error.__cause__ or error
+            reason = str(cause).split("\n", 1)[0]
+            if any(sign in reason for sign in NO_ROWS):
+                raise InputError(f"{path}: has no rows") from error
+            if isinstance(cause, UnicodeDecodeError):
+                reason += "; save it as UTF-8"
             raise InputError(f"{path}: not readable as {suffix[1:]}: {reason}") from error
 
 

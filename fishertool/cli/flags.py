@@ -185,7 +185,9 @@ Quiet = Annotated[bool, option("--quiet", "-q", help="Print only errors and warn
 ReportFile = Annotated[
     Path | None, option("--report", callback=report_place, help="Also write the report here.")
 ]
-Threads = Annotated[int | None, option("--threads", min=1, help="CPU threads [default: all].")]
+Threads = Annotated[
+    int | None, option("--threads", min=1, max=1024, help="CPU threads [default: all].")
+]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check and plan from headers; write nothing.")]
 Overwrite = Annotated[bool, option("--overwrite", help="Replace an output written before.")]

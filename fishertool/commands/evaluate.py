@@ -1,5 +1,6 @@
 """`fishertool evaluate`: measure a model, alone or against another, with gates for CI."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -130,9 +131,11 @@ def _check_gates(gates: Gates, has_against: bool) -> None:
     """What can be told without a model."""
     for rule, limits in gates.items():
         flag = "--" + rule.replace("_", "-")
-        for metric in limits:
+        for metric, limit in limits.items():
             if metric not in HIGHER_IS_BETTER:
                 raise UsageError(f"{flag}: no metric {suggest(metric, HIGHER_IS_BETTER)}")
+            if math.isnan(limit):
+                raise UsageError(f"{flag} {metric}: {limit} is no limit")
             if rule == "max_drop" and metric in OF_TWO:
                 instead = "--max-kl" if metric == "kl" else f"--min {metric}"
                 raise UsageError(

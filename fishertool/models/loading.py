@@ -110,10 +110,10 @@ def load_model(
             reason = f"{_architecture(config)} does not fit --task {task.name}"
         raise InputError(f"{checkpoint.folder}: transformers cannot load it: {reason}") from error
     for fault in faults_of(checkpoint, type(module).__name__, found):
-        raise InputError(
-            f"{checkpoint.folder}: {fault}; "
-            f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
-        )
+        doubt = f"config.json says {_architecture(config)}, which may not fit --task {task.name}"
+        if type(module).__name__ in (config.get("architectures") or []):
+            doubt = "config.json may be that of other weights"
+        raise InputError(f"{checkpoint.folder}: {fault}; {doubt}")
     off = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if off and device != "meta":
         raise InputError(
@@ -257,12 +257,12 @@ def check_device(device: str) -> str:
     """The device to compute on; `auto` is the accelerator if there is one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: is none of auto, cpu, cuda and cuda:N")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if torch.device(device).type == "meta":
-        raise UsageError("--device meta: computes nothing")
     return device
 
 
