@@ -398,3 +398,17 @@ def test_stream_holds_few_pieces_at_once(threads: int) -> None:
     stream(work(), lambda piece: None, threads, done.append)
     assert len(done) == 100
     assert max(ahead) <= 2 * threads
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    state = {"a": torch.ones(3)}
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match=r"model\.safetensors") as told:
+        write_whole(tmp_path, lay_out(infos(state), parse_size("5GB")), state)
+    assert told.value.filename == str(tmp_path / "model.safetensors")

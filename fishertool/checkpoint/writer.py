@@ -2,7 +2,9 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -123,15 +125,17 @@ class CheckpointWriter:
         flags = os.O_WRONLY if again else os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._files[shard.file] = descriptor = os.open(path, flags, 0o666)
         if hasattr(os, "posix_fallocate") and not again:
-            os.posix_fallocate(descriptor, 0, shard.nbytes)
+            with _naming(path):
+                os.posix_fallocate(descriptor, 0, shard.nbytes)
         self._digests[shard.file] = RunningDigest(path)
         self._write(shard.file, 0, memoryview(shard.header))
         self._place.update({tensor.name: (shard.file, tensor) for tensor in shard.tensors})
 
     def _write(self, file: str, offset: int, data: memoryview) -> None:
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._files[file], data[done:], offset + done)
+        with _naming(self.folder / file):
+            while done < len(data):
+                done += os.pwrite(self._files[file], data[done:], offset + done)
         self._digests[file].feed(offset, data)
 
     def _verify(self, shard: ShardLayout) -> None:
@@ -145,6 +149,16 @@ class CheckpointWriter:
                     raise RuntimeError(f"{path}: tensor {tensor.name} does not read back")
         if path.stat().st_size != shard.nbytes or len(found) != len(shard.tensors):
             raise RuntimeError(f"{path}: does not read back as it was laid out")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk say which file it is about, as those of an open one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _flush(descriptor: int) -> None:
