@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 from fishertool.checkpoint.digest import FileDigest, digest
 from fishertool.checkpoint.json_files import check_link, load_json, parse_json
@@ -119,6 +119,33 @@ def digests_beside(folder: Path, besides: Collection[Path]) -> list[FileDigest]:
         for path in files_of(folder)
         if path != folder / REPORT_FILE and not {path, *path.parents} & {*besides}
     ]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a model lies, and what goes along with its weights."""
+
+    top: Path
+    checkpoint: Path
+    """`top` too, or of sentence-transformers a folder in it."""
+    companions: Mapping[Path, Companions]
+    """By folder."""
+
+    @classmethod
+    def of(cls, top: Path, checkpoint: Path) -> Self:
+        """Raises InputError as `find_companions` does."""
+        return cls(top, checkpoint, find_in_folders(top, checkpoint))
+
+    @property
+    def of_top(self) -> Companions:
+        return self.companions[self.top]
+
+    def place(self, out: Path) -> Path:
+        """Where in an output's folder its checkpoint lies."""
+        return out / self.checkpoint.relative_to(self.top)
+
+    def copy(self, out: Path) -> None:
+        copy_from_folders(self.top, self.checkpoint, self.companions, out)
 
 
 def write_config(

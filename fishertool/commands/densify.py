@@ -9,12 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fishertool import hub
-from fishertool.checkpoint.companions import (
-    Companions,
-    copy_from_folders,
-    find_in_folders,
-    write_json,
-)
+from fishertool.checkpoint.companions import Folders, write_json
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH, all_finite, representable
 from fishertool.checkpoint.header import TensorInfo
@@ -40,21 +35,14 @@ from fishertool.surgery.output import checkpoint_output, code_left_out, row_of
 class _Plan:
     """All that is decided before the first tensor is read."""
 
-    top: Path
-    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
+    folders: Folders
     checkpoint: Checkpoint
     factors: Mapping[str, tuple[Factors, bool]]
     """By the dense weight's name; and whether that is [in, out]."""
     sources: Mapping[str, str]
     """Output tensors that are copied, and their names in the input."""
     layout: Layout
-    companions: dict[Path, Companions]
-    """By folder."""
     allow_nonfinite: bool
-
-    def place(self, folder: Path) -> Path:
-        """Where in an output's folder its checkpoint lies."""
-        return folder / self.checkpoint.folder.relative_to(self.top)
 
 
 def densify(
@@ -94,9 +82,9 @@ def densify(
             with report.phase("digest"):
                 report.inputs = [Files.of(public_name(model), "model", checkpoint.digests())]
             report.output = checkpoint_output(
-                plan.layout, digests, plan.companions[top], folder, plan.place(folder)
+                plan.layout, digests, plan.folders.of_top, folder, plan.folders.place(folder)
             )
-            report.warnings += code_left_out(checkpoint, plan.companions)
+            report.warnings += code_left_out(checkpoint, plan.folders.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -152,12 +140,12 @@ def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfini
             sources[new] = name
             outputs.append(replace(info, name=new))
     layout = lay_out(outputs, max_shard_bytes)
-    companions = find_in_folders(top, folder)
-    return _Plan(top, checkpoint, factors, sources, layout, companions, allow_nonfinite)
+    folders = Folders.of(top, folder)
+    return _Plan(folders, checkpoint, factors, sources, layout, allow_nonfinite)
 
 
 def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[FileDigest]:
-    place = plan.place(folder)
+    place = plan.folders.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(place, plan.layout) as writer:
 
@@ -169,7 +157,7 @@ def _write(plan: _Plan, folder: Path, threads: int, advance: Advance) -> list[Fi
     config = plan.checkpoint.config()
     del config["quantization_config"]
     write_json(place / "config.json", config)
-    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
+    plan.folders.copy(folder)
     return digests
 
 

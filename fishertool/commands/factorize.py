@@ -109,11 +109,10 @@ def factorize(
                 opened, model, fisher, chosen, budget, format, include, exclude,
                 parse_size(max_shard_size), allow_nonfinite, trust_remote_code,
             )  # fmt: skip
-            inputs = [plan.checkpoint, *(tensors for tensors, _ in plan.statistics.kinds.values())]
+            sidecars = [tensors.folder for tensors, _ in plan.statistics.kinds.values()]
+            read = [plan.folders.top, plan.checkpoint.folder, *sidecars]
             needed = _needed_bytes(plan, copies=1 if finetune is None else 2)
-            check_output(
-                out, [plan.top, *(one.folder for one in inputs)], overwrite, sum(needed.values())
-            )
+            check_output(out, read, overwrite, sum(needed.values()))
         if dry_run:
             return _forecast(report, plan, needed, threads, out)
         judge = None
@@ -123,6 +122,7 @@ def factorize(
             judge = OriginalsJudge(plan, evaluate_on, batch_size, device, trust_remote_code)
         texts = finetune and training_data(plan.checkpoint, finetune, trust_remote_code)
         with staged(out, overwrite) as folder:
+            place = plan.folders.place(folder)
             ranks, cut, name, tried = _ranks(plan, folder, judge, report, threads, device, track)
             total = sum(tensor.elements for tensor in plan.checkpoint.infos().values())
             with report.phase("write"), track("Writing", total, "weights") as advance:
@@ -146,18 +146,10 @@ def factorize(
                 )
             if isinstance(cut, KeptTerms):
                 cut.discard()
-            _evaluate(report, plan.place(folder), judge, tried)
+            _evaluate(report, place, judge, tried)
             if finetune and texts and plan.low_rank(ranks):
                 digests = _finetune(
-                    report,
-                    plan.place(folder),
-                    layout,
-                    finetune,
-                    texts,
-                    judge,
-                    device,
-                    trust_remote_code,
-                    track,
+                    report, place, layout, finetune, texts, judge, device, trust_remote_code, track
                 )
             elif finetune:
                 report.warnings.append(UNTRAINED)
@@ -165,10 +157,8 @@ def factorize(
                 report.inputs = _input_files(plan, model, fisher)
             for options in data:
                 report.inputs += data_files(options.data)
-            report.output = checkpoint_output(
-                layout, digests, plan.companions[plan.top], folder, plan.place(folder)
-            )
-            report.warnings += code_left_out(plan.checkpoint, plan.companions)
+            report.output = checkpoint_output(layout, digests, plan.folders.of_top, folder, place)
+            report.warnings += code_left_out(plan.checkpoint, plan.folders.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 

@@ -138,7 +138,7 @@ def prune(
             )  # fmt: skip
             folders = plan.statistics.folders() if plan.statistics else []
             needed = _needed_bytes(plan, data)
-            check_output(out, [plan.top, *folders], overwrite, sum(needed.values()))
+            check_output(out, [plan.folders.top, *folders], overwrite, sum(needed.values()))
             trial_plan = None
             if data is not None:
                 asked = Settings(",".join(recipe.kinds or ["diagonal"]), labels, group=group)
@@ -195,9 +195,9 @@ def prune(
             if data is not None:
                 report.inputs += data_files(data.data)
             report.output = checkpoint_output(
-                plan.layout, digests, plan.companions[plan.top], folder, plan.place(folder), work
+                plan.layout, digests, plan.folders.of_top, folder, plan.folders.place(folder), work
             )
-            report.warnings += code_left_out(plan.checkpoint, plan.companions)
+            report.warnings += code_left_out(plan.checkpoint, plan.folders.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             shutil.rmtree(work)
     return report

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_in_folders
+from fishertool.checkpoint.companions import Folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.dtypes import COMPUTED
 from fishertool.checkpoint.header import TensorInfo
@@ -60,8 +59,7 @@ class Refined:
 class FactorizePlan:
     """All that is decided before the first tensor is read."""
 
-    top: Path
-    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
+    folders: Folders
     checkpoint: Checkpoint
     chosen: Refined
     statistics: Statistics
@@ -72,18 +70,12 @@ class FactorizePlan:
     layers: dict[str, Layer]
     kept: dict[str, str]
     """Every other tensor, and why it stays."""
-    companions: dict[Path, Companions]
-    """By folder."""
     allow_nonfinite: bool
     max_shard_bytes: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {matrix.key: matrix.shape for matrix in self.matrices}
-
-    def place(self, folder: Path) -> Path:
-        """Where in an output's folder its checkpoint lies."""
-        return folder / self.checkpoint.folder.relative_to(self.top)
 
     @property
     def others(self) -> int:
@@ -158,9 +150,8 @@ def plan_factorize(
         raise UsageError(f"nothing is selected: {'; '.join(why) or 'all is left out'}")
     statistics.check(chosen.inputs, matrices)
     plan = FactorizePlan(
-        top, checkpoint, chosen, statistics, budget, form, matrices, layers, kept,
-        find_in_folders(top, checkpoint.folder),
-        allow_nonfinite, max_shard_bytes,
+        Folders.of(top, checkpoint.folder), checkpoint, chosen, statistics, budget, form, matrices,
+        layers, kept, allow_nonfinite, max_shard_bytes,
     )  # fmt: skip
     budget.check_rank(plan.shapes)
     if budget.is_shared:

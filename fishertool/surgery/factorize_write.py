@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_from_folders, write_config, write_json
+from fishertool.checkpoint.companions import write_config, write_json
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.json_files import load_json
@@ -38,7 +38,7 @@ def write_factorized(
     layout, factored = plan.layout(ranks), plan.low_rank(ranks)
     matrices = {matrix.key: matrix for matrix in plan.matrices}
     figures: dict[str, dict[str, Any]] = {}
-    place = plan.place(folder)
+    place = plan.folders.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(place, layout) as writer:
 
@@ -68,7 +68,7 @@ def write_factorized(
         stream(_work(plan), one, threads, advance)
         digests = writer.finish()
     _write_config(plan, layout, place, list(factored.values()))
-    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
+    plan.folders.copy(folder)
     return layout, digests, figures
 
 

@@ -5,11 +5,10 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_in_folders
+from fishertool.checkpoint.companions import Folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
@@ -34,8 +33,7 @@ UNREACHED = "an expert that no token reached"
 class PrunePlan:
     """All that is decided before the first tensor is read."""
 
-    top: Path
-    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
+    folders: Folders
     checkpoint: Checkpoint
     recipe: Recipe
     statistics: Statistics | None
@@ -45,13 +43,7 @@ class PrunePlan:
     kept: dict[str, str]
     """Every tensor or expert that stays, by key, and why."""
     layout: Layout
-    companions: dict[Path, Companions]
-    """By folder."""
     allow_nonfinite: bool
-
-    def place(self, folder: Path) -> Path:
-        """Where in an output's folder its checkpoint lies."""
-        return folder / self.checkpoint.folder.relative_to(self.top)
 
     @cached_property
     def matrices(self) -> list[Matrix]:
@@ -120,10 +112,9 @@ def plan_prune(
     ]
     _check_pattern(checkpoint, recipe, selected)
     plan = PrunePlan(
-        top, checkpoint, recipe, statistics, selected,
+        Folders.of(top, checkpoint.folder), checkpoint, recipe, statistics, selected,
         {name: kept[name] for name in names if name in kept},
-        lay_out([checkpoint.info(name) for name in names], max_shard_bytes),
-        find_in_folders(top, checkpoint.folder), allow_nonfinite,
+        lay_out([checkpoint.info(name) for name in names], max_shard_bytes), allow_nonfinite,
     )  # fmt: skip
     if statistics is not None:
         plan = plan.without(statistics.unreached(selected))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_from_folders, write_config
+from fishertool.checkpoint.companions import write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.reader import Checkpoint
@@ -36,7 +36,7 @@ def write_pruned(
 
     Also returns how many zeros each pruned one has, with those it had before.
     """
-    place = plan.place(folder)
+    place = plan.folders.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     for shard in plan.layout.shards:
         (place / shard.file).unlink(missing_ok=True)  # of a run that was killed while it wrote
@@ -69,7 +69,7 @@ def write_pruned(
         collect(pieces(plan.parts), one, threads, count)
         digests = writer.finish()
     write_config(plan.checkpoint.folder, place, plan.layout.dtype)
-    copy_from_folders(plan.top, plan.checkpoint.folder, plan.companions, folder)
+    plan.folders.copy(folder)
     return digests, zeros
 
 
