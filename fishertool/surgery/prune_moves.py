@@ -87,7 +87,7 @@ def _updated(
             return columnwise(weight, moment, chosen, columns, damping=recipe.moment_damping)
         except NO_ANSWER as error:
             raise refusal(matrix, error) from error
-    found = statistics.curvature(recipe, matrix, step.pruned_before(matrix))
+    found = statistics.bank.curvature(recipe, matrix, step.pruned_before(matrix))
     if found is None:
         step.counts.setdefault("unmoved", []).append(matrix.key)
         return None
@@ -108,7 +108,7 @@ def _predicted(step: Step, matrix: Matrix, weight: Tensor, new: Tensor) -> float
         return None
     change = (new.double() - weight.double()).flatten()
     if "rank-one" in statistics.kinds:
-        found = statistics.curvature(step.recipe, matrix, step.pruned_before(matrix))
+        found = statistics.bank.curvature(step.recipe, matrix, step.pruned_before(matrix))
         if found is None:
             return 0.0
         fisher, _ = found

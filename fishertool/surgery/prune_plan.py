@@ -120,7 +120,7 @@ def plan_prune(
         plan = plan.without(statistics.unreached(selected))
         statistics.check(plan.matrices)
         if "rank-one" in recipe.kinds:
-            check_bank(recipe, statistics.members)
+            check_bank(recipe, statistics.bank.members)
     elif "activation" in recipe.kinds:
         _check_inputs_are_seen(checkpoint, selected)
     return plan

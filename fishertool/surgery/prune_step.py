@@ -122,8 +122,8 @@ def _saliencies(step: Step, advance: Advance) -> Iterator[tuple[str, Tensor]]:
         yield matrix.key, saliency.to(torch.float32)
         advance(matrix.elements)
     if step.statistics is not None and {"inverse_diagonal", "inverse_blocks"} & set(wanted):
-        step.counts["fallbacks"] = step.statistics.fallbacks
-        step.counts["clamped"] = step.statistics.clamped
+        step.counts["fallbacks"] = step.statistics.bank.fallbacks
+        step.counts["clamped"] = step.statistics.bank.clamped
 
 
 def _told_apart(saliency: Tensor, weight: Tensor) -> Tensor:
