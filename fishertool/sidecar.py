@@ -6,17 +6,17 @@ A sidecar is a folder with `diagonal.safetensors`, `kronecker.safetensors`, ... 
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
+from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import COMPUTED, NAMES
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.checkpoint.shards import check_whole
+from fishertool.checkpoint.shards import check_whole, has_stem
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.writer import CheckpointWriter
@@ -29,8 +29,8 @@ from fishertool.fisher.kinds import KINDS
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
     """Open one kind of a sidecar and check its header against its tensors.
 
-    Raises InputError for a folder that is no sidecar, or one part of it, or has not that kind, or
-    whose header and tensors disagree.
+    Raises InputError for a folder that is no sidecar, or one part of it, or has not that kind, and
+    as `header_of` does.
     """
     check_whole(folder)
     if folder.is_dir() and kind not in (there := kinds_of(folder)):
@@ -40,27 +40,33 @@ def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, Fish
         )
     tensors = open_checkpoint(folder, stem=kind)
     try:
-        header = FisherHeader.from_metadata(tensors.metadata, f"{folder}")
-        if header.kind != kind:
-            raise InputError(f"{folder}: says it is {header.kind}, expected {kind}")
-        names = set(header.statistics)
-        if kind in ("kronecker", "activation"):
-            parts = {f"{leader}#input" for leader in header.leaders.values()}
-            parts |= {f"{name}#output" for name in names if kind == "kronecker"}
-            agree = set(header.leaders) == names and set(tensors) == parts
-        else:
-            agree = {weight_of(name) for name in tensors} == names
-        if not agree:
-            raise InputError(f"{folder}: its header and its tensors have different names")
-        for name, info in tensors.infos().items():
-            if info.dtype not in COMPUTED:
-                raise InputError(
-                    f"{tensors.where(name)}: {info} is no statistic; estimate it again"
-                )
+        return tensors, header_of(tensors, kind)
     except BaseException:
         tensors.close()
         raise
-    return tensors, header
+
+
+def header_of(tensors: Contents, kind: str) -> FisherHeader:
+    """What the file of a kind says of itself.
+
+    Raises InputError for one of no or another kind, and where header and tensors disagree.
+    """
+    header = FisherHeader.from_metadata(tensors.metadata, f"{tensors.folder}")
+    if header.kind != kind:
+        raise InputError(f"{tensors.folder}: says it is {header.kind}, expected {kind}")
+    names = set(header.statistics)
+    if kind in ("kronecker", "activation"):
+        parts = {f"{leader}#input" for leader in header.leaders.values()}
+        parts |= {f"{name}#output" for name in names if kind == "kronecker"}
+        agree = set(header.leaders) == names and set(tensors) == parts
+    else:
+        agree = {weight_of(name) for name in tensors} == names
+    if not agree:
+        raise InputError(f"{tensors.folder}: its header and its tensors have different names")
+    for name, info in tensors.infos().items():
+        if info.dtype not in COMPUTED:
+            raise InputError(f"{tensors.where(name)}: {info} is no statistic; estimate it again")
+    return header
 
 
 def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
@@ -68,22 +74,18 @@ def open_diagonal(folder: Path) -> tuple[Checkpoint, FisherHeader]:
 
     Raises InputError as `open_sidecar` does.
     """
-    factored = has_kind(folder, "factored") and not has_kind(folder, "diagonal")
+    factored = has_stem(folder, "factored") and not has_stem(folder, "diagonal")
     return open_sidecar(folder, "factored" if factored else "diagonal")
-
-
-def has_kind(folder: Path, kind: str) -> bool:
-    return any(folder.glob(f"{kind}*.safetensors*"))
 
 
 def kinds_of(folder: Path) -> list[str]:
     """Those that a sidecar has; none of a folder that is none."""
-    return [kind for kind in KINDS if has_kind(folder, kind)]
+    return [kind for kind in KINDS if has_stem(folder, kind)]
 
 
 def has_diagonal(folder: Path) -> bool:
     """Whether it can be told from what is there, as `open_diagonal` does."""
-    return has_kind(folder, "diagonal") or has_kind(folder, "factored")
+    return has_stem(folder, "diagonal") or has_stem(folder, "factored")
 
 
 def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -201,13 +203,8 @@ class BankWriter:
         self._writer.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
 
     def write(self, name: str, member: int, gradient: Tensor) -> None:
         rows = gradient.reshape(-1, self._widths[name]).cpu()

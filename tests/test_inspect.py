@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +265,15 @@ def test_its_report_replaces_nothing_there(cli: Cli, make_model: ModelMaker) -> 
             assert f"--report {place}: {why}" in result.err
     assert cli("inspect", "out", "-q", "--report", "told.json").code == 0
     assert json.loads(Path("told.json").read_text())["command"] == "inspect"
+
+
+def test_a_checkpoint_is_told_of_without_torch(make_model: ModelMaker) -> None:
+    code = (
+        "import sys; from fishertool.cli import main; code = main(['inspect', *sys.argv[1:]]);"
+        "loaded = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules);"
+        "sys.exit(str(loaded) if loaded else code)"
+    )
+    arguments = [sys.executable, "-c", code, str(make_model("m")), "--tensors"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{QUERY}.weight" in done.stdout

@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.digest import FileDigest, RunningDigest
 from fishertool.checkpoint.dtypes import TORCH, as_bytes
-from fishertool.checkpoint.header import Header, TensorInfo
-from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.header import Header
 from fishertool.checkpoint.shards import read_headers
 from fishertool.errors import InputError
 
@@ -53,69 +52,29 @@ class Shard:
         self._file.close()
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Contents, Mapping[str, Tensor]):
     """Tensors of a folder by name, read when asked for.
 
     `checkpoint[name]` is the whole tensor, in its stored dtype; `read` gives some of its rows.
-    Names iterate in file order, so that a loop over them reads each shard front to back.
     """
 
     def __init__(self, folder: Path, shards: list[Shard]):
-        self.folder = folder
+        super().__init__(folder, {shard.path: shard.header for shard in shards})
         self.shards = shards
-        self._shard_of = {
-            name: shard
-            for shard in shards
-            for name in sorted(
-                shard.header.tensors, key=lambda name: shard.header.tensors[name].start
-            )
-        }
+        self._shard_of = {name: shard for shard in shards for name in shard.header.tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name).reshape(self.info(name).shape)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shard_of)
-
-    def __len__(self) -> int:
-        return len(self._shard_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shard_of
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         for shard in self.shards:
             shard.close()
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the first file's header carries besides tensors."""
-        return self.shards[0].header.metadata
-
-    def info(self, name: str) -> TensorInfo:
-        return self._shard_of[name].header.tensors[name]
-
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: self.info(name) for name in self}
-
-    def where(self, name: str) -> str:
-        """File and tensor, as messages name them."""
-        return f"{self._shard_of[name].path}: tensor {name}"
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `[start, stop)` of a tensor: `[row, width]`, or `[row]` if it is a vector or scalar."""
@@ -171,17 +130,6 @@ class Checkpoint(Mapping[str, Tensor]):
             total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
             total.update(as_bytes(shard.read(middle, size)))
         return total.hexdigest()
-
-    def config(self) -> dict[str, Any]:
-        """config.json of the folder."""
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise InputError(f"{path}: missing; a checkpoint is a folder with a config.json")
-        config = load_json(path)
-        names = config.get("architectures") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{path}: architectures must be a list of names")
-        return config
 
 
 def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:

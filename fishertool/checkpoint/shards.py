@@ -7,13 +7,19 @@ from fishertool.checkpoint.header import Header, has_control_characters, read_he
 from fishertool.checkpoint.json_files import check_link, load_json
 from fishertool.errors import InputError, some
 
-MODEL = "model.safetensors"
+MODEL = "model"
+"""Stem of a model's files."""
 PARTIAL = "partial"
-"""Stem of the file with the sums of one part of an estimate."""
+"""Of the file with the sums of one part of an estimate."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_headers(folder: Path, stem: str = "model") -> dict[Path, Header]:
+def has_stem(folder: Path, stem: str) -> bool:
+    """Whether there are files that may be a checkpoint of this stem."""
+    return any(folder.glob(f"{stem}*.safetensors*"))
+
+
+def read_headers(folder: Path, stem: str = MODEL) -> dict[Path, Header]:
     """Those of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
 
     Raises InputError for what read_header refuses, and for an index that names files outside the
@@ -28,7 +34,7 @@ def read_headers(folder: Path, stem: str = "model") -> dict[Path, Header]:
             f"{folder}: both {single.name} and {index.name}; remove the one that is stale"
         )
     if not single.exists() and not index.exists():
-        raise _nothing_to_open(folder, single.name)
+        raise _nothing_to_open(folder, stem)
     weight_map = _weight_map(index) if index.exists() else None
     names = sorted(set(weight_map.values())) if weight_map is not None else [single.name]
     headers: dict[Path, Header] = {}
@@ -90,16 +96,16 @@ def _check_tensors(
         raise InputError(f"{index}: does not name {some(unnamed)} in {found[unnamed[0]]}")
 
 
-def _nothing_to_open(folder: Path, wanted: str) -> InputError:
+def _nothing_to_open(folder: Path, stem: str) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f", but {some(others)}" if others else ""
-        if wanted == MODEL:
+        if stem == MODEL:
             hint += "; give the folder of a model"
-        if wanted == MODEL and "adapter_model.safetensors" in others:
+        if stem == MODEL and "adapter_model.safetensors" in others:
             hint += ": an adapter is merged into its own by fishertool merge BASE+ADAPTER"
-        return InputError(f"{folder}: no {wanted} in it{hint}")
+        return InputError(f"{folder}: no {stem}.safetensors in it{hint}")
     # A pattern, not a name: what is printed to be pasted holds nothing that the folder says.
     weights = [name for name in pickles if fnmatchcase(name, "pytorch_model*.bin")]
     pattern = "pytorch_model*.bin" if weights else f"*{Path(pickles[0]).suffix}"
@@ -108,5 +114,5 @@ def _nothing_to_open(folder: Path, wanted: str) -> InputError:
         'convert them: python -c "import glob, torch; from safetensors.torch import save_file; '
         f"save_file({{k: v.clone().contiguous() for f in sorted(glob.glob('{pattern}')) "
         "for k, v in torch.load(f, weights_only=True).items()}, "
-        f"'{wanted}', {{'format': 'pt'}})\""
+        f"'{stem}.safetensors', {{'format': 'pt'}})\""
     )

@@ -14,7 +14,6 @@ from fishertool.cli.flags import (
     option,
     refuse,
 )
-from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish
 
 COLUMNS = ("name", "dtype", "shape", "bytes", "file")
@@ -50,8 +49,7 @@ def inspect(
     """
     if not tensors:
         refuse(context, ("include", "exclude"), "choose among --tensors; give that too")
-    with importing([], None, dry_run=True):
-        from fishertool.commands.inspect import inspect as command
+    from fishertool.commands.inspect import inspect as command
 
     report = command(path, tensors=tensors, include=include or (), exclude=exclude or ())
     finish(report, as_json, quiet, report_file, COLUMNS)

@@ -21,8 +21,9 @@ from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
-from fishertool.models.low_rank import Factors, factors_of, modules_of
+from fishertool.models.low_rank import Factors, factors_of
 from fishertool.models.low_rank_layers import is_turned, product
+from fishertool.models.low_rank_loading import modules_of
 from fishertool.models.names import empty_model
 from fishertool.models.sentence import weights_folder
 from fishertool.plugin import is_low_rank

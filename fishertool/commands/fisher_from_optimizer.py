@@ -17,11 +17,12 @@ from fishertool.fisher.gradients import rows_of
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.sums import absorb, flattened
+from fishertool.models.architectures import task_name
 from fishertool.models.loading import load_model
 from fishertool.models.names import parameters_by_disk_name
 from fishertool.models.optimizer_state import check_is_there, second_moments
 from fishertool.models.sentence import transformer_folder
-from fishertool.models.tasks import loading_task
+from fishertool.models.tasks import TASKS
 from fishertool.report import Files, Report, data_files, environment, options_of, public_name
 from fishertool.selection import select
 
@@ -62,7 +63,7 @@ def fisher_from_optimizer(
     torch.set_num_threads(threads)
     folder = transformer_folder(hub.resolve(model))
     with open_checkpoint(folder) as checkpoint:
-        chosen = loading_task(checkpoint.config(), checkpoint.folder, task)
+        chosen = TASKS[task_name(checkpoint.config(), checkpoint.folder, task)]
         wanted = select(checkpoint, include, exclude)
         infos = [checkpoint.info(name) for name in wanted]
         needed = bytes_of(settings, infos, None)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import ONE_FILE, Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -109,17 +110,26 @@ def open_partial(folder: Path, stem: str = PARTIAL) -> tuple[Checkpoint, Partial
     """Raises InputError for a folder that holds no partial result, or one without all its sums."""
     tensors = open_checkpoint(folder, stem=stem)
     try:
-        partial = Partial.from_metadata(tensors.metadata, str(folder))
-        named = tensors.metadata.get(SUMS_KEY, json.dumps(sorted(tensors)))  # since it is written
-        if apart := sorted(set(tensors) ^ _names(named, str(folder))):
-            raise InputError(
-                f"{folder}: its sums are not those that it was written with, by {some(apart)}; "
-                "estimate it again"
-            )
-        return tensors, partial
+        return tensors, partial_of(tensors)
     except BaseException:
         tensors.close()
         raise
+
+
+def partial_of(tensors: Contents) -> Partial:
+    """What the file of a partial result says of itself.
+
+    Raises InputError if it is none, or lacks sums that it was written with.
+    """
+    where = str(tensors.folder)
+    partial = Partial.from_metadata(tensors.metadata, where)
+    named = tensors.metadata.get(SUMS_KEY, json.dumps(sorted(tensors)))  # since it is written
+    if apart := sorted(set(tensors) ^ _names(named, where)):
+        raise InputError(
+            f"{where}: its sums are not those that it was written with, by {some(apart)}; "
+            "estimate it again"
+        )
+    return partial
 
 
 def _names(text: str, where: str) -> set[str]:

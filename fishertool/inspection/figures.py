@@ -1,55 +1,48 @@
 """What headers and config files tell of a folder, as the summary of a report."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fishertool.checkpoint.companions import find_in_folders
+from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.json_files import load_json
-from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE
 from fishertool.errors import InputError
-from fishertool.estimation.partial import Partial
-from fishertool.fisher.header import FisherHeader, relative_errors
 from fishertool.inspection.files import extra_files
-from fishertool.inspection.place import About, Place
+from fishertool.inspection.place import Place
 from fishertool.inspection.written import Written
-from fishertool.models.adapters import CONFIG
+from fishertool.models.adapter_options import CONFIG
+from fishertool.models.architectures import task_name
 from fishertool.models.low_rank import factors_of
-from fishertool.models.tasks import loading_task
 from fishertool.plugin import is_low_rank
 from fishertool.report import public_name
 from fishertool.surgery.output import row_of
 
-WORST = 3
-"""Tensors whose standard errors are told."""
-
 
 def figures_of(
-    place: Place, opened: Mapping[str, tuple[Checkpoint, About]], written: Written | None
+    place: Place, opened: Mapping[str, Contents], written: Written | None
 ) -> dict[str, Any]:
     """What the folder is, what its tensors take, what lies beside them, and who wrote it.
 
     Raises InputError for a low-rank checkpoint whose factors are not those that its config.json
-    names, and for a config.json that is missing or no JSON.
+    names, for a config.json that is missing or no JSON, and for a Fisher that is none.
     """
-    checkpoints = [checkpoint for checkpoint, _ in opened.values()]
-    about = next(iter(opened.values()))[1]
-    own: dict[str, Any]
-    if isinstance(about, Partial):
-        own = _of_part(about)
-    elif isinstance(about, FisherHeader):
-        own = _of_sidecar(opened)
+    contents = list(opened.values())
+    if place.what == "checkpoint":
+        own = _of_checkpoint(contents[0])
     elif place.what == "adapter":
         own = _of_adapter(load_json(place.top / CONFIG))
     else:
-        own = _of_checkpoint(checkpoints[0])
+        from fishertool.inspection.fishers import figures_of_fisher  # by which torch is loaded
+
+        own = figures_of_fisher(place, opened)
     return {
         "what": place.what,
         **own,
-        **_sizes(place.top, checkpoints),
-        **_beside(place, checkpoints),
+        **_sizes(place.top, contents),
+        **_beside(place, contents),
         "report": None if written is None else of_report(written),
     }
 
@@ -58,23 +51,19 @@ def of_report(written: Written) -> dict[str, Any]:
     return {"command": written.command, "method": written.method, "summary": written.figures}
 
 
-def rows_of(place: Place, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+def rows_of(place: Place, contents: Iterable[Contents]) -> list[dict[str, Any]]:
     """A row a tensor, in file order."""
     return [
-        row_of(info, "inspect", bytes=info.nbytes, file=_relative(shard.path, place.top))
-        for checkpoint in checkpoints
-        for shard in checkpoint.shards
-        for info in sorted(shard.header.tensors.values(), key=lambda info: info.start)
+        row_of(info, "inspect", bytes=info.nbytes, file=_relative(path, place.top))
+        for one in contents
+        for path, header in one.headers.items()
+        for info in sorted(header.tensors.values(), key=lambda info: info.start)
     ]
 
 
-def _sizes(top: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    files = {
-        _relative(shard.path, top): shard.path.stat().st_size
-        for checkpoint in checkpoints
-        for shard in checkpoint.shards
-    }
-    infos = [info for checkpoint in checkpoints for info in checkpoint.infos().values()]
+def _sizes(top: Path, contents: Sequence[Contents]) -> dict[str, Any]:
+    files = {_relative(path, top): path.stat().st_size for one in contents for path in one.headers}
+    infos = [info for one in contents for info in one.infos().values()]
     dtypes: dict[str, dict[str, int]] = {}
     for dtype in Counter(info.dtype for info in infos):
         own = [info for info in infos if info.dtype == dtype]
@@ -92,9 +81,9 @@ def _sizes(top: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     }
 
 
-def _beside(place: Place, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+def _beside(place: Place, contents: Sequence[Contents]) -> dict[str, Any]:
     """What a loader needs, and what it does not, besides the files of tensors and the report."""
-    shards = [shard.path for checkpoint in checkpoints for shard in checkpoint.shards]
+    shards = [path for one in contents for path in one.headers]
     own = {REPORT_FILE, "config.json", *(_relative(path, place.top) for path in shards)}
     copied: dict[str, None] = {}
     left_out = dict.fromkeys(extra_files(place, shards, None))
@@ -107,7 +96,7 @@ def _beside(place: Place, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     }
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _of_checkpoint(checkpoint: Contents) -> dict[str, Any]:
     config = checkpoint.config()
     quantization = config.get("quantization_config")
     return {
@@ -125,12 +114,12 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _task(config: dict[str, Any], folder: Path) -> str | None:
     try:
-        return loading_task(config, folder, "auto").name
+        return task_name(config, folder)
     except InputError:  # of another task than the tool's
         return None
 
 
-def _low_rank(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+def _low_rank(checkpoint: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
     factors = factors_of(checkpoint, config["quantization_config"])
     return {
         "modules": len(factors),
@@ -152,56 +141,6 @@ def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
         "alpha": config.get("lora_alpha"),
         "target_modules": targets,
         "modules_to_save": config.get("modules_to_save"),
-    }
-
-
-def _of_sidecar(opened: Mapping[str, tuple[Checkpoint, About]]) -> dict[str, Any]:
-    headers = [one for _, one in opened.values() if isinstance(one, FisherHeader)]
-    return {
-        **_of_header(headers[0]),
-        "kinds": {header.kind: _of_kind(header) for header in headers},
-        "largest_relative_errors": next(filter(None, map(_errors, headers)), {}),
-    }
-
-
-def _of_header(header: FisherHeader) -> dict[str, Any]:
-    return {
-        "model": header.model,
-        "fingerprint": header.fingerprint,
-        "task": header.task,
-        "labels": header.labels,
-        "estimator": header.estimator,
-        "examples": header.examples,
-        "tokens": header.tokens,
-        "seed": header.seed,
-    }
-
-
-def _of_kind(header: FisherHeader) -> dict[str, Any]:
-    """Weights that the kind tells of, their elements, and the model's tensors that it leaves out."""
-    return {
-        "weights": len(header.statistics),
-        "parameters": sum(one.elements for one in header.statistics.values()),
-        "without": len(header.without),
-        "group": header.group if header.kind == "rank-one" else None,
-    }
-
-
-def _errors(header: FisherHeader) -> dict[str, float]:
-    """Relative standard errors of the totals that are known worst, by weight."""
-    errors = relative_errors(header.statistics)
-    worst = sorted(errors, key=lambda name: -errors[name])
-    return {name: errors[name] for name in worst[:WORST]}
-
-
-def _of_part(partial: Partial) -> dict[str, Any]:
-    job, progress = partial.job, partial.progress
-    return {
-        **_of_header(job.header),
-        "part": f"{progress.number + 1}/{job.workers}",
-        "units": progress.units,
-        "units_of_all_parts": job.units,
-        "kinds": list(job.kinds),
     }
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import main_dtype
-from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.staging import REPORT_FILE
 from fishertool.errors import InputError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.inspection.files import extra_files, faults_of_files
-from fishertool.inspection.place import About, Place
+from fishertool.inspection.fishers import About, about_of
+from fishertool.inspection.place import Place
 from fishertool.inspection.rows import (
     counted,
     faults_of_kind,
@@ -43,11 +44,11 @@ class Verification:
         self._config: dict[str, Any] | None = None
         for stem in place.stems:
             try:
-                checkpoint, about = place.open(stem)
+                checkpoint = opened.enter_context(open_checkpoint(place.weights, stem))
+                self._opened[stem] = checkpoint, about_of(place, stem, checkpoint)
             except InputError as error:
                 self.findings.append(str(error))
                 continue
-            self._opened[stem] = opened.enter_context(checkpoint), about
             for shard in checkpoint.shards:
                 shard.hash_anew()
 

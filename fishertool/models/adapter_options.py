@@ -9,6 +9,9 @@ from typing import Any
 from fishertool.checkpoint.json_files import load_json
 from fishertool.errors import InputError, some
 
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+"""Of the file beside it."""
 UNIT = re.compile(r"(\\[dw.-]|\[[\w.-]+\]|[\w.-])([+*]?)")
 """Of peft's regular expressions for the ends of names: a letter, and whether it is repeated."""
 LARGEST = 2**31 - 1

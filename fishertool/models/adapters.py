@@ -16,11 +16,9 @@ from fishertool.checkpoint.dtypes import NAMES, compute_dtype
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
-from fishertool.models.adapter_options import rank_and_scale, read_options
+from fishertool.models.adapter_options import CONFIG, STEM, rank_and_scale, read_options
 from fishertool.models.lora import LowRank
 
-CONFIG = "adapter_config.json"
-STEM = "adapter_model"
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.(weight|bias))?")
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")

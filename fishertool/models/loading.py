@@ -15,10 +15,12 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.architectures import fits_decoder
 from fishertool.models.buffers import is_old_buffer
 from fishertool.models.low_rank_layers import table_length
-from fishertool.models.sentence import SCALE, SentenceScorer, pipeline_of
-from fishertool.models.tasks import Task, fits_decoder
+from fishertool.models.sentence import pipeline_of
+from fishertool.models.sentence_scorer import SCALE, SentenceScorer
+from fishertool.models.tasks import Task
 from fishertool.registry import suggest
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -83,7 +85,7 @@ def load_model(
     import transformers
 
     config = checkpoint.config()
-    if not fits_decoder(task, config):
+    if not fits_decoder(task.name, config):
         raise InputError(
             f"{checkpoint.folder}: {_architecture(config)} does not fit --task {task.name}"
         )

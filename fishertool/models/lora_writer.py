@@ -14,7 +14,8 @@ from fishertool.checkpoint.dtypes import TORCH
 from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
-from fishertool.models.adapters import CONFIG, PREFIX, STEM, is_turned
+from fishertool.models.adapter_options import CONFIG, STEM
+from fishertool.models.adapters import PREFIX, is_turned
 from fishertool.models.names import empty_model, names_on_disk
 from fishertool.sidecar import write_tensors
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EMPTY = (0,)
-"""Shape of what stands in the place of a dense weight."""
+from fishertool.models.low_rank import EMPTY
 
 
 class LowRank(nn.Module, ABC):

@@ -19,15 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fishertool.checkpoint.header import read_header
 from fishertool.checkpoint.reader import Checkpoint, Shard
 from fishertool.errors import InputError
-from fishertool.models.low_rank import (
-    Factors,
-    check_loaded,
-    factors_of,
-    modules_of,
-    put_in,
-    quantization_config,
-)
+from fishertool.models.low_rank import Factors, factors_of, quantization_config
 from fishertool.models.low_rank_layers import LowRank, LowRankEmbedding
+from fishertool.models.low_rank_loading import check_loaded, modules_of, put_in
 from fishertool.models.probes import origins
 from fishertool.plugin import METHOD
 

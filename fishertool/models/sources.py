@@ -10,7 +10,8 @@ from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
 from fishertool.models.adapted import AdaptedCheckpoint
-from fishertool.models.adapters import CONFIG, open_adapter
+from fishertool.models.adapter_options import CONFIG
+from fishertool.models.adapters import open_adapter
 from fishertool.report import public_name
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint predicts, and how its data become batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fishertool.calibration import UNSCORED, Example, Form
 from fishertool.calibration.forms import FORMS
-from fishertool.errors import InputError, UsageError
+from fishertool.errors import InputError
 from fishertool.fisher.batches import Batch
-from fishertool.models.sentence import pipeline_of
-from fishertool.registry import suggest
+from fishertool.models.architectures import task_name
 
 LABELS = "labels"
 
@@ -21,7 +20,6 @@ LABELS = "labels"
 @dataclass(frozen=True)
 class Task:
     name: str
-    architecture_suffixes: tuple[str, ...]
     auto_class: str
     """The transformers class that loads it."""
     form: Form
@@ -71,7 +69,6 @@ TASKS = {
     for task in (
         Task(
             "sequence-classification",
-            ("ForSequenceClassification",),
             "AutoModelForSequenceClassification",
             FORMS["labelled texts"],
             has_labels=True,
@@ -80,7 +77,6 @@ TASKS = {
         ),
         Task(
             "token-classification",
-            ("ForTokenClassification",),
             "AutoModelForTokenClassification",
             FORMS["labelled words"],
             has_labels=True,
@@ -89,7 +85,6 @@ TASKS = {
         ),
         Task(
             "masked-lm",
-            ("ForMaskedLM",),
             "AutoModelForMaskedLM",
             FORMS["masked texts"],
             has_labels=False,
@@ -98,7 +93,6 @@ TASKS = {
         ),
         Task(
             "causal-lm",
-            ("ForCausalLM", "LMHeadModel"),
             "AutoModelForCausalLM",
             FORMS["texts"],
             has_labels=False,
@@ -107,7 +101,6 @@ TASKS = {
         ),
         Task(
             "sequence-to-sequence",
-            ("ForConditionalGeneration", "MTModel"),
             "AutoModelForSeq2SeqLM",
             FORMS["texts and targets"],
             has_labels=False,
@@ -116,7 +109,6 @@ TASKS = {
         ),
         Task(
             "embedding",
-            ("Model",),
             "AutoModel",
             FORMS["queries"],
             has_labels=False,
@@ -127,12 +119,12 @@ TASKS = {
 }
 
 
-def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
+def task_of(config: dict[str, Any], folder: str | Path, asked: str = "auto") -> Task:
     """The task asked for, or the one the checkpoint was made for, if its examples can be scored.
 
     Raises InputError for a head whose outputs are no probabilities of classes.
     """
-    task = loading_task(config, folder, asked)
+    task = TASKS[task_name(config, folder, asked)]
     problem = config.get("problem_type") or ""
     if task.has_labels and len(config.get("id2label") or "01") < 2:
         problem = "regression"
@@ -142,38 +134,6 @@ def task_of(config: dict[str, Any], folder: Any, asked: str = "auto") -> Task:
             "served yet; served are models that choose one of several classes"
         )
     return task
-
-
-def loading_task(config: dict[str, Any], folder: Any, asked: str) -> Task:
-    """The task that says how to load a checkpoint, whether or not its head can be scored.
-
-    A sentence-transformers folder is an embedding model whatever its architecture, and so is a
-    bare model without a head; else config.json's architecture tells.
-    """
-    if asked != "auto":
-        if asked not in TASKS:
-            raise UsageError(f"--task {suggest(asked, TASKS)}")
-        return TASKS[asked]
-    if pipeline_of(Path(folder)) is not None:
-        return TASKS["embedding"]
-    architectures = config.get("architectures") or []
-    for task in TASKS.values():
-        fits = any(name.endswith(task.architecture_suffixes) for name in architectures)
-        if fits and fits_decoder(task, config):
-            return task
-    raise InputError(
-        f"{folder}: no task follows from its architecture ({', '.join(architectures) or 'none given'})"
-        f"; tasks so far: {', '.join(TASKS)}"
-    )
-
-
-def fits_decoder(task: Task, config: Mapping[str, Any]) -> bool:
-    """Whether the model has a decoder behind its encoder if the task needs one, and none if it
-    cannot use one. Models of images and text are ForConditionalGeneration too, without."""
-    alone = any(name.endswith("EncoderModel") for name in config.get("architectures") or [])
-    both = bool(config.get("is_encoder_decoder")) and not alone
-    needed = {"sequence-to-sequence": True, "embedding": False}
-    return needed.get(task.name, both) == both
 
 
 def collate(

@@ -13,7 +13,7 @@ from fishertool.errors import InputError
 from fishertool.fisher.batches import micro_batches
 from fishertool.models.loading import LoadedModel
 from fishertool.models.padding import ALONE, padding_matters
-from fishertool.models.sentence import MODES, SentenceScorer
+from fishertool.models.sentence_scorer import MODES, SentenceScorer
 from fishertool.models.tasks import LABELS, TASKS, collate
 
 Inputs = Mapping[str, list[int]]

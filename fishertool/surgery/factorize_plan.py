@@ -15,7 +15,7 @@ from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.errors import InputError, UsageError
 from fishertool.factorization.rank import Ranks
 from fishertool.models.layers import Layer, layers_of
-from fishertool.models.low_rank_layers import EMPTY
+from fishertool.models.low_rank import EMPTY
 from fishertool.models.names import tied_names
 from fishertool.models.sentence import weights_folder
 from fishertool.registry import Method

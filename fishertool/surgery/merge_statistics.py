@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fishertool import hub
 from fishertool.checkpoint.reader import Checkpoint
+from fishertool.checkpoint.shards import has_stem
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.merging.method import Fisher, Kronecker
@@ -17,7 +18,6 @@ from fishertool.registry import Method
 from fishertool.sidecar import (
     check_fits,
     has_diagonal,
-    has_kind,
     open_diagonal,
     open_sidecar,
     oriented,
@@ -139,7 +139,7 @@ def open_factors(opened: ExitStack, inputs: Inputs, method: Method) -> dict[int,
     found = {}
     for number, place in inputs.sidecars.items():
         folder = hub.resolve(place)
-        halves = "activations" in method.inputs and has_kind(folder, "activation")
+        halves = "activations" in method.inputs and has_stem(folder, "activation")
         tensors, header = open_sidecar(folder, "activation" if halves else "kronecker")
         found[number] = _checked(opened, tensors, header, inputs, number)
     return found

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fishertool.checkpoint.companions import Companions, digests_beside
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout
-from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import some
 from fishertool.report import Output
+
+if TYPE_CHECKING:  # it needs torch, and what only looks does not
+    from fishertool.checkpoint.source import TensorSource
 
 BASE_RSS_BYTES = 400_000_000
 """What the process takes before it holds a weight."""
@@ -39,7 +41,7 @@ def checkpoint_output(
     return Output.of(digests, layout.parameters, layout.dtype, beside, left_out)
 
 
-def code_left_out(checkpoint: TensorSource, companions: Mapping[Path, Companions]) -> list[str]:
+def code_left_out(checkpoint: "TensorSource", companions: Mapping[Path, Companions]) -> list[str]:
     """What to tell of a checkpoint whose config.json names code beside it: that is never copied."""
     found = companions[checkpoint.folder]
     code = [name for name in found.left_out if name.endswith(".py")]
