@@ -80,12 +80,6 @@ def find_companions(folder: Path) -> Companions:
     return Companions(tuple(copied), tuple(left_out))
 
 
-def find_in_folders(top: Path, checkpoint: Path) -> dict[Path, Companions]:
-    """Those of a model's folder `top`, and of the one in it that has the checkpoint, if that is
-    another; by folder."""
-    return {folder: find_companions(folder) for folder in dict.fromkeys([top, checkpoint])}
-
-
 def same_file(one: Path, other: Path) -> bool:
     """Whether `other` is there with the bytes of `one`."""
     return other.is_file() and cmp(one, other, shallow=False)
@@ -96,19 +90,6 @@ def copy_companions(folder: Path, companions: Companions, out: Path) -> None:
     for name in companions.copied:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, out / name)
-
-
-def copy_from_folders(
-    top: Path, checkpoint: Path, companions: Mapping[Path, Companions], out: Path
-) -> None:
-    """Copy what `find_in_folders` found: of what lies in the checkpoint's, only its own go along."""
-    inside = checkpoint.relative_to(top).as_posix()
-    for source, found in companions.items():
-        copied = found.copied
-        if source != checkpoint:
-            copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
-        place = out / source.relative_to(top)
-        copy_companions(source, Companions(copied, found.left_out), place)
 
 
 def digests_beside(folder: Path, besides: Collection[Path]) -> list[FileDigest]:
@@ -134,7 +115,8 @@ class Folders:
     @classmethod
     def of(cls, top: Path, checkpoint: Path) -> Self:
         """Raises InputError as `find_companions` does."""
-        return cls(top, checkpoint, find_in_folders(top, checkpoint))
+        folders = dict.fromkeys([top, checkpoint])
+        return cls(top, checkpoint, {folder: find_companions(folder) for folder in folders})
 
     @property
     def of_top(self) -> Companions:
@@ -145,7 +127,14 @@ class Folders:
         return out / self.checkpoint.relative_to(self.top)
 
     def copy(self, out: Path) -> None:
-        copy_from_folders(self.top, self.checkpoint, self.companions, out)
+        """Of what lies in the checkpoint's folder, only its own go along."""
+        inside = self.checkpoint.relative_to(self.top).as_posix()
+        for source, found in self.companions.items():
+            copied = found.copied
+            if source != self.checkpoint:
+                copied = tuple(name for name in copied if not name.startswith(f"{inside}/"))
+            place = out / source.relative_to(self.top)
+            copy_companions(source, Companions(copied, found.left_out), place)
 
 
 def write_config(

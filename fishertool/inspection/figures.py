@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fishertool.checkpoint.companions import find_in_folders
+from fishertool.checkpoint.companions import Folders
 from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.staging import REPORT_FILE
@@ -87,7 +87,7 @@ def _beside(place: Place, contents: Sequence[Contents]) -> dict[str, Any]:
     own = {REPORT_FILE, "config.json", *(_relative(path, place.top) for path in shards)}
     copied: dict[str, None] = {}
     left_out = dict.fromkeys(extra_files(place, shards, None))
-    for folder, found in find_in_folders(place.top, place.weights).items():
+    for folder, found in Folders.of(place.top, place.weights).companions.items():
         copied |= {_relative(folder / name, place.top): None for name in found.copied}
         left_out |= {_relative(folder / name, place.top): None for name in found.left_out}
     return {

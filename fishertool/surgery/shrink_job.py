@@ -64,7 +64,7 @@ def shrink(
             plan = plan_shrink(
                 opened, model, recipe, max_shard_bytes, examples is not None, trust_remote_code
             )
-            check_output(out, [plan.top], overwrite, plan.layout.nbytes)
+            check_output(out, [plan.folders.top], overwrite, plan.layout.nbytes)
             trial_plan = None
             if examples is not None:
                 trial_plan = plan_trial(
@@ -107,9 +107,9 @@ def shrink(
                 report.warnings.append(UNMEASURED)
             report.inputs = _inputs(plan, model, examples)
             report.output = checkpoint_output(
-                plan.layout, digests, plan.companions[plan.top], folder, plan.place(folder)
+                plan.layout, digests, plan.folders.of_top, folder, plan.folders.place(folder)
             )
-            report.warnings += code_left_out(plan.checkpoint, plan.companions)
+            report.warnings += code_left_out(plan.checkpoint, plan.folders.companions)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
@@ -140,7 +140,7 @@ def _loss_of_output(
     plan: ShrinkPlan, trial: Trial, folder: Path, device: str, trust_remote_code: bool
 ) -> float:
     held, subject = trial.held_out, trial.held_out.subject
-    with open_checkpoint(plan.place(folder)) as written:
+    with open_checkpoint(plan.folders.place(folder)) as written:
         small = load_model(written, subject.task, device, trust_remote_code, subject.data.scale)
     return loss_of(replace(held, model=small))
 

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.companions import Companions, find_in_folders
+from fishertool.checkpoint.companions import Folders
 from fishertool.checkpoint.compare import check_not_quantized
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
@@ -46,20 +45,13 @@ class ShrinkRecipe:
 
 @dataclass(frozen=True)
 class ShrinkPlan:
-    top: Path
-    """The model's folder; of sentence-transformers it may hold the checkpoint in one below."""
+    folders: Folders
     checkpoint: Checkpoint
     recipe: ShrinkRecipe
     units: Units
     kept: int
     """Units that stay in every block."""
     layout: Layout
-    companions: dict[Path, Companions]
-    """By folder."""
-
-    def place(self, folder: Path) -> Path:
-        """Where in an output's folder its checkpoint lies."""
-        return folder / self.checkpoint.folder.relative_to(self.top)
 
 
 NOT_STRUCTURED = {
@@ -152,7 +144,6 @@ def plan_shrink(
         for name in checkpoint
         if name not in copies
     ]
-    return ShrinkPlan(
-        top, checkpoint, recipe, units, kept, lay_out(infos, max_shard_bytes),
-        find_in_folders(top, checkpoint.folder),
-    )  # fmt: skip
+    folders = Folders.of(top, checkpoint.folder)
+    layout = lay_out(infos, max_shard_bytes)
+    return ShrinkPlan(folders, checkpoint, recipe, units, kept, layout)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishertool.checkpoint.companions import copy_from_folders, write_config
+from fishertool.checkpoint.companions import write_config
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.dtypes import TORCH, representable
 from fishertool.checkpoint.source import check_finite
@@ -34,7 +34,7 @@ def write_shrunk(
     Raises InputError naming a tensor with NaN or Inf.
     """
     checkpoint = plan.checkpoint
-    place = plan.place(folder)
+    place = plan.folders.place(folder)
     place.mkdir(parents=True, exist_ok=True)
     cuts = {
         cut.name: (cut, outcome.kept[block.join.name])
@@ -63,7 +63,7 @@ def write_shrunk(
             advance(info.elements)
         digests = writer.finish()
     write_config(checkpoint.folder, place, plan.layout.dtype, plan.units.changes(plan.kept))
-    copy_from_folders(plan.top, checkpoint.folder, plan.companions, folder)
+    plan.folders.copy(folder)
     return digests
 
 
