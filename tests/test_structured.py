@@ -352,7 +352,13 @@ def test_nothing_left_out_or_no_input_changes_nothing() -> None:
     assert torch.equal(refitted(weight, nothing, some, 1), weight[:, some])
 
 
-RECIPES = [("fisher", "none"), ("fisher", "mask"), ("magnitude", "joint"), ("random", "auto")]
+RECIPES = [
+    ("fisher", "none"),
+    ("fisher", "mask"),
+    ("obs", "joint"),
+    ("magnitude", "joint"),
+    ("random", "auto"),
+]
 
 
 def shrunk(
@@ -583,7 +589,7 @@ def test_what_is_not_known_by_name(make_model: ModelMaker) -> None:
     [
         (
             ShrinkRecipe("neurons", 0.5, "wanda"),
-            "--method 'wanda'; known: fisher, magnitude, random",
+            "--method 'wanda'; known: fisher, obs, magnitude, random",
         ),
         (ShrinkRecipe("neurons", 0.5, "fisher"), "looks at examples: give --data"),
         (ShrinkRecipe("neurons", 0.5, "magnitude", "joint"), "looks at examples: give --data"),
