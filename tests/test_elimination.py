@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import MAKERS, Cli, make_text, make_tokenizer, write_rows
 from test_fisher_diagonal import randomize
-from test_structured import _decoder, loaded_from
+from test_structured import FAMILIES, loaded_from
 from torch import Tensor
 
 from fishertool.fisher.column_blocks import ColumnBlocks, column_blocks
@@ -114,7 +114,7 @@ def test_column_blocks_of_every_form_of_a_gradient(turned: bool) -> None:
         ([outer(x, delta), dense], delta.mT @ x + whole),
     ]
     for parts, gradients in cases:
-        blocks = ColumnBlocks(turned)
+        blocks = ColumnBlocks({"w": dense.values[0]}, turned)
         blocks.add("w", parts)
         blocks.add("w", parts)
         expected = 2 * (gradients.double() @ gradients.double().mT).sum(0)
@@ -132,14 +132,14 @@ def texts(tmp_path: Path) -> Path:
 
 def saved(folder: Path, kind: str) -> Path:
     torch.manual_seed(0)
-    model: Any = randomize((_decoder("Llama", 4, 4) if kind == "llama" else MAKERS[kind])())
+    model: Any = randomize(FAMILIES[kind]())
     model.save_pretrained(folder)
     make_tokenizer(template=kind == "bert").save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("kind", "pattern"), [("bert", "neurons"), ("gpt2", "neurons"), ("llama", "heads")]
+    ("kind", "pattern"), [("bert", "neurons"), ("gpt2", "neurons"), ("llama-each", "heads")]
 )
 def test_column_blocks_are_those_of_autograd(
     tmp_path: Path, texts: Path, kind: str, pattern: str
@@ -168,7 +168,7 @@ def test_column_blocks_are_those_of_autograd(
         assert float((found[name] - block).norm() / block.norm()) < 1e-5, name
 
 
-@pytest.mark.parametrize(("kind", "pattern"), [("bert", "neurons"), ("llama", "heads")])
+@pytest.mark.parametrize(("kind", "pattern"), [("bert", "neurons"), ("llama-each", "heads")])
 def test_the_command(cli: Cli, tmp_path: Path, texts: Path, kind: str, pattern: str) -> None:
     folder = saved(tmp_path / kind, kind)
     flags = ("--pattern", pattern, "--sparsity", "0.5", "--data", str(texts), "--json")

@@ -61,7 +61,7 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
     def __init__(self, folder: Path, shards: list[Shard]):
         super().__init__(folder, {shard.path: shard.header for shard in shards})
         self.shards = shards
-        self._shard_of = {name: shard for shard in shards for name in shard.header.tensors}
+        self._shards = {shard.path: shard for shard in shards}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name).reshape(self.info(name).shape)
@@ -82,7 +82,7 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
         stop = info.rows if stop is None else stop
         if not 0 <= start <= stop <= info.rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {info.rows}")
-        shard, row_bytes = self._shard_of[name], info.nbytes // max(info.rows, 1)
+        shard, row_bytes = self._shard(name), info.nbytes // max(info.rows, 1)
         offset = info.start + start * row_bytes
         data = shard.read(offset, (stop - start) * row_bytes)
         shard.digest.feed(offset, as_bytes(data))
@@ -99,12 +99,15 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
         size = info.elements // max(entries, 1)
         if not 0 <= start <= stop <= size:
             raise IndexError(f"elements {start} to {stop} of {name}, whose entries have {size}")
-        columns = torch.empty(entries, stop - start, dtype=dtype)
+        shard, columns = self._shard(name), torch.empty(entries, stop - start, dtype=dtype)
         for entry in range(entries):
             offset = info.start + (entry * size + start) * dtype.itemsize
-            data = self._shard_of[name].read(offset, (stop - start) * dtype.itemsize)
+            data = shard.read(offset, (stop - start) * dtype.itemsize)
             columns[entry] = data.view(dtype)
         return columns
+
+    def _shard(self, name: str) -> Shard:
+        return self._shards[self._file_of[name]]
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self.info(name).dtype
@@ -124,7 +127,7 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
         """
         total = hashlib.sha256()
         for name in sorted(self):
-            info, shard = self.info(name), self._shard_of[name]
+            info, shard = self.info(name), self._shard(name)
             size = min(SAMPLE_BYTES, info.nbytes)
             middle = info.start + (info.nbytes - size) // 2
             total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())

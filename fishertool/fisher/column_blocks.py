@@ -1,6 +1,6 @@
 """The Fisher of a linear layer's columns, one block for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +18,22 @@ class ColumnBlocks:
 
     sums  weight name -> [out, out], float64
 
-    With `turned` the weights are [in, out].
+    weights  by name, [out, in], or [in, out] if they are `turned`
     """
 
-    def __init__(self, turned: bool = False):
+    def __init__(self, weights: Mapping[str, Tensor], turned: bool = False):
         self._turned = turned
         self.sums: Sums = {}
+        for name, weight in weights.items():
+            side = weight.shape[1 if turned else 0]
+            self.sums[name] = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
         self.groups: Groups = {"column blocks": self.sums}
 
     def begin(self, examples: Sequence[int]) -> None:
         """Nothing is kept from batch to batch."""
 
     def add(self, name: str, gradients: Sequence[Gradient]) -> None:
-        blocks = column_blocks(gradients, self._turned).double()
-        self.sums[name] = self.sums[name] + blocks if name in self.sums else blocks
+        self.sums[name] += column_blocks(gradients, self._turned)
 
 
 def column_blocks(gradients: Sequence[Gradient], turned: bool) -> Tensor:

@@ -102,7 +102,7 @@ def run_shrink(
 
 
 def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statistics:
-    """One pass over the examples: the mask's gradients, and the inputs of the joining layers."""
+    """One pass over the examples: gradients of masks or weights, and inputs of the joining layers."""
     recipe, names = plan.recipe, [block.join.name for block in plan.units.blocks]
     if lost := [name for name in names if name not in loaded.parameters]:
         raise InputError(f"{plan.checkpoint.folder}: {lost[0]} is no parameter of the model")
@@ -116,7 +116,7 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
             for block in plan.units.blocks
         }
         masks = MaskMoments(layers, cross=recipe.rearrange or recipe.tunes_masks)
-    outputs = ColumnBlocks(plan.units.turned) if recipe.method == "obs" else None
+    outputs = ColumnBlocks(parameters, plan.units.turned) if recipe.method == "obs" else None
     inputs = None
     if recipe.method == "obs" or recipe.compensate in ("joint", "auto"):
         inputs = InputMoments(loaded.module, parameters, relative=True)
@@ -177,12 +177,10 @@ def _by_magnitude(plan: ShrinkPlan, block: Block) -> Tensor:
 
 
 def _by_elimination(plan: ShrinkPlan, block: Block, gathered: Statistics) -> Tensor:
-    name, features, weight = block.join.name, block.join.features, _dense(plan, block)
-    outputs = gathered.outputs.get(name, torch.zeros(len(weight), len(weight))).cpu()
+    name, features = block.join.name, block.join.features
+    inputs, outputs = gathered.inputs[name].cpu(), gathered.outputs[name].cpu()
     try:
-        return left_by_elimination(
-            weight, gathered.inputs[name].cpu(), outputs, plan.kept, features
-        )
+        return left_by_elimination(_dense(plan, block), inputs, outputs, plan.kept, features)
     except ValueError:
         raise InputError(
             f"{plan.checkpoint.where(name)}: its inputs or its gradients are zero in every example, "
