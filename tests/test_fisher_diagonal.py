@@ -19,6 +19,7 @@ from fishertool.fisher.diagonal import Diagonal, add_squares
 from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.gradients import Gradient, OuterProducts, ScatteredRows, Whole
 from fishertool.fisher.labels import Labels
+from fishertool.fisher.layers import linear, transposed_linear
 from fishertool.models.tasks import TASKS, collate
 
 CLASSES = 3
@@ -338,3 +339,25 @@ def test_add_squares_of_every_form(shape: tuple[int, int], time: int) -> None:
         dense = sum((forms[name][1] for name in names), torch.zeros(()))
         torch.testing.assert_close(total, 1 + dense.square().sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norms, 1 + dense.square().sum((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [linear, transposed_linear])
+@pytest.mark.parametrize("read", [[], [0], [1, 3], [0, 1, 2, 3]], ids=str)
+def test_a_linear_layer_of_which_some_tokens_are_read(rule: Any, read: list[int]) -> None:
+    """What is left out is zero in every example and every feature."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 4, 5, generator=generator)
+    delta = torch.zeros(3, 4, 6)
+    delta[:, read] = torch.randn(3, len(read), 6, generator=generator)
+    delta[0] = 0
+    delta[:, read[-1:], 0] = 0
+    module = nn.Linear(5, 6)
+    found = rule(module, x.flatten(0, 1), delta.flatten(0, 1), 3)
+    weight = found["weight"]
+    assert weight.left.shape[1] == weight.right.shape[1] == len(read)
+    exact = torch.einsum("nto,nti->noi" if rule is linear else "nto,nti->nio", delta, x)
+    total, norms = torch.zeros(exact.shape[1:]).double(), torch.zeros(3).double()
+    add_squares(total, [weight], norms)
+    torch.testing.assert_close(total, exact.double().square().sum(0))
+    torch.testing.assert_close(norms, exact.double().square().sum((1, 2)))
+    torch.testing.assert_close(found["bias"].values, delta.sum(1)[..., None])

@@ -45,7 +45,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def linear(module: nn.Module, x: Tensor, delta: Tensor, examples: int) -> dict[str, Gradient]:
     """y = x W^T + b, W [out, in]: G_n = delta_n^T x_n, and the sum of delta over time for b."""
-    x, delta = as_sequences(x, examples), as_sequences(delta, examples)
+    x, delta = _where_it_counts(as_sequences(x, examples), as_sequences(delta, examples))
     return {"weight": OuterProducts(delta, x), "bias": Whole(summed_over_time(delta))}
 
 
@@ -53,11 +53,22 @@ def transposed_linear(
     module: nn.Module, x: Tensor, delta: Tensor, examples: int
 ) -> dict[str, Gradient]:
     """y = x W + b, W [in, out], as GPT-2's Conv1D: G_n = x_n^T delta_n."""
-    x, delta = as_sequences(x, examples), as_sequences(delta, examples)
+    x, delta = _where_it_counts(as_sequences(x, examples), as_sequences(delta, examples))
     return {
         "weight": OuterProducts(x, delta, transposed=True),
         "bias": Whole(summed_over_time(delta)),
     }
+
+
+def _where_it_counts(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the times at which delta is zero in every example: most of them in the last layer of
+    a classifier, which reads one token. To ask a GPU would be to wait for it."""
+    if delta.device.type != "cpu" or bool((delta[..., 0] != 0).any(0).all()):
+        return x, delta
+    times = (delta != 0).any(2).any(0).nonzero().squeeze(1)
+    if len(times) == delta.shape[1]:
+        return x, delta
+    return x[:, times], delta[:, times]
 
 
 def embedding(module: nn.Module, x: Tensor, delta: Tensor, examples: int) -> dict[str, Gradient]:
