@@ -469,6 +469,7 @@ def test_nan_weights_meet_no_gate_and_print_strict_json(
     result = cli("evaluate", model, "--data", data, "--max", "loss=100", "--json")
     assert result.code == 4
     assert result.report["summary"]["loss"] is None
+    assert "a: classifier.bias has NaN or Inf" in result.report["warnings"]
 
 
 @pytest.mark.parametrize(

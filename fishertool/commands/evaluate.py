@@ -10,7 +10,7 @@ import torch
 from fishertool import hub
 from fishertool.calibration import DataOptions, check_data_source
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.errors import UsageError
+from fishertool.errors import UsageError, some
 from fishertool.evaluation.comparison import check_same_tokens, reader_for_both
 from fishertool.evaluation.measure import (
     HIGHER_IS_BETTER,
@@ -110,6 +110,9 @@ def evaluate(
             if original is not None:
                 others = measured(original)
     report.warnings += dict.fromkeys(told)
+    report.warnings += _broken(model, loaded, metrics)
+    if against is not None and original is not None:
+        report.warnings += _broken(against, original, others)
     report.summary = {**metrics, **count}
     report.evaluation = {"against": others or None, "gates": _gate_rows(gates, metrics, others)}
     if chosen.name == "causal-lm":
@@ -151,6 +154,13 @@ def _check_measured_gates(gates: Gates, measured: Sequence[str]) -> None:
     for metric in (metric for limits in gates.values() for metric in limits):
         if metric not in measured:
             raise UsageError(f"{metric} is not measured here; measured: {', '.join(measured)}")
+
+
+def _broken(source: str, loaded: LoadedModel, metrics: Mapping[str, float]) -> list[str]:
+    """Which weights may be why a metric is NaN."""
+    if not any(map(math.isnan, metrics.values())) or not (broken := loaded.nonfinite()):
+        return []
+    return [f"{public_name(source)}: {some(broken)} has NaN or Inf"]
 
 
 def _gate_rows(

@@ -12,7 +12,7 @@ from fishertool.calibration import CalibrationData, DataOptions, Example, check_
 from fishertool.calibration.data import probes
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
-from fishertool.errors import InputError, UsageError
+from fishertool.errors import InputError, UsageError, some
 from fishertool.estimation.settings import Settings, resolve_labels
 from fishertool.estimation.workers import Workers
 from fishertool.fisher.batches import Batch
@@ -184,8 +184,11 @@ def load_subject(
         device_map=device_map,
     )
     warnings = list(model.warnings)
-    if check_finite:
-        _check_finite(checkpoint, model.pretrained)
+    if check_finite and (broken := model.nonfinite()):
+        raise InputError(
+            f"{checkpoint.folder}: {some(broken)} has NaN or Inf; repair it, or go on with "
+            "--allow-nonfinite"
+        )
     named, buffers = parameters_by_disk_name(model.pretrained, checkpoint)
     if (adapter := subject.adapter) is not None:
         adapter = adapter.fitted_to(model.pretrained)
@@ -215,12 +218,3 @@ def load_subject(
         texts = workers.first_one(choose(texts, data, model))
     warnings += texts.warnings()
     return LoadedSubject(subject, model, parameters, buffers, labels, texts, warnings)
-
-
-def _check_finite(checkpoint: Checkpoint, module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if not parameter.is_meta and not bool(parameter.isfinite().all()):
-            raise InputError(
-                f"{checkpoint.folder}: tensor {name} has NaN or Inf; repair it, "
-                "or go on with --allow-nonfinite"
-            )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishertool.checkpoint.dtypes import COMPUTED, TORCH
+from fishertool.checkpoint.dtypes import COMPUTED, TORCH, all_finite
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.stored import FLOATING
@@ -60,6 +60,14 @@ class LoadedModel:
     def pretrained(self) -> nn.Module:
         """The transformers model, whose parameters the checkpoint names: `module`, or in it."""
         return self.module.transformer if isinstance(self.module, SentenceScorer) else self.module
+
+    def nonfinite(self) -> list[str]:
+        """Parameters with a NaN or an infinity, by their names in memory."""
+        return [
+            name
+            for name, parameter in self.pretrained.named_parameters()
+            if not parameter.is_meta and not all_finite(parameter.detach())
+        ]
 
 
 def load_model(
