@@ -11,7 +11,7 @@ from fishertool.errors import InputError
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
-TOKENS = 1024
+TOKENS = 2048
 """Fewer, and what is done once a batch weighs (adding up in float64); more, and activations leave
 the caches of a CPU."""
 
