@@ -15,8 +15,8 @@ from fishertool.calibration import Example
 from fishertool.fisher.batches import Batch, micro_batches
 from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import Factored, add_marginals, expand, marginals
-from fishertool.fisher.gradient_bank import GradientBank
-from fishertool.fisher.gradients import OuterProducts
+from fishertool.fisher.gradient_bank import BLOCK_ELEMENTS, GradientBank
+from fishertool.fisher.gradients import OuterProducts, Whole
 from fishertool.fisher.header import PIECE_ELEMENTS, statistics_of
 from fishertool.fisher.kinds import Gathering, Stored
 from fishertool.fisher.kronecker import InputMoments, OutputMoments, add_gram, mirrored
@@ -290,7 +290,9 @@ def test_bank_holds_each_members_gradient(kind: str, batches: int, group: int) -
     assert not any(map(bool, bank.rounding.values()))
 
 
-def test_bank_measures_what_rounding_costs() -> None:
+@pytest.mark.parametrize("block", [7, BLOCK_ELEMENTS])
+def test_bank_measures_what_rounding_costs(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishertool.fisher.gradient_bank.BLOCK_ELEMENTS", block)
     written: list[Tensor] = []
     values = {name: value.detach() for name, value in _model("bert").named_parameters()}
     bank = GradientBank(values, lambda *member: written.append(member[2].clone()), torch.bfloat16)
@@ -300,6 +302,17 @@ def test_bank_measures_what_rounding_costs() -> None:
     exact = _reference("bert").gradients[name]
     error = (exact.float() - exact.float().bfloat16().float()).square().sum()
     assert float(bank.rounding[name]) == pytest.approx(float(error), rel=0.05)
+    assert float(bank.traces[name]) == pytest.approx(float(exact.square().sum()), rel=1e-4)
+
+
+def test_bank_rounds_a_gradient_whatever_its_strides() -> None:
+    found: list[Tensor] = []
+    gradients = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0)).mT
+    values = {"weight": torch.zeros(400, 3)}
+    bank = GradientBank(values, lambda *member: found.append(member[2]), torch.bfloat16)
+    bank.begin([0, 1])
+    bank.add("weight", [Whole(gradients)])
+    assert torch.equal(torch.stack(found), gradients.bfloat16())
 
 
 def test_groups_may_not_mix() -> None:

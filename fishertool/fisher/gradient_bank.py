@@ -20,6 +20,9 @@ Write = Callable[[str, int, Tensor], None]
 """Take one member of the bank: a parameter's name, the member's number, its gradient [row, width],
 which is overwritten afterwards."""
 
+BLOCK_ELEMENTS = 1 << 17
+"""What of a gradient is rounded at once: so few stay in a core's own cache."""
+
 
 class GradientBank:
     """Hands each example's gradient on in `dtype`, or the mean gradient of each `group` examples.
@@ -103,7 +106,7 @@ class GradientBank:
                 tile = exact[: rows - start]
                 for place, part in enumerate(gradients):
                     part.add_rows(tile, n, start, fresh=place == 0)
-                member[start : start + step] = self._rounded(name, tile)
+                self._round(name, tile, member[start : start + step])
             self._write(name, number, member)
 
     def _close(self) -> None:
@@ -121,10 +124,19 @@ class GradientBank:
         self._write(name, member, self._rounded(name, gradient))
 
     def _rounded(self, name: str, gradient: Tensor) -> Tensor:
-        exact = wide(gradient)
-        rounded = exact.to(self._dtype)
-        self.traces[name] += torch.dot(exact.reshape(-1), exact.reshape(-1))
-        if rounded.dtype != exact.dtype:
-            error = (exact - rounded).reshape(-1)
-            self.rounding[name] += torch.dot(error, error)
+        rounded = gradient.new_empty(gradient.shape, dtype=self._dtype)
+        self._round(name, gradient, rounded)
         return rounded
+
+    def _round(self, name: str, gradient: Tensor, rounded: Tensor) -> None:
+        """Into `rounded`, which is contiguous; adds up what the gradients are, and what is lost."""
+        exact = wide(gradient).reshape(-1)
+        into = rounded.view(-1)
+        for start in range(0, len(exact), BLOCK_ELEMENTS):
+            values = exact[start : start + BLOCK_ELEMENTS]
+            block = into[start : start + BLOCK_ELEMENTS]
+            block.copy_(values)
+            self.traces[name] += torch.dot(values, values)
+            if block.dtype != values.dtype:
+                error = values - block
+                self.rounding[name] += torch.dot(error, error)
