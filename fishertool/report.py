@@ -92,7 +92,7 @@ class Report:
     phases: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> str:
-        document = _finite({"schema": SCHEMA, **asdict(self)})
+        document = {"schema": SCHEMA, **_plain(self)}
         return json.dumps(document, indent=2, allow_nan=False) + "\n"  # ASCII, as stdout may be
 
     @contextmanager
@@ -151,12 +151,14 @@ def data_files(source: str) -> list[Files]:
     return [Files(path.name, "data", [found])]
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinities as null, which is all that strict JSON has for them."""
+def _plain(value: Any) -> Any:
+    """As JSON has it: records as objects, NaN and infinities as null."""
+    if isinstance(value, Report | Files | Output):
+        value = vars(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

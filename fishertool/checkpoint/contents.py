@@ -20,11 +20,12 @@ class Contents:
         self.folder = folder
         self.headers = headers
         """By file."""
-        self._file_of = {
-            name: path
-            for path, header in headers.items()
-            for name in sorted(header.tensors, key=lambda name: header.tensors[name].start)
-        }
+        self._infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        for path, header in headers.items():
+            ordered = sorted(header.tensors.values(), key=lambda tensor: tensor.start)
+            self._infos |= {tensor.name: tensor for tensor in ordered}
+            self._file_of |= {tensor.name: path for tensor in ordered}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -45,10 +46,10 @@ class Contents:
         return next(iter(self.headers.values())).metadata
 
     def info(self, name: str) -> TensorInfo:
-        return self.headers[self._file_of[name]].tensors[name]
+        return self._infos[name]
 
     def infos(self) -> dict[str, TensorInfo]:
-        return {name: self.info(name) for name in self}
+        return dict(self._infos)
 
     def where(self, name: str) -> str:
         """File and tensor, as messages name them."""

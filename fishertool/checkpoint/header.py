@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fishertool.errors import InputError
 MAX_HEADER_BYTES = 25_000_000
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64
+ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int = 0
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.elements * BITS[self.dtype] // 8
 
@@ -145,7 +147,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
     if not name or has_control_characters(name):
         raise InputError(f"{path}: tensor name {name!r} is empty or has control characters")
     where = f"{path}: tensor {name}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
         raise InputError(f"{where}: its entry must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
@@ -153,8 +155,7 @@ def _tensor(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise InputError(f"{where}: shape and data_offsets must be lists of non-negative integers")
     # The sizes beside a zero count too: in memory they are multiplied all the same.
-    bits = BITS[dtype] * math.prod(max(size, 1) for size in shape[:MAX_DIMENSIONS])
-    if len(shape) > MAX_DIMENSIONS or bits >= 8 * 2**63:
+    if len(shape) > MAX_DIMENSIONS or BITS[dtype] * math.prod(filter(None, shape)) >= 8 * 2**63:
         raise InputError(f"{where}: its shape {reprlib.repr(shape)} is beyond any memory")
     tensor = TensorInfo(name, dtype, tuple(shape), first + offsets[0])
     if tensor.elements * BITS[dtype] % 8 or offsets[1] - offsets[0] != tensor.nbytes:

@@ -95,7 +95,7 @@ def lay_out(
         header = encode_header(ordered, metadata)
         placed, end = [], len(header)
         for tensor in ordered:
-            placed.append(replace(tensor, start=end))
+            placed.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, end))
             end += tensor.nbytes
         shards.append(ShardLayout(f"{stem}{suffix}.safetensors", header, tuple(placed)))
     layout = Layout(tuple(shards), f"{stem}.safetensors.index.json", None)

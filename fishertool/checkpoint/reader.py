@@ -36,8 +36,11 @@ class Shard:
         header = os.pread(self._file.fileno(), self.header.nbytes, 0)
         self.digest.feed(0, memoryview(header))
 
-    def read(self, start: int, size: int) -> Tensor:
-        """Bytes `[start, start + size)` of the file as a uint8 tensor of its own."""
+    def read(self, start: int, size: int, *, strided: bool = False) -> Tensor:
+        """Bytes `[start, start + size)` of the file as a uint8 tensor of its own.
+
+        Shown to the digest, unless they are one of many `strided` runs, which come in no order.
+        """
         tensor = torch.empty(size, dtype=torch.uint8)
         buffer = as_bytes(tensor)
         done = 0
@@ -46,6 +49,8 @@ class Shard:
             if count == 0:
                 raise InputError(f"{self.path}: truncated while it was read")
             done += count
+        if not strided:
+            self.digest.feed(start, buffer)
         return tensor
 
     def close(self) -> None:
@@ -82,17 +87,15 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
         stop = info.rows if stop is None else stop
         if not 0 <= start <= stop <= info.rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {info.rows}")
-        shard, row_bytes = self._shard(name), info.nbytes // max(info.rows, 1)
-        offset = info.start + start * row_bytes
-        data = shard.read(offset, (stop - start) * row_bytes)
-        shard.digest.feed(offset, as_bytes(data))
+        row_bytes = info.nbytes // max(info.rows, 1)
+        data = self._shard(name).read(info.start + start * row_bytes, (stop - start) * row_bytes)
         tensor = data.view(dtype)
         return tensor.reshape(stop - start, info.width) if len(info.shape) > 1 else tensor
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of each entry along a tensor's first dimension, flat.
 
-        `[first dimension, stop - start]`. Being strided, these reads leave the digest alone.
+        `[first dimension, stop - start]`.
         """
         info, dtype = self.info(name), self._dtype(name)
         entries = info.shape[0]
@@ -102,7 +105,7 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
         shard, columns = self._shard(name), torch.empty(entries, stop - start, dtype=dtype)
         for entry in range(entries):
             offset = info.start + (entry * size + start) * dtype.itemsize
-            data = shard.read(offset, (stop - start) * dtype.itemsize)
+            data = shard.read(offset, (stop - start) * dtype.itemsize, strided=True)
             columns[entry] = data.view(dtype)
         return columns
 
@@ -131,7 +134,7 @@ class Checkpoint(Contents, Mapping[str, Tensor]):
             size = min(SAMPLE_BYTES, info.nbytes)
             middle = info.start + (info.nbytes - size) // 2
             total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
-            total.update(as_bytes(shard.read(middle, size)))
+            total.update(as_bytes(shard.read(middle, size, strided=True)))
         return total.hexdigest()
 
 

@@ -12,6 +12,8 @@ from threadpoolctl import threadpool_limits
 from fishertool.checkpoint.header import TensorInfo
 
 PIECE_ELEMENTS = 1 << 20
+SMALL = 1 << 15
+"""Of a piece with fewer elements nearly all is the interpreter's work, for which threads wait."""
 
 T = TypeVar("T")
 
@@ -58,8 +60,9 @@ def collect(
 ) -> None:
     """Call `function` for every piece, and `take` with what it returned, in the order of work.
 
-    At most `2 * threads` pieces are under way. The function must touch nothing but its own piece:
-    then results do not depend on `threads`. The first error stops the work and is raised.
+    At most `2 * threads` pieces are under way, small ones in this thread. The function must touch
+    nothing but its own piece: then results do not depend on `threads`. The first error stops the
+    work and is raised.
     """
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # one piece per thread is the parallelism, of LAPACK's too
@@ -86,7 +89,8 @@ def _collect(
             for piece in work:
                 if len(waiting) == 2 * threads:
                     _finish(waiting, take)
-                waiting.append((piece, pool.submit(function, piece)))
+                run = _now if piece.elements < SMALL else pool.submit
+                waiting.append((piece, run(function, piece)))
             while waiting:
                 _finish(waiting, take)
         except BaseException:
@@ -97,3 +101,9 @@ def _collect(
 def _finish(waiting: deque[tuple[Piece, Future[T]]], take: Callable[[Piece, T], None]) -> None:
     piece, future = waiting.popleft()
     take(piece, future.result())
+
+
+def _now(function: Callable[[Piece], T], piece: Piece) -> Future[T]:
+    done: Future[T] = Future()
+    done.set_result(function(piece))
+    return done

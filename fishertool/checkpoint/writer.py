@@ -127,7 +127,7 @@ class CheckpointWriter:
 
     def _write(self, file: str, offset: int, data: memoryview) -> None:
         done = 0
-        with _naming(self.folder / file):
+        with _naming(self._digests[file].path):
             while done < len(data):
                 done += os.pwrite(self._files[file], data[done:], offset + done)
         self._digests[file].feed(offset, data)

@@ -27,7 +27,7 @@ from fishertool.cli import (  # noqa: F401 (they put their verbs on the app)
 from fishertool.cli.app import app
 from fishertool.cli.printing import leave_stdout, tell
 from fishertool.errors import FishertoolError, UsageError
-from fishertool.memory import keep_freed_memory
+from fishertool.memory import keep_freed_memory, look_for_cycles_seldom
 
 INTERRUPTED, BUG, IO_FAILURE = 130, 1, 5
 STOPS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", 143)}
@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     keep_freed_memory()
+    look_for_cycles_seldom()
     previous = {number: signal.getsignal(number) for number in STOPS}
     previous = {n: old for n, old in previous.items() if old not in (None, signal.SIG_IGN)}
     for number in previous:

@@ -52,7 +52,7 @@ def finish(
     """
     for warning in report.warnings:
         tell(f"warning: {warning}")
-    text = report.to_json()
+    text = report.to_json() if as_json or report_file is not None else ""
     try:
         if as_json:
             put(text)

@@ -3,15 +3,25 @@
 import re
 from collections.abc import Sequence
 
-COMPUTED = re.compile(
-    r"(rotary\w*\.((original_)?inv_freq|(cos|sin)_cached)"
-    r"|(^|\.)(position_ids|token_type_ids|relative_position_index)"
-    r"|(attn|attention)\.(masked_bias|causal_mask)"
-    r"|(^|\.)embed_positions\.(weights|_float_tensor)"
-    r"|(^|\.)(encoder|decoder)\.version)$"
-)
-MASK = re.compile(r"(attn|attention)\.bias$")
-"""A causal mask if it is [1, 1, time, time]; else a bias."""
+ROTARY, ATTENTION = re.compile(r"rotary\w*$"), re.compile(r"(attn|attention)$")
+POSITIONS, CODER = re.compile(r"(^|\.)embed_positions$"), re.compile(r"(^|\.)(en|de)coder$")
+ANYWHERE = re.compile("")
+COMPUTED = {
+    "inv_freq": ROTARY,
+    "original_inv_freq": ROTARY,
+    "cos_cached": ROTARY,
+    "sin_cached": ROTARY,
+    "position_ids": ANYWHERE,
+    "token_type_ids": ANYWHERE,
+    "relative_position_index": ANYWHERE,
+    "masked_bias": ATTENTION,
+    "causal_mask": ATTENTION,
+    "weights": POSITIONS,
+    "_float_tensor": POSITIONS,
+    "version": CODER,
+    "bias": ATTENTION,
+}
+"""Of which modules each is a buffer. A bias is one, the causal mask, if it is [1, 1, time, time]."""
 
 
 def is_old_buffer(name: str, shape: Sequence[int]) -> bool:
@@ -22,6 +32,7 @@ def is_old_buffer(name: str, shape: Sequence[int]) -> bool:
     >>> is_old_buffer("h.0.attn.bias", [1, 1, 8, 8]), is_old_buffer("h.0.attn.bias", [8])
     (True, False)
     """
-    return bool(COMPUTED.search(name)) or (
-        bool(MASK.search(name)) and len(shape) == 4 and tuple(shape[:2]) == (1, 1)
-    )
+    module, _, last = name.rpartition(".")
+    if last not in COMPUTED or not COMPUTED[last].search(module):
+        return False
+    return last != "bias" or (len(shape) == 4 and tuple(shape[:2]) == (1, 1))

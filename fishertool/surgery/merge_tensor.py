@@ -15,7 +15,7 @@ from fishertool.checkpoint.stream import Piece, pieces
 from fishertool.errors import InputError
 from fishertool.merging.linear import linear
 from fishertool.merging.method import Fisher, Passes, make_passes
-from fishertool.merging.parts.blocks import blocks
+from fishertool.merging.parts.blocks import BLOCK_ELEMENTS, blocks
 from fishertool.surgery.merge_plan import MergePlan, Target
 from fishertool.surgery.merge_statistics import MATRICES
 
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
     def blocks(self) -> Iterator["Part"]:
         """Runs of its rows of which a core's cache holds all that is computed; a vector is one."""
-        if self.models[0].ndim == 1:
+        if self.models[0].ndim == 1 or self.models[0].numel() <= BLOCK_ELEMENTS:
             yield self
             return
         count, base = len(self.models), [] if self.base is None else [self.base]
