@@ -141,7 +141,7 @@ def _gather(kind: str, size: int) -> tuple[Pass, dict[str, Stored], dict[str, di
 
     bank = GradientBank(views, write, torch.float32)
     kinds = ["diagonal", "factored", "kronecker", "activation", "mean-gradient", "rank-one"]
-    gathering = Gathering(kinds, model, views, bank)
+    gathering = Gathering(kinds, views, bank)
     done = estimate(
         model,
         views,

@@ -15,6 +15,7 @@ from fishertool.calibration import Example
 from fishertool.fisher.batches import Batch, micro_batches
 from fishertool.fisher.estimate import Pass, estimate
 from fishertool.fisher.factored import Factored, add_marginals, expand, marginals
+from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradient_bank import BLOCK_ELEMENTS, GradientBank
 from fishertool.fisher.gradients import OuterProducts, Whole
 from fishertool.fisher.header import PIECE_ELEMENTS, statistics_of
@@ -98,7 +99,7 @@ def _gather(
     bank: GradientBank | None = None,
 ) -> tuple[Pass, dict[str, Stored]]:
     model = _model(kind)
-    gathering = Gathering(kinds, model, dict(model.named_parameters()), bank)
+    gathering = Gathering(kinds, dict(model.named_parameters()), bank)
     done = estimate(
         model,
         dict(model.named_parameters()),
@@ -212,8 +213,9 @@ def test_layers_with_one_input_share_its_moment() -> None:
 def test_equal_inputs_in_other_memory_do_not_share() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    moments = InputMoments(model, dict(model.named_parameters()))
-    with moments:
+    parameters = dict(model.named_parameters())
+    moments = InputMoments(parameters)
+    with FunctionCalls(model, parameters) as calls, moments.watching(calls):
         moments.begin(())
         x = torch.randn(3, 4)
         model[0](x)
@@ -229,8 +231,9 @@ def test_relative_moments_count_a_token_by_the_size_of_its_output() -> None:
     layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 5, bias=False)])
     x = torch.randn(2, 3, 4) * torch.tensor([1.0, 50.0, 1.0]).view(1, 3, 1)  # the second is massive
     x[1, 0] = 0  # of which the second layer makes nothing at all
-    moments = InputMoments(layers, dict(layers.named_parameters()), relative=True)
-    with moments:
+    parameters = dict(layers.named_parameters())
+    moments = InputMoments(parameters, relative=True)
+    with FunctionCalls(layers, parameters) as calls, moments.watching(calls):
         moments.begin([torch.tensor([[1, 1, 1], [1, 1, 0]])])
         for layer in layers:
             layer(x)

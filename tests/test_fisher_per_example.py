@@ -1,7 +1,8 @@
 """Per-example gradients of small modules that are awkward in one way each."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fishertool.errors import FishertoolError
 from fishertool.fisher.agreement import Agreement
 from fishertool.fisher.batches import Batch, micro_batches
 from fishertool.fisher.estimate import estimate
+from fishertool.fisher.function_calls import FunctionCalls
 from fishertool.fisher.gradients import Gradient, Whole, rows_of
 from fishertool.fisher.kinds import Gathering
 from fishertool.fisher.per_example import PerExampleGradients
@@ -463,6 +465,14 @@ def test_the_padding_id_gets_nothing_from_the_embedding() -> None:
     assert not rows[PADDING].any() and rows.any(1).sum() == WORDS - 1
 
 
+@contextmanager
+def _entered(toy: nn.Module) -> Iterator[PerExampleGradients]:
+    parameters = dict(toy.named_parameters())
+    calls = FunctionCalls(toy, parameters)
+    with calls, PerExampleGradients(toy, parameters, calls) as gradients:
+        yield gradients
+
+
 @pytest.mark.parametrize("name", ["linear", "called twice", "tied", "heads", "gemma norm"])
 def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
     toy, (ids, _) = _toy(name), _data()
@@ -475,9 +485,10 @@ def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
             for part in parts:
                 part.add_rows(gradient, n, 0)
 
-    with PerExampleGradients(toy, parameters) as gradients:
+    with _entered(toy) as gradients:
         gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
         gradients.begin(range(COUNT))
+        gradients.calls.begin(COUNT)
         logits: Tensor = toy(ids).logits
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         for retain in (True, False):  # a graph serves several passes
@@ -494,7 +505,7 @@ def test_backward_gives_every_example_its_own_gradient(name: str) -> None:
 def test_examples_that_cannot_be_told_apart_are_refused_together() -> None:
     toy = _toy("bare")
     ids, _ = _data()
-    with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
+    with _entered(toy) as gradients:
         gradients.check(lambda copies: toy(ids[:1].expand(copies, -1)).logits)
         with pytest.raises(ValueError, match="one at a time"):
             gradients.begin([0, 1])
@@ -502,8 +513,9 @@ def test_examples_that_cannot_be_told_apart_are_refused_together() -> None:
 
 def test_an_input_changed_in_place_unseen_by_check_is_refused() -> None:
     toy, (ids, _) = _toy("input changed"), _data()
-    with PerExampleGradients(toy, dict(toy.named_parameters())) as gradients:
+    with _entered(toy) as gradients:
         gradients.begin(range(COUNT))
+        gradients.calls.begin(COUNT)
         logits: Tensor = toy(ids).logits
         with pytest.raises(FishertoolError, match="CopyingLinear had its input changed in place"):
             gradients.backward(logits, torch.ones_like(logits), lambda name, parts: None)
@@ -522,7 +534,7 @@ def test_moments_are_those_of_examples_one_at_a_time(name: str) -> None:
     for size in (1, 3):
         toy = _toy(name)
         parameters = dict(toy.named_parameters())
-        gathering = Gathering(["kronecker"], toy, parameters)
+        gathering = Gathering(["kronecker"], parameters)
         units = [micro_batches([TIME] * COUNT, size=size)]
         kept = gathering.inputs
         estimate(toy, parameters, batch, units, gathering.statistics, probe=0, inputs=kept)

@@ -54,7 +54,7 @@ def test_factored_and_its_error_count_batches() -> None:
     batches: list[list[int]] = [[0, 1, 2], [3, 4, 5], [6, 7]]
 
     def run(which: list[list[int]]) -> Any:
-        gathering = Gathering(["diagonal", "factored"], model, parameters)
+        gathering = Gathering(["diagonal", "factored"], parameters)
         done = estimate(
             model, parameters, _collate("gpt2"), [which], gathering.statistics,
             probe=4, estimator="signed",

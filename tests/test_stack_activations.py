@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fishertool.checkpoint.reader import open_checkpoint
 from fishertool.factorization.svd import svd
-from fishertool.fisher.kronecker import InputMoments
+from fishertool.fisher.function_calls import FunctionCalls
+from fishertool.fisher.kronecker import InputMoments, mirrored
 from fishertool.merging.regmean import regmean
 from fishertool.sidecar import open_sidecar
 
@@ -110,8 +111,9 @@ def test_a_stack_that_is_mirrored_on_disk_has_the_same(tmp_path: Path) -> None:
     sums, transposed = [], []
     down = model.get_parameter(DOWN)
     for tensor in (down, down.mT):
-        moments = InputMoments(model, {DOWN: tensor}, stacks=True)
-        with moments, torch.no_grad():
+        moments = InputMoments({DOWN: tensor}, stacks=True)
+        calls = FunctionCalls(model, {DOWN: tensor})
+        with calls, moments.watching(calls), torch.no_grad():
             moments.begin([torch.ones_like(ids)])
             model(ids)
             moments.end()
@@ -119,6 +121,38 @@ def test_a_stack_that_is_mirrored_on_disk_has_the_same(tmp_path: Path) -> None:
         transposed.append(moments.transposed)
     assert sums[0].any() and torch.equal(*sums)
     assert transposed == [{DOWN}, set()]
+
+
+def test_a_layer_that_is_met_again_leads_none(cli: Cli, tmp_path: Path) -> None:
+    """DeBERTa's queries and keys are projected from relative positions too, its values are not."""
+    torch.manual_seed(0)
+    config = transformers.DebertaV2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8, num_labels=3,
+    )  # fmt: skip
+    model: Any = transformers.DebertaV2ForSequenceClassification(config).eval()
+    parameters = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight")}
+    seen: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    moments = InputMoments(parameters)
+    with FunctionCalls(model, parameters) as calls, moments.watching(calls), torch.no_grad():
+        for name in parameters:
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.register_forward_hook(
+                lambda _, args, __, name=name: seen[name].append(args[0].reshape(-1, 16).double())
+            )
+        for start in (4, 9):
+            ids = torch.arange(start, start + 6)[None]
+            moments.begin([torch.ones_like(ids)])
+            model(ids)
+            moments.end()
+    for name, inputs in seen.items():
+        rows = torch.cat(inputs)
+        leader = moments.leader[name]
+        assert moments.tokens[leader] == len(rows)
+        torch.testing.assert_close(
+            mirrored(moments.sums[leader], 1).double(), rows.T @ rows, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_kronecker_fisher_keeps_none(cli: Cli, estimated: Estimate, tmp_path: Path) -> None:

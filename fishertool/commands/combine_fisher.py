@@ -156,7 +156,7 @@ def _gathering(job: Job, device: str = "cpu") -> Gathering:
             TORCH[BANK_DTYPES[job.bank_dtype]],
             job.header.group,
         )
-    return Gathering(job.kinds, nn.Module(), parameters, bank)
+    return Gathering(job.kinds, parameters, bank)
 
 
 def _copy_members(members: Checkpoint, partial: Partial, writer: BankWriter) -> Files:

@@ -89,7 +89,7 @@ def fisher_from_optimizer(
             estimator=ESTIMATOR,
         )
         with staged(out, overwrite) as place, report.phase("write"):
-            gathering = Gathering(["diagonal", *settings.kinds], loaded.module, parameters)
+            gathering = Gathering(["diagonal", *settings.kinds], parameters)
             sums = {name: value.reshape(rows_of(value)) for name, value in moments.items()}
             absorb(gathering.groups, flattened({"diagonal": sums}))
             stored = gathering.stored(1)

@@ -32,9 +32,7 @@ def write_statistics(
             bank = opened.enter_context(
                 open_bank(folder, job, loaded.parameters, members, ONE_FILE)
             )
-        gathering = Gathering(
-            settings.kinds, loaded.module, loaded.parameters, bank.statistic if bank else None
-        )
+        gathering = Gathering(settings.kinds, loaded.parameters, bank.statistic if bank else None)
         worker = Worker(job, 0, gathering, bank.members if bank else ())
         run(loaded, settings, worker, work.units, advance)
         writer, report = bank.writer if bank else None, Report("estimate-fisher", {})

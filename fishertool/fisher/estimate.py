@@ -139,8 +139,7 @@ def estimate(
         watched = parameters if shards == 1 else {}  # layers in shards cannot be tried out
         calls = hooks.enter_context(FunctionCalls(model, watched))
         if inputs is not None:
-            inputs.watch(calls)
-            hooks.enter_context(inputs)
+            hooks.enter_context(inputs.watching(calls))
         if not statistics:
             hooks.enter_context(torch.no_grad())
         elif estimator == "signed":

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fishertool.fisher.diagonal import Diagonal
 from fishertool.fisher.estimate import Statistic
@@ -16,6 +16,8 @@ from fishertool.fisher.moments import TraceMoments
 from fishertool.fisher.sums import Complete, Groups, Sums, all_here
 
 KINDS = ("diagonal", "factored", "kronecker", "activation", "mean-gradient", "rank-one")
+MOMENTS = ("kronecker", "activation")
+"""They have second moments of layers, by weight and side."""
 NO_FISHER = ("activation", "mean-gradient")
 """They have no trace."""
 
@@ -43,7 +45,6 @@ class Gathering:
     def __init__(
         self,
         kinds: Collection[str],
-        model: nn.Module,
         parameters: Mapping[str, Tensor],
         bank: GradientBank | None = None,
         accumulate_on: str | None = None,
@@ -60,7 +61,7 @@ class Gathering:
         elif "factored" in kinds:
             self._diagonal = Factored(values)
         if "kronecker" in kinds or "activation" in kinds:
-            self.inputs = InputMoments(model, parameters, stacks="activation" in kinds)
+            self.inputs = InputMoments(parameters, stacks="activation" in kinds)
         if "kronecker" in kinds:
             self._outputs = OutputMoments()
         if "mean-gradient" in kinds:

@@ -1,9 +1,9 @@
 """Kronecker factors of linear layers: second moments of their inputs and of their outputs' gradients."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ BLOCKS = 8
 
 
 class InputMoments:
-    """A = sum over tokens of x x^T for the input x of every linear layer; active inside `with`.
+    """A = sum over tokens of x x^T for the input x of every linear layer.
 
     sums    weight name -> [in, in], float64; of layers that are given one and the same input
             (query, key and value; gate and up) only the first has an entry
@@ -36,13 +36,12 @@ class InputMoments:
     times as long as the others', of which the norm after them leaves no more than of the others.
     Every layer then has an entry of its own.
 
-    Forward passes count only after `begin`, and padding never. Source: Martens and Grosse 2015,
-    arXiv 1503.05671; the uncentred covariance of SparseGPT, RegMean and SVD-LLM.
+    Forward passes count only while `watching`, after `begin`; padding never. Source: Martens and
+    Grosse 2015, arXiv 1503.05671; the uncentred covariance of SparseGPT, RegMean and SVD-LLM.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         parameters: Mapping[str, Tensor],
         *,
         relative: bool = False,
@@ -58,38 +57,35 @@ class InputMoments:
         """Weights that are [in, out]."""
         self._views: Mapping[int, Sequence[View]] = {}
         self._parameters = parameters
-        self._make_calls = functools.partial(FunctionCalls, model, parameters)
-        self._calls: FunctionCalls | None = None
-        self._exit = ExitStack()
         self._kept: dict[int, Tensor | None] = {}
         """Tokens with padding -> the rows that are none, or None for all of them."""
         self._active = False
         self._last: tuple[str, Tensor, int] | None = None
+        self._called: set[str] = set()
+        """Weights whose layers the forward pass has met."""
+        self._repeated: set[str] = set()
+        """Of layers that a pass met more than once."""
 
-    def watch(self, calls: FunctionCalls) -> None:
-        """Before `with`: use what another has entered."""
-        self._calls = calls
-
-    def __enter__(self) -> Self:
+    @contextmanager
+    def watching(self, calls: FunctionCalls) -> Iterator[None]:
+        """See the layers of a model whose `calls` are entered."""
         self._views = views_by_parameter(self._parameters)
-        calls = self._calls or self._exit.enter_context(self._make_calls())
-        for module, rule in calls.rules.items():
-            if rule in (linear, transposed_linear):
-                hook = functools.partial(self._after, rule is transposed_linear)
-                handle = module.register_forward_hook(hook, with_kwargs=True)
-                self._exit.callback(handle.remove)
-        calls.listeners.append(self._on_use)
-        self._exit.callback(calls.listeners.remove, self._on_use)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._exit.close()
+        with ExitStack() as hooks:
+            for module, rule in calls.rules.items():
+                if rule in (linear, transposed_linear):
+                    hook = functools.partial(self._after, rule is transposed_linear)
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    hooks.callback(handle.remove)
+            calls.listeners.append(self._on_use)
+            hooks.callback(calls.listeners.remove, self._on_use)
+            yield
 
     def begin(self, masks: Sequence[Tensor]) -> None:
         """Before each forward pass that counts: masks [..., time], zero at padding. An encoder and
         a decoder have one each, of different sizes, which is how their layers are told apart."""
         self._kept = {mask.numel(): kept_rows(mask) for mask in masks}
         self._active, self._last = True, None
+        self._called.clear()
 
     def end(self) -> None:
         self._active, self._last = False, None
@@ -125,16 +121,13 @@ class InputMoments:
         x, name = x.detach(), view.name
         if transposed:
             self.transposed.add(name)
-        if (
-            not self.relative
-            and self._last is not None
-            and x.data_ptr() == self._last[1].data_ptr()
-        ):
-            leader, last, version = self._last
-            if x.shape == last.shape and x._version == version:
-                self._follow(name, leader)
-                return
-        self._follow(name, name)
+        if name in self._called:
+            self._leave_alone(name)
+        self._called.add(name)
+        leader = self._leader(name, x)
+        self._follow(name, leader)
+        if leader != name:
+            return
         self._last = name, x, x._version  # kept alive, or its memory might be the next input's
         rows = self._rows(x, y, padded)
         self._begin(name, (), rows)
@@ -172,6 +165,24 @@ class InputMoments:
             side = rows.shape[1]
             self.sums[name] = rows.new_zeros(*stack, side, side, dtype=torch.float64)
             self.tokens[name] = torch.zeros(stack, dtype=torch.float64)
+
+    def _leader(self, name: str, x: Tensor) -> str:
+        """Who had this input just before, if the two may share an entry; else the weight itself."""
+        if self.relative or self._last is None or self.leader.get(name) == name:
+            return name
+        leader, last, version = self._last
+        same = x.data_ptr() == last.data_ptr() and x.shape == last.shape and x._version == version
+        return leader if same and leader not in self._repeated else name
+
+    def _leave_alone(self, name: str) -> None:
+        """Have nobody follow a layer that a pass meets again: its next input may be its own, as of
+        DeBERTa's queries, which are projected from relative positions too."""
+        self._repeated.add(name)
+        for other, leader in self.leader.items():
+            if leader == name != other:
+                self.leader[other] = other
+                self.sums[other] = self.sums[name].clone()
+                self.tokens[other] = self.tokens[name].clone()
 
     def _follow(self, name: str, leader: str) -> None:
         if self.leader.setdefault(name, leader) != leader:

@@ -41,17 +41,14 @@ class PerExampleGradients:
     Raises FishertoolError if a layer's input is changed in place, after `check` saw it was not.
     """
 
-    def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], calls: FunctionCalls | None = None
-    ):
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], calls: FunctionCalls):
         self.model = model
         self.by_autograd: set[str] = set()
         self.one_by_one = False
-        self.calls = FunctionCalls(model, parameters) if calls is None else calls
+        self.calls = calls
         self.examples = 1
         self.rows = 1
         """Rows the batch has: its examples, each with as many rows, one after another."""
-        self._own_calls = calls is None
         self._views = views_by_parameter(parameters)
         self._left: set[int] = set()
         """Parameters left to autograd."""
@@ -65,8 +62,6 @@ class PerExampleGradients:
 
     def __enter__(self) -> Self:
         self._required = {p: p.requires_grad for p in self.model.parameters()}
-        if self._own_calls:
-            self._exit.enter_context(self.calls)
         self.calls.listeners.append(self._on_use)
         self._exit.callback(self.calls.listeners.remove, self._on_use)
         for module in self.calls.rules:
@@ -174,8 +169,6 @@ class PerExampleGradients:
         if self.one_by_one and len(examples) != 1:
             raise ValueError("this model's examples can only be told apart one at a time")
         self._begin(len(examples), rows_each)
-        if self._own_calls:  # others are told by whom they belong to
-            self.calls.begin(len(examples), rows_each)
         return examples
 
     def _begin(self, examples: int, rows_each: int) -> None:

@@ -53,11 +53,12 @@ def _next_tokens(examples: Sequence[Example]) -> Tensor:
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:
-    """The decoder's targets, [example, time]: never as many columns as the encoder's input has,
-    which is how tensors of the two are told apart."""
+    """The decoder's targets, [example, time]: among padding never as many columns as the encoder's
+    input has, which is how tensors of the two are told apart."""
     labels = [example.inputs[LABELS] for example in examples]
     longest = max(map(len, labels))
-    return _padded(labels, UNSCORED, longest + (longest == _time(examples)))
+    padded = len({(one.length, len(one.inputs[LABELS])) for one in examples}) > 1
+    return _padded(labels, UNSCORED, longest + (padded and longest == _time(examples)))
 
 
 def _the_positive(examples: Sequence[Example]) -> Tensor:

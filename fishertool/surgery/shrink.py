@@ -119,7 +119,7 @@ def gather(plan: ShrinkPlan, loaded: LoadedSubject, advance: Advance) -> Statist
     outputs = ColumnBlocks(parameters, plan.units.turned) if recipe.method == "obs" else None
     inputs = None
     if recipe.method == "obs" or recipe.compensate in ("joint", "auto"):
-        inputs = InputMoments(loaded.module, parameters, relative=True)
+        inputs = InputMoments(parameters, relative=True)
     examples = loaded.texts.examples
     sizes, rows = [one.size for one in examples], [len(one.texts) for one in examples]
     done = estimate(

@@ -80,7 +80,7 @@ def ours(
     case = replace(case, examples=[*case.examples, *tried])
 
     def gather(bank: GradientBank | None) -> None:
-        gathering = Gathering(kinds, case.model, parameters, bank)
+        gathering = Gathering(kinds, parameters, bank)
         done = estimate(
             case.model,
             parameters,
