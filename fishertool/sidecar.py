@@ -12,18 +12,18 @@ from torch import Tensor
 
 from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import COMPUTED, NAMES
+from fishertool.checkpoint.dtypes import COMPUTED
 from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.layout import Layout, lay_out
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.shards import check_whole, has_stem
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stored import FLOATING
-from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.checkpoint.writer import CheckpointWriter, write_tensors
 from fishertool.errors import InputError
 from fishertool.fisher.factored import expand
 from fishertool.fisher.header import FisherHeader
-from fishertool.fisher.kinds import KINDS
+from fishertool.fisher.kinds import KINDS, MOMENTS
 
 
 def open_sidecar(folder: Path, kind: str = "diagonal") -> tuple[Checkpoint, FisherHeader]:
@@ -55,7 +55,7 @@ def header_of(tensors: Contents, kind: str) -> FisherHeader:
     if header.kind != kind:
         raise InputError(f"{tensors.folder}: says it is {header.kind}, expected {kind}")
     names = set(header.statistics)
-    if kind in ("kronecker", "activation"):
+    if kind in MOMENTS:
         parts = {f"{leader}#input" for leader in header.leaders.values()}
         parts |= {f"{name}#output" for name in names if kind == "kronecker"}
         agree = set(header.leaders) == names and set(tensors) == parts
@@ -91,8 +91,17 @@ def has_diagonal(folder: Path) -> bool:
 def read_diagonal(tensors: Checkpoint, name: str, start: int, stop: int) -> Tensor:
     """Rows `[start, stop)` of a weight's diagonal, or of its factored form multiplied out."""
     if name in tensors:
-        return tensors.read(name, start, stop)
-    return expand(tensors.read(f"{name}#rows", start, stop), tensors.read(f"{name}#columns"))
+        values = tensors.read(name, start, stop)
+    else:
+        values = expand(tensors.read(f"{name}#rows", start, stop), tensors.read(f"{name}#columns"))
+    check_squares(f"{tensors.folder}: tensor {name}", values)
+    return values
+
+
+def check_squares(where: str, values: Tensor) -> None:
+    """Raises InputError unless these may be means of squares."""
+    if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
+        raise InputError(f"{where}: a Fisher must be finite and not negative")
 
 
 def read_activation(
@@ -126,24 +135,6 @@ def write_sidecar(
 ) -> tuple[Layout, list[FileDigest]]:
     """Write one kind."""
     return write_tensors(folder, header.kind, header.to_metadata(), tensors, max_shard_bytes)
-
-
-def write_tensors(
-    folder: Path,
-    stem: str,
-    metadata: dict[str, str],
-    tensors: Mapping[str, Tensor],
-    max_shard_bytes: int,
-) -> tuple[Layout, list[FileDigest]]:
-    """Write tensors in their own dtypes to `<stem>.safetensors`, or to shards of that name."""
-    infos = [
-        TensorInfo(name, NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
-    ]
-    layout = lay_out(infos, max_shard_bytes, stem=stem, metadata=metadata)
-    with CheckpointWriter(folder, layout) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value.cpu())
-        return layout, writer.finish()
 
 
 class StoredGradients:

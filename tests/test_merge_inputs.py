@@ -1,6 +1,7 @@
 """`fishertool merge` of adapters, of other vocabularies, of other dtypes and of experts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,34 @@ def test_a_merge_is_written_as_an_adapter_of_its_base(
         whole, again = weights_of(tmp_path / "whole"), weights_of(tmp_path / f"back{rank}")
         apart = max(float((whole[name] - again[name]).abs().max()) for name in whole)
         assert (apart < 1e-5) == close
+
+
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_an_adapter_holds_changes_below_what_stored_weights_tell_apart(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, first: str
+) -> None:
+    """Whatever the dtype of the model that is named first."""
+    base = make_model("base", "llama")
+    tensors = {name: value.bfloat16() for name, value in weights_of(base).items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    name = "model.layers.0.mlp.up_proj.weight"
+    change = 1e-4 * torch.outer(torch.ones(32), torch.linspace(-1, 1, 16))
+    models = {"float32": tensors | {name: tensors[name].float() + change}, "bfloat16": tensors}
+    order = [first, *(one for one in models if one != first)]
+    for dtype in order:
+        shutil.copytree(base, dtype)
+        save_file(models[dtype], f"{dtype}/model.safetensors", {"format": "pt"})
+    flags = ("--base", base, "--as-lora", 1, "--out", "o", "--json")
+    result = cli("merge", *order, *flags)
+    assert result.code == 0, result.err
+    actions = {row["name"]: row["action"] for row in result.report["tensors"]}
+    assert actions.pop(name) == "low-rank" and set(actions.values()) == {"as-base"}
+    pair = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    found = (
+        pair[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"]
+        @ pair[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]
+    )
+    torch.testing.assert_close(found, change / 2, rtol=1e-2, atol=1e-8)
 
 
 def test_a_tensor_of_nothing_is_as_an_adapters_base_has_it(

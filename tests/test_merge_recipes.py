@@ -107,6 +107,31 @@ def test_what_comes_after_the_layers_must_be_there_in_the_last_slice(
     assert "b: lacks lm_head.weight, which a has; let the first and the last slice" in result.err
 
 
+@pytest.mark.parametrize(
+    ("method", "slices", "head", "code"),
+    [
+        ("passthrough", ["b", "a"], "", 3),
+        ("passthrough", ["b", "a", "b"], "", 0),
+        ("passthrough", ["b", "a"], "head: keep-first\n", 0),
+        ("linear", ["b a"], "", 3),
+    ],
+)
+def test_nothing_of_an_end_is_left_out_silently(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path, method: str, slices: list[str], head: str,
+    code: int,
+) -> None:  # fmt: skip
+    """The first is tied and has no output layer; the other's would be lost."""
+    make_model("a", "llama", 1), make_model("b", "llama", 2, tied=True)
+    lines = [
+        f"- sources: [{', '.join(f'{{model: {name}, layer_range: [0, 2]}}' for name in one.split())}]\n"
+        for one in slices
+    ]
+    file = recipe(tmp_path / "r.yml", f"merge_method: {method}\n{head}slices:\n{''.join(lines)}")
+    result = cli("merge", "--config", file, "--out", "o", "--dry-run")
+    assert result.code == code, result.err
+    assert ("b: lacks lm_head.weight, which" in result.err) == (code == 3)
+
+
 def test_layers_of_another_size_are_refused_by_their_shape(
     cli: Cli, make_model: ModelMaker, tmp_path: Path
 ) -> None:

@@ -529,3 +529,11 @@ def test_plain_data_is_not_changed() -> None:
     content = yaml.safe_load(TEXTS["ties"])
     parse_recipe(content, "x")
     assert content == yaml.safe_load(TEXTS["ties"])
+
+
+@pytest.mark.parametrize("layers", [47, 48, 56, 78, 95, 124])
+def test_words_of_one_a_layer_are_each_layers_own(layers: int) -> None:
+    """A depth is a ratio, and its product may be just below a whole number."""
+    words = tuple(f"w{layer}" for layer in range(layers))
+    found = [interpolate(words, layer / (layers - 1)) for layer in range(layers)]
+    assert found == list(words)

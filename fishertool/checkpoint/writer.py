@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fishertool.checkpoint.digest import FileDigest, RunningDigest, digest
-from fishertool.checkpoint.dtypes import TORCH, as_bytes
+from fishertool.checkpoint.dtypes import NAMES, TORCH, as_bytes
 from fishertool.checkpoint.header import TensorInfo
-from fishertool.checkpoint.layout import Layout, ShardLayout, encode_index
+from fishertool.checkpoint.layout import Layout, ShardLayout, encode_index, lay_out
 
 WRITE_BACK_BYTES = 64 << 20
 
@@ -143,6 +143,24 @@ class CheckpointWriter:
                     raise RuntimeError(f"{path}: tensor {tensor.name} does not read back")
         if path.stat().st_size != shard.nbytes or len(found) != len(shard.tensors):
             raise RuntimeError(f"{path}: does not read back as it was laid out")
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    metadata: dict[str, str],
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int,
+) -> tuple[Layout, list[FileDigest]]:
+    """Write tensors in their own dtypes to `<stem>.safetensors`, or to shards of that name."""
+    infos = [
+        TensorInfo(name, NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
+    ]
+    layout = lay_out(infos, max_shard_bytes, stem=stem, metadata=metadata)
+    with CheckpointWriter(folder, layout) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value.cpu())
+        return layout, writer.finish()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fishertool.checkpoint.stream import Piece, pieces, stream
 from fishertool.checkpoint.writer import CheckpointWriter
 from fishertool.errors import InputError
 from fishertool.models.low_rank import Factors, factors_of
-from fishertool.models.low_rank_layers import is_turned, product
+from fishertool.models.low_rank_layers import is_conv1d, product
 from fishertool.models.low_rank_loading import modules_of
 from fishertool.models.names import empty_model
 from fishertool.models.sentence import weights_folder
@@ -119,7 +119,7 @@ def _plan(top: Path, checkpoint: Checkpoint, max_shard_bytes: int, allow_nonfini
         )
     modules = modules_of(model, found, checkpoint)
     factors = {
-        one.weight: (one, one.embedding or is_turned(model.get_submodule(name)))
+        one.weight: (one, one.embedding or is_conv1d(model.get_submodule(name)))
         for name, one in modules.items()
     }
     if unknown := [one.module for one in found if one.weight not in factors]:

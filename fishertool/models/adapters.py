@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.errors import InputError, some
 from fishertool.models.adapter_options import CONFIG, STEM, rank_and_scale, read_options
-from fishertool.models.lora import LowRank
+from fishertool.models.lora import LoraPair
+from fishertool.models.low_rank_layers import is_conv1d
 
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.(weight|bias))?")
@@ -48,7 +50,7 @@ class Adapter:
     """An open adapter; its keys are names of the model's parameters."""
 
     tensors: Checkpoint
-    layers: dict[str, LowRank]
+    layers: dict[str, LoraPair]
     replaced: Mapping[str, str]
     """Parameters saved whole (biases, heads, embeddings) -> names in the adapter's file."""
     added: Mapping[str, tuple[str, float]]
@@ -77,8 +79,11 @@ class Adapter:
             module = modules.get(name.removesuffix(".weight"))
             fitted.layers[name] = replace(one, turned=is_turned(module))
         fitted.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        tied: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            tied[id(parameter)].append(name)
         for name in fitted.names:
-            ties = [other for other, one in parameters.items() if one is parameters[name]]
+            ties = tied[id(parameters[name])]
             if parameters[name].dim() > 1 and len(ties) > 1 and not fitted._replaces_alike(ties):
                 raise InputError(
                     f"{self.tensors.folder}: changes {name}, but the model ties {some(ties)}; "
@@ -175,7 +180,7 @@ class Adapter:
 
 def is_turned(module: nn.Module | None) -> bool:
     """Whether a layer's weight is [in, out]: an embedding's, and that of GPT-2's linear layers."""
-    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 @contextmanager
@@ -231,7 +236,7 @@ def _parse(tensors: Checkpoint, config: Mapping[str, Any]) -> Adapter:
 
 def _low_rank(
     tensors: Checkpoint, module: str, names: Mapping[str, str], config: Mapping[str, Any]
-) -> LowRank:
+) -> LoraPair:
     rank, scale = rank_and_scale(module, config)
     down, up = tensors.info(names["A"]).shape, tensors.info(names["B"]).shape
     if (down[0], up[1]) != (rank, rank):
@@ -249,4 +254,4 @@ def _low_rank(
             f"{tensors.where(magnitude)} is {list(tensors.info(magnitude).shape)} for {up[0]} outputs"
         )
     turned = bool(config.get("fan_in_fan_out")) or names["A"].endswith("lora_embedding_A")
-    return LowRank(tensors, names["A"], names["B"], scale, turned, magnitude)
+    return LoraPair(tensors, names["A"], names["B"], scale, turned, magnitude)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
-from fishertool.models.low_rank_layers import is_linear, is_turned, token_table
+from fishertool.models.low_rank_layers import is_conv1d, is_linear, token_table
 from fishertool.models.names import architecture_of, empty_model, origins_by_disk_name
 from fishertool.models.probes import Origin, whole
 
@@ -72,7 +72,7 @@ def layers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[s
         found[name] = Layer(
             name,
             kind,
-            _are_turned(owner) != origin.mirrored if kind == "experts" else is_turned(owner),
+            _are_turned(owner) != origin.mirrored if kind == "experts" else is_conv1d(owner),
             IN_A_BLOCK.search(name) is not None,
             others[0] if others else None,
             kind == "linear" or owner is tokens,

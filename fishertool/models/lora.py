@@ -15,7 +15,7 @@ from fishertool.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraPair:
     """What an adapter adds to one matrix."""
 
     tensors: Checkpoint

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from fishertool.checkpoint.companions import write_json
 from fishertool.checkpoint.digest import FileDigest
-from fishertool.checkpoint.dtypes import TORCH
+from fishertool.checkpoint.dtypes import TORCH, all_finite, representable
 from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.source import TensorSource
+from fishertool.checkpoint.writer import write_tensors
 from fishertool.errors import InputError
 from fishertool.models.adapter_options import CONFIG, STEM
 from fishertool.models.adapters import PREFIX, is_turned
+from fishertool.models.low_rank_layers import is_conv1d
 from fishertool.models.names import empty_model, names_on_disk
-from fishertool.sidecar import write_tensors
 
 PEFT_TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -30,6 +31,8 @@ PEFT_TASKS = {
     "Model": "FEATURE_EXTRACTION",
 }
 """How an architecture's name ends -> what peft calls its task."""
+ROUNDING = 1e-6
+"""Of a weight: what differs from the base's by no more was merged from weights like it."""
 
 
 def low_rank_difference(merged: Tensor, base: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -125,7 +128,7 @@ class LoraWriter:
         """
         info = self.base.info(name)
         stored = self.base.read(name).reshape(info.shape)
-        if torch.equal(merged, stored.to(merged.dtype)):
+        if torch.allclose(merged, stored.to(merged.dtype), rtol=ROUNDING, atol=0):
             return {"action": "as-base"}
         parameter = self._parameter_of.get(name, "")
         place = self._place_of(name)
@@ -135,7 +138,15 @@ class LoraWriter:
                 "adapter can hold; merge without --as-lora"
             )
         if not place.low_rank:
-            self._whole[parameter] = merged.to(TORCH[info.dtype])
+            held = representable(merged, TORCH[info.dtype]).to(TORCH[info.dtype])
+            if all_finite(merged) and not all_finite(held):
+                raise InputError(
+                    f"{self.base.where(name)}: the merge's does not fit {info.dtype}; lower the "
+                    "weights, or merge without --as-lora"
+                )
+            if torch.equal(held, stored):
+                return {"action": "as-base"}
+            self._whole[parameter] = held
             return {"action": "whole"}
         pair = (merged.T, stored.T) if place.turned else (merged, stored)
         down, up, kept = low_rank_difference(*pair, self.rank)
@@ -180,11 +191,8 @@ class LoraWriter:
     def _held_by(self, modules: set[str]) -> list[str]:
         """Parameters of modules; those that hold what is tied to them join the modules."""
         while True:
-            held = [
-                name
-                for name in self._parameters
-                if any(name.startswith(f"{module}.") for module in modules)
-            ]
+            prefixes = tuple(f"{module}." for module in modules)
+            held = dict.fromkeys(name for name in self._parameters if name.startswith(prefixes))
             shared = {id(self._parameters[name]) for name in held}
             more = {
                 self._places[name].whole or name.rpartition(".")[0]
@@ -192,7 +200,7 @@ class LoraWriter:
                 if id(parameter) in shared and name not in held
             }
             if not more:
-                return held
+                return list(held)
             modules |= more
 
     def _of_base(self, parameter: str) -> Tensor:
@@ -241,7 +249,7 @@ def _places(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, _P
         layer = modules[owner]
         head = layer is output or (headed and not name.startswith(prefix))
         leaf = not any(layer.children())
-        linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
         places[name] = _Place(
             name.partition(".")[0] if head else owner if leaf else None,
             linear and not head and own == "weight",

@@ -120,10 +120,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is exactly y = W x + b: not a subclass, which may use W otherwise."""
-    return type(layer) is nn.Linear or is_turned(layer)
+    return type(layer) is nn.Linear or is_conv1d(layer)
 
 
-def is_turned(layer: nn.Module) -> bool:
+def is_conv1d(layer: nn.Module | None) -> bool:
     """Whether a layer is GPT-2's linear layer, whose weight is [in, out]."""
     from transformers.pytorch_utils import Conv1D
 

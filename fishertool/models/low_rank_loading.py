@@ -13,8 +13,8 @@ from fishertool.models.low_rank import Factors
 from fishertool.models.low_rank_layers import (
     LowRankEmbedding,
     LowRankLinear,
+    is_conv1d,
     is_linear,
-    is_turned,
     token_table,
 )
 from fishertool.models.names import origins_by_disk_name
@@ -75,7 +75,7 @@ def _check_layer(model: Any, module: str, one: Factors, checkpoint: Checkpoint) 
         )
     ours = (one.outputs, one.inputs)
     shape = tuple(layer.weight.shape)
-    wanted = shape[::-1] if one.embedding or is_turned(layer) else shape
+    wanted = shape[::-1] if one.embedding or is_conv1d(layer) else shape
     has_bias = getattr(layer, "bias", None) is not None
     if ours != wanted or one.has_bias != has_bias:
         raise InputError(
@@ -96,7 +96,7 @@ def put_in(model: Any, modules: Mapping[str, Factors]) -> None:
             model.set_submodule(name, LowRankEmbedding(table, up))
         else:
             down = nn.Linear(one.inputs, one.rank, bias=False, **like)
-            model.set_submodule(name, LowRankLinear(down, up, is_turned(layer)))
+            model.set_submodule(name, LowRankLinear(down, up, is_conv1d(layer)))
 
 
 def check_loaded(model: Any, modules: Mapping[str, Factors], checkpoint: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """Settings that may differ from tensor to tensor: numbers, gradients over layers, rules by name."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def interpolate(value: Scalar | Gradient, depth: float) -> Scalar:
     if not isinstance(value, tuple):
         return value
     place = depth * (len(value) - 1)
+    if math.isclose(place, round(place), abs_tol=1e-9):  # a depth is a ratio, and was rounded
+        place = round(place)
     before = int(place)
     start, end = value[before], value[min(before + 1, len(value) - 1)]
     if place == before or not _is_number(start) or not _is_number(end):

@@ -114,7 +114,7 @@ def arrange(recipe: Recipe, inputs: Inputs) -> tuple[Arrangement, set[str]]:
         check_same_tensors(whole, set(known) - merged, names)
         arrangement = _arrange_whole(whole[0], names[0], len(whole), recipe.graded)
     else:
-        arrangement = arrange_slices(_runs(recipe, inputs))
+        arrangement = arrange_slices(_runs(recipe, inputs), heads)
         known = [place.name for place in arrangement.places]
         merged = set(select(known, recipe.include, recipe.exclude)) - heads
     if recipe.head == "keep-first" and not heads:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
+from fishertool.models.buffers import is_old_buffer
 from fishertool.models.layer_stacks import names_after_layers
 from fishertool.models.names import tied_names
 
@@ -95,12 +96,14 @@ def arrange_whole(names: Sequence[str], models: int, after: Collection[str] = ()
 
 def arrange_slices(
     slices: Sequence[Sequence[tuple[TensorSource, tuple[int, int]]]],
+    apart: Collection[str] = (),
 ) -> Arrangement:
     """Runs of layers put on top of each other, as (source, layers) for each source of each slice.
 
     What comes before the layers is the first slice's, what comes after them the last's. Raises
-    InputError for a model without exactly one stack of layers, UsageError for layers it has not,
-    or for sources of one slice with runs of different length.
+    InputError for a model without exactly one stack of layers, and for one in the first or last
+    slice with a tensor outside of them that the lowest has not, but for those `apart`; UsageError
+    for layers it has not, or for sources of one slice with runs of different length.
     """
     lowest = slices[0][0][0]
     stacks: dict[int, _Stack] = {}
@@ -122,6 +125,15 @@ def arrange_slices(
                 places.append(Place(f"{stack}{len(layers)}{rest}", number, depth, inside))
             layers.append(start + offset)
     outside = stacks[id(lowest)].outside
+    known = {*outside, *apart}
+    for source, _ in (*slices[0], *slices[-1]):
+        own = [name for name in stacks[id(source)].outside if name not in known]
+        if lost := [name for name in own if not is_old_buffer(name, source.info(name).shape)]:
+            raise InputError(
+                f"{lowest.folder}: lacks {some(lost)}, which {source.folder} has; let the first and "
+                "the last slice be of models that both have it, or neither, or leave it out by "
+                "--head keep-first if it is a head's"
+            )
     after = names_after_layers(lowest, stack, outside)
     before = [
         Place(name, 0, 0.0, (name,) * len(slices[0])) for name in outside if name not in after

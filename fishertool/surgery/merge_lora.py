@@ -1,11 +1,13 @@
 """A merge as an adapter: what it changes in a base, by low rank."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fishertool.checkpoint.digest import FileDigest
+from fishertool.checkpoint.dtypes import NAMES
 from fishertool.errors import InputError, some
 from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
@@ -13,7 +15,7 @@ from fishertool.paths import expanded
 from fishertool.progress import Advance
 from fishertool.surgery.merge_look import look
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.merge_tensor import cut, merge_piece
+from fishertool.surgery.merge_tensor import computed_in, cut, merge_piece
 
 WAY_OUT = "--as-lora needs a base of the models' architecture, with their head"
 
@@ -74,7 +76,18 @@ def told_of_base(base: str) -> list[str]:
 def write_lora(
     plan: MergePlan, writer: LoraWriter, folder: Path, advance: Advance
 ) -> tuple[list[FileDigest], dict[str, dict[str, Any]]]:
-    """Merge a tensor at a time and write what differs from the base; what became of each by name."""
+    """Merge a tensor at a time and write what differs from the base; what became of each by name.
+
+    Merges are rounded after the base is subtracted: a change may be smaller than a stored dtype
+    tells apart.
+    """
+    targets = {
+        name: replace(target, info=replace(target.info, dtype=NAMES[computed_in(plan, target)]))
+        if target.action in ("merge", "average")
+        else target
+        for name, target in plan.targets.items()
+    }
+    plan = replace(plan, targets=targets)
     told: dict[str, dict[str, Any]] = {}
     for info in plan.layout.tensors:
         if not info.elements:
