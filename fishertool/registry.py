@@ -20,6 +20,9 @@ from typing import Any, Literal
 
 from fishertool.errors import UsageError
 
+MERGING, PRUNING = "fishertool.merging", "fishertool.pruning"
+FACTORIZATION = "fishertool.factorization"
+"""Packages of methods."""
 NOT_A_METHOD = ("method", "rank")
 
 

@@ -155,9 +155,10 @@ def test_an_outputs_own_report_is_never_replaced(cli: Cli, verb: str) -> None:
     own.parent.mkdir()
     own.write_text(told_by_evaluate().to_json())
     Path("link.json").symlink_to(own)
-    for place in (own, "link.json"):
+    other = Path("user/fishertool_report.json")  # it would make a model an output, to be replaced
+    for place in (own, "link.json", other):
         result = cli(verb, "--report", place)
-        told = f"--report {place}: is an output's own report; choose another place\n"
+        told = f"--report {place}: is what an output's own report is called; choose another name\n"
         assert (result.code, told in result.err) == (2, True), result.err
 
 

@@ -849,3 +849,12 @@ def test_weights_of_other_modules_that_differ_are_told_of(
     assert result.code == 0, result.err
     wanted = "2_Dense/model.safetensors is taken from a as it is, not merged; b has another or none"
     assert result.report["warnings"] == ([wanted] if told else [])
+
+
+def test_a_seed_where_nothing_is_drawn_is_refused(cli: Cli, make_model: ModelMaker) -> None:
+    pair = (make_model("a"), make_model("b"))
+    result = cli("merge", *pair, "--seed", 4, "--out", "o", "--dry-run")
+    told = "--seed: method linear draws nothing; leave it out"
+    assert (result.code, told in result.err) == (2, True), result.err
+    draws = ("--method", "dare-linear", "--base", pair[0], "--set", "density=0.5")
+    assert cli("merge", *pair, "--seed", 4, *draws, "--out", "o", "--dry-run", "-q").code == 0

@@ -305,6 +305,11 @@ def test_pick_writes_one_merge_of_the_front(
         assert picked["values"][place] == max(t["values"][place] for t in front["trials"])
     built = cli("merge", "--config", f"o/{picked['recipe']}", "--out", "built", "-q")
     assert built.code == 0, built.err
+    reports = [
+        json.loads((tmp_path / folder / "fishertool_report.json").read_text())
+        for folder in ("built", "o/picked")
+    ]
+    assert reports[0]["summary"] == reports[1]["summary"]
     files = [tmp_path / folder / "model.safetensors" for folder in ("built", "o/picked")]
     assert files[0].read_bytes() == files[1].read_bytes()
     result = cli("search", recipe(), "--out", "o", *flags, "--resume")  # which picks none
@@ -312,6 +317,25 @@ def test_pick_writes_one_merge_of_the_front(
     assert not (tmp_path / "o" / "picked").exists()
     assert any(one.startswith("picked: was") for one in result.report["warnings"])
     assert "picked" not in result.report["summary"]
+
+
+@pytest.mark.parametrize("changed", ["data.jsonl", "a/config.json", "a/model.safetensors"])
+def test_a_search_of_other_inputs_is_not_gone_on_with(
+    cli: Cli, recipe: Recipe, make_model: ModelMaker, changed: str
+) -> None:
+    flags = ["--sampler", "random", "--evaluations", 2, "-q"]
+    assert cli("search", recipe(), "--out", "o", *flags).code == 0
+    path = Path(changed)
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        case ".json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 1e-3}))
+        case _:
+            path.write_bytes((make_model("other", seed=9) / path.name).read_bytes())
+    result = cli("search", recipe(), "--out", "o", *flags, "--resume")
+    assert result.code == 2, result.err
+    assert "or what models, sidecars or data hold, differ" in result.err
 
 
 def start(out: Path, *flags: object, slow: float = 0.0) -> subprocess.Popen[str]:

@@ -44,8 +44,7 @@ from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, track_on_stderr
 from fishertool.cli.values import method_settings
 from fishertool.errors import UsageError
-
-FACTORIZATION_METHODS = "fishertool.factorization"
+from fishertool.registry import FACTORIZATION
 
 
 @app.command()
@@ -57,7 +56,7 @@ def factorize(
     method: Annotated[
         str, option("--method", help="svd, fwsvd, asvd, whitened, kronecker or tfwsvd.")
     ] = "kronecker",
-    methods: Annotated[bool, methods_flag(FACTORIZATION_METHODS)] = False,
+    methods: Annotated[bool, methods_flag(FACTORIZATION)] = False,
     fisher: Annotated[
         str | None,
         option("--fisher", help="The model's sidecar, of a kind that the method needs."),

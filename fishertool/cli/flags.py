@@ -56,8 +56,10 @@ def report_place(context: typer.Context, path: Path | None) -> Path | None:
         from fishertool.checkpoint.staging import REPORT_FILE
         from fishertool.report import is_report
 
-        if path.exists() and REPORT_FILE in (path.name, path.resolve().name):
-            raise UsageError(f"--report {path}: is an output's own report; choose another place")
+        if REPORT_FILE in (path.name, path.resolve().name):
+            raise UsageError(
+                f"--report {path}: is what an output's own report is called; choose another name"
+            )
         if path.is_file() and path.stat().st_size and not is_report(path):
             raise UsageError(f"--report {path}: is there, and is no report; choose another name")
         if not os.access(path if path.exists() else there, os.W_OK):

@@ -47,8 +47,7 @@ from fishertool.cli.merge_recipe import (
 )
 from fishertool.cli.printing import finish, put, track_on_stderr
 from fishertool.errors import UsageError
-
-MERGE_METHODS = "fishertool.merging"
+from fishertool.registry import MERGING
 
 
 @app.command()
@@ -72,7 +71,7 @@ def merge(
         bool, option("--print-config", help="Print the merge as a recipe, and do nothing.")
     ] = False,
     method: Annotated[str, option("--method", help="See --methods.")] = "linear",
-    methods: Annotated[bool, methods_flag(MERGE_METHODS)] = False,
+    methods: Annotated[bool, methods_flag(MERGING)] = False,
     weights: Annotated[
         str | None,
         option(
@@ -171,14 +170,14 @@ def merge(
     given = weights_of(weights)
     recipe = recipe_of(context, config)
     if print_config:
-        put(text_of(context, MERGE_METHODS, recipe, given))
+        put(text_of(context, recipe, given))
         return
     if out is None:
         raise UsageError("--out is missing: the folder to write to")
     with importing(recipe.reads, threads, dry_run):
         from fishertool.commands.merge import merge as command
 
-    check_seed(context, MERGE_METHODS, recipe)
+    check_seed(context, recipe)
     check_measuring(context)
     options = None if evaluate_on is None else data_options(context, evaluate_on)
     report = command(

@@ -11,7 +11,7 @@ import typer
 from fishertool.cli.flags import flags_of_data, is_given, refuse, set_defaults
 from fishertool.cli.values import method_settings, number
 from fishertool.errors import UsageError
-from fishertool.registry import find_method
+from fishertool.registry import MERGING, find_method
 
 SETTINGS = ("anchor", "power", "trim")
 """Settings of methods that have a flag of their own."""
@@ -66,9 +66,7 @@ def recipe_of(context: typer.Context, config: Path | None) -> Any:
     return recipe
 
 
-def text_of(
-    context: typer.Context, package: str, recipe: Any, weights: list[float] | str | None
-) -> str:
+def text_of(context: typer.Context, recipe: Any, weights: list[float] | str | None) -> str:
     """The whole merge as a recipe. Raises UsageError for what a recipe cannot say."""
     from fishertool.recipe.inputs import normalised, weighted
     from fishertool.recipe.write import to_yaml
@@ -77,20 +75,22 @@ def text_of(
     refuse(context, NOT_IN_A_RECIPE, why)
     if isinstance(weights, str):
         raise UsageError(f"--weights {weights}: {why}")
-    method = find_method(package, recipe.method)
+    method = find_method(MERGING, recipe.method)
     recipe = normalised(recipe, method)
     return to_yaml(recipe if weights is None else weighted(recipe, method, weights))
 
 
-def check_seed(context: typer.Context, package: str, recipe: Any) -> None:
-    """Refuse a seed in a recipe's file whose method draws nothing."""
+def check_seed(context: typer.Context, recipe: Any) -> None:
+    """Refuse a seed, in a recipe's file or as a flag, where nothing is drawn."""
     from fishertool.recipe.inputs import draws
 
-    said = recipe.where and context.obj.get("seed") is not None
-    if said and not draws(find_method(package, recipe.method)):
-        raise UsageError(
-            f"{recipe.where}: seed: method {recipe.method} draws nothing; leave it out"
-        )
+    if draws(find_method(MERGING, recipe.method)):
+        return
+    told = f"method {recipe.method} draws nothing; leave it out"
+    if recipe.where and context.obj.get("seed") is not None:
+        raise UsageError(f"{recipe.where}: seed: {told}")
+    if is_given(context, "seed") and context.params["evaluate_on"] is None:
+        raise UsageError(f"--seed: {told}")
 
 
 def check_measuring(context: typer.Context) -> None:

@@ -50,8 +50,8 @@ from fishertool.cli.flags import (
 from fishertool.cli.importing import importing
 from fishertool.cli.printing import finish, telling_if_stopped, track_on_stderr
 from fishertool.cli.values import method_settings
+from fishertool.registry import PRUNING
 
-PRUNING_METHODS = "fishertool.pruning"
 USES_OF_DATA = ("held_out", "labels", "group", "task", "recover_learning_rate")
 
 
@@ -68,7 +68,7 @@ def prune(
             help="magnitude, random, wanda, fisher, obs, mfac, gaprune or sparsegpt; see --methods.",
         ),
     ] = "magnitude",
-    methods: Annotated[bool, methods_flag(PRUNING_METHODS)] = False,
+    methods: Annotated[bool, methods_flag(PRUNING)] = False,
     sparsity: Annotated[
         float | None,
         option("--sparsity", help="Share of the selected weights to be zero, as 0.5."),

@@ -17,7 +17,7 @@ from fishertool.errors import UsageError, some
 from fishertool.factorization.rank import Ranks
 from fishertool.models.loading import check_device
 from fishertool.progress import Track, silent
-from fishertool.registry import find_method, suggest
+from fishertool.registry import FACTORIZATION, find_method, suggest
 from fishertool.report import (
     Files,
     Report,
@@ -35,7 +35,6 @@ from fishertool.surgery.factorize_terms import Cutter, KeptTerms, decompose_all,
 from fishertool.surgery.factorize_write import write_factorized
 from fishertool.surgery.output import BASE_RSS_BYTES, checkpoint_output, code_left_out
 
-METHODS = "fishertool.factorization"
 DOUBLES = 8
 """Matrices of a layer's size that a decomposition holds at once."""
 UNMEASURED = (
@@ -165,7 +164,7 @@ def factorize(
 
 def _resolve(name: str, given: Mapping[str, Any], start: str | None) -> Refined:
     """The method with all its settings, and where it starts."""
-    chosen = find_method(METHODS, name)
+    chosen = find_method(FACTORIZATION, name)
     parsed = chosen.parse(given)
     for setting, value in parsed.items():
         if type(value) in (int, float) and not 0 <= value < float("inf"):
@@ -174,7 +173,7 @@ def _resolve(name: str, given: Mapping[str, Any], start: str | None) -> Refined:
     if start is not None:
         if "start" not in chosen.inputs:
             raise UsageError(f"--start is for methods that refine another's result, not {name}")
-        first = find_method(METHODS, start)
+        first = find_method(FACTORIZATION, start)
         if "start" in first.inputs:
             raise UsageError(f"--start {start}: refines another's result itself")
     return Refined(chosen, parsed, first)
@@ -276,7 +275,8 @@ def _forecast(
         needed = {"output": plan.layout(ranks).nbytes}
     report.summary |= {
         "selected": len(plan.matrices),
-        "bytes_to_write": sum(needed.values()),
+        "bytes_to_write": needed["output"],
+        "bytes_of_working_files": sum(needed.values()) - needed["output"],
         "free_bytes": free_bytes(out),
         "estimated_peak_bytes": BASE_RSS_BYTES + threads * DOUBLES * 8 * largest,
     }

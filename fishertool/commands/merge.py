@@ -18,7 +18,7 @@ from fishertool.progress import Track, silent
 from fishertool.recipe.inputs import WEIGHT, normalised, spelled_alike, weighted
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.write import plain, renamed
-from fishertool.registry import Method, find_method, suggest
+from fishertool.registry import MERGING, Method, find_method, suggest
 from fishertool.report import Output, Report, data_files, environment, options_of
 from fishertool.searching.best_weights import best_weights
 from fishertool.searching.coefficients import GRID_POINTS, dirichlet, grid
@@ -29,9 +29,7 @@ from fishertool.surgery.merge_lora import open_lora, told_of_base, write_lora
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
 from fishertool.surgery.merge_predict import check_optimal, gather_forms
 from fishertool.surgery.merge_write import write_merge
-from fishertool.surgery.output import checkpoint_output, code_left_out
 
-METHODS = "fishertool.merging"
 FREE = "optimal-free"
 
 
@@ -63,7 +61,7 @@ def merge(
     """
     options = {name: value for name, value in locals().items() if name != "recipe"}
     report = Report("merge", options_of(options), environment=environment(threads, device))
-    method = find_method(METHODS, recipe.method)
+    method = find_method(MERGING, recipe.method)
     recipe = spelled_alike(recipe)
     beside: list[str] = []
     if as_lora is not None:
@@ -166,7 +164,6 @@ def _write(
     track: Track,
 ) -> None:
     """Write the merge, or what it changes in a base, and tell of it."""
-    report.summary = merge_report.summary(plan)
     total = plan.layout.parameters
     with report.phase("merge"), track("Merging", total, "weights") as advance:
         if lora is not None:
@@ -178,15 +175,11 @@ def _write(
                 "float32",
                 digests_beside(folder, {folder / one.file for one in files}),
             )
+            report.summary = merge_report.summary(plan)
             report.summary |= {"parameters": lora.parameters, "bytes": report.output.bytes}
             return
         written = write_merge(plan, folder, threads, advance)
-    told = {name: {"predicted_loss": found} for name, found in written.passed.predicted.items()}
-    report.tensors = merge_report.rows(plan, told if predict else {})
-    report.output = checkpoint_output(plan.layout, written.files, plan.companions, folder)
-    report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
-    report.summary["bytes"] = report.output.bytes
-    report.summary["predicted_loss"] = written.passed.predicted_loss
+    merge_report.tell(report, plan, written, folder, predict)
 
 
 def _with_optimal_weights(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fishertool.checkpoint.digest import digest
 from fishertool.checkpoint.layout import parse_size
 from fishertool.checkpoint.staging import (
     REPORT_FILE,
@@ -22,6 +23,7 @@ from fishertool.checkpoint.staging import (
 from fishertool.errors import OutputExistsError, UsageError
 from fishertool.models.loading import check_device
 from fishertool.models.sources import open_source, public_reference
+from fishertool.models.vocabulary import tokenizer_files
 from fishertool.progress import Track, silent
 from fishertool.recipe.document import Value, read_document
 from fishertool.recipe.space import Space, inside, read_space, split_search
@@ -121,8 +123,9 @@ def search(
             report.summary |= merge_report.forecast(plan, threads, out)
             return report
         found = _open(
-            opened, out, storage, study or out.resolve().name, content, space, objectives, sampling,
-            evaluator, join=worker, resume=resume, overwrite=overwrite,
+            opened, out, storage, study or out.resolve().name, content,
+            _what_is_read(plan, objectives), space, objectives, sampling, evaluator,
+            join=worker, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         with report.phase("search"), track("Searching", evaluations, "merges") as advance:
             from fishertool.searching.work import work
@@ -236,6 +239,7 @@ def _open(
     storage: str | None,
     name: str,
     content: Any,
+    inputs: Any,
     space: Space,
     objectives: Sequence[Objective],
     sampling: Sampling,
@@ -262,12 +266,29 @@ def _open(
         opened.enter_context(old_one_kept(out, begun))
     if store is None:
         store = open_storage(None, out)
-    told = json.dumps([content, sampling.identity], sort_keys=True, default=str)
+    told = json.dumps([content, sampling.identity, inputs], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
     found = Search(store, name, space.variables, objectives, fingerprint, join=join, resume=resume)
     signs = [one.sign for one in objectives]
     found.study.sampler = make_sampler(sampling, space.variables, signs, evaluator.predict)
     return found
+
+
+def _what_is_read(plan: MergePlan, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """What tells that a search goes on with the same models, sidecars and data."""
+    sources = plan.inputs.sources
+    sidecars = [*plan.fishers.values(), *plan.factors.values()]
+    data = dict.fromkeys(one.data.data for one in objectives if one.data)
+    return {
+        "models": [source.fingerprint() for source in sources],
+        "configs": [source.config() for source in sources],
+        "tokenizers": [
+            [digest(source.folder / name).sha256 for name in tokenizer_files(source.folder)]
+            for source in sources
+        ],
+        "sidecars": [one.tensors.fingerprint() for one in sidecars],
+        "data": [one.files for source in data for one in data_files(source)],
+    }
 
 
 def _front(

@@ -16,7 +16,7 @@ from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError, UsageError, some
 from fishertool.models.loading import TOKENIZER_FILES, load_tokenizer
 from fishertool.models.token_donors import Donor, donated_rows, known
-from fishertool.models.token_rows import TokenAligned, TokenRows
+from fishertool.models.token_rows import TokenRows
 
 OF_TOKENIZERS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -31,7 +31,6 @@ WAY_OUT = "choose the merge's tokens by tokenizer: {source: union}, or base, or 
 class Vocabulary:
     """The tokens of a merge; every model as it is where nothing was chosen."""
 
-    sources: Mapping[str, TensorSource]
     tokenizer: Any = None
     """The output's; None leaves all as it is."""
     size: int = 0
@@ -44,21 +43,16 @@ class Vocabulary:
     """Each model's, with their ids."""
     warnings: Sequence[str] = ()
 
-    def view(self, name: str) -> TensorSource:
-        """A model's tensors by the output's tokens."""
-        source = self.sources[name]
-        return TokenAligned(source, self.rows[name]) if name in self.rows else source
-
     def write_tokenizer(self, out: Path) -> None:
         """Put the tokenizer's files into a folder, in place of any that are there."""
         if self.tokenizer is None:
             return
-        for name in _tokenizer_files(out):
+        for name in tokenizer_files(out):
             (out / name).unlink()
         if self.copied_from is None:
             self.tokenizer.save_pretrained(out)
         else:
-            for name in _tokenizer_files(self.copied_from):
+            for name in tokenizer_files(self.copied_from):
                 shutil.copyfile(self.copied_from / name, out / name)
 
     def renumbered(self, config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def match_vocabularies(
     )
     told = f"{len(homeless)} tokens ({some(homeless)}) are in no model: their rows are zero"
     return Vocabulary(
-        sources, tokenizer, size, folder if output == before else None, aligned, tokens,
+        tokenizer, size, folder if output == before else None, aligned, tokens,
         [told] if homeless else [],
     )  # fmt: skip
 
@@ -223,7 +217,7 @@ def _as_they_are(sources: Mapping[str, TensorSource], trust_remote_code: bool) -
                 f"{other.folder.name}: {len(differ)} tokens, {differ[0]} among them, have not the "
                 f"ids they have in {first.folder.name}, but rows are merged by id; {WAY_OUT}"
             )
-    return Vocabulary(sources, warnings=told)
+    return Vocabulary(warnings=told)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -231,7 +225,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def _tokenizer_files(folder: Path) -> list[str]:
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of those that make up a model's tokenizer."""
     return [
         name
         for name in find_companions(folder).copied

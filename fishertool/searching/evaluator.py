@@ -24,13 +24,11 @@ from fishertool.recipe.resolve import Resolver
 from fishertool.recipe.schema import Recipe
 from fishertool.recipe.settings import Scalar
 from fishertool.recipe.space import Space, fitting
-from fishertool.registry import find_method, suggest
+from fishertool.registry import MERGING, find_method, suggest
 from fishertool.searching.objectives import Objective, values_of
 from fishertool.surgery.merge_pass import Passed, merge_pass
 from fishertool.surgery.merge_plan import MergePlan, plan_merge
 from fishertool.surgery.merge_write import write_merge
-
-METHODS = "fishertool.merging"
 
 
 class Evaluation(NamedTuple):
@@ -69,7 +67,7 @@ class Evaluator:
         self, opened: ExitStack, space: Space, objectives: Sequence[Objective], running: Running
     ) -> None:
         self.space, self.objectives, self._running = space, objectives, running
-        self._methods = {name: find_method(METHODS, name) for name in space.methods}
+        self._methods = {name: find_method(MERGING, name) for name in space.methods}
         self._datasets = list(dict.fromkeys(one.data for one in objectives if one.data))
         self._opened = opened
         self._plans: dict[tuple[str, str | None], MergePlan] = {}
@@ -79,7 +77,7 @@ class Evaluator:
     def recipe(self, point: Mapping[str, Scalar]) -> Recipe:
         """The recipe at a point, as `fishertool merge --config` takes it."""
         found = self.space.recipe(point)
-        method = find_method(METHODS, found.method)
+        method = find_method(MERGING, found.method)
         others = {name: other for name, other in self._methods.items() if name != found.method}
         return normalised(fitting(found, method, others), method)
 
@@ -90,7 +88,7 @@ class Evaluator:
         cannot be merged.
         """
         recipe = self.recipe(point)
-        method = find_method(METHODS, recipe.method)
+        method = find_method(MERGING, recipe.method)
         kind = method.name, recipe.dtype
         if kind in self._plans:
             return self._plans[kind].with_settings(Resolver(recipe, method))
@@ -193,8 +191,7 @@ class Evaluator:
         return {
             options: measure(
                 model, subject.task, data,
-                batch_size=self._running.batch_size, device=self._running.device,
-                warn=self._told.setdefault,
+                batch_size=self._running.batch_size, warn=self._told.setdefault,
             )
             for options, data in subject.prepared.items()
         }  # fmt: skip

@@ -30,7 +30,7 @@ class Judge:
     def of(self, model: LoadedModel, against: LoadedModel | None = None) -> dict[str, float]:
         return measure(
             model, self.task, self._prepared, against=against,
-            batch_size=self.batch_size, device=self.device, warn=self._told.append,
+            batch_size=self.batch_size, warn=self._told.append,
         )  # fmt: skip
 
     def of_folder(self, folder: Path, against: LoadedModel | None = None) -> dict[str, float]:

@@ -21,7 +21,6 @@ from fishertool.searching.pareto import chosen, knee
 from fishertool.surgery import merge_report
 from fishertool.surgery.merge_plan import MergePlan
 from fishertool.surgery.merge_write import write_merge
-from fishertool.surgery.output import checkpoint_output, code_left_out
 
 PICKED, RECIPES, KNEE = "picked", "front", "knee"
 FRONT, PAGE = "front.json", "front.html"
@@ -137,13 +136,9 @@ def write_picked(out: Path, plan: MergePlan, recipe: str, environment: Mapping[s
     report = Report("merge", {"recipe": recipe}, environment=dict(environment))
     with staged(out / PICKED) as folder:
         written = write_merge(plan, folder, environment["threads"], lambda _: None)
-        report.summary = merge_report.summary(plan)
-        report.tensors = merge_report.rows(plan, {})
-        report.inputs = merge_report.input_files(plan)
-        report.output = checkpoint_output(plan.layout, written.files, plan.companions, folder)
         report.warnings += plan.warnings
-        report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
-        report.summary["bytes"] = report.output.bytes
+        merge_report.tell(report, plan, written, folder)
+        report.inputs = merge_report.input_files(plan)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
 

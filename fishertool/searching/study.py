@@ -87,8 +87,8 @@ class Search:
                 self.study.set_metric_names([one.name for one in objectives])
         elif self.study.user_attrs.get(FINGERPRINT) != fingerprint:
             raise UsageError(
-                f"the search {name!r} on this storage is another one: recipe, objectives, sampler "
-                "or seed differ; choose another --out or --study"
+                f"the search {name!r} on this storage is another one: recipe, objectives, sampler, "
+                "seed, or what models, sidecars or data hold, differ; choose another --out or --study"
             )
 
     @property

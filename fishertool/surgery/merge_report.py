@@ -9,9 +9,15 @@ from fishertool.checkpoint.staging import free_bytes
 from fishertool.checkpoint.stream import PIECE_ELEMENTS
 from fishertool.models.lora_writer import LoraWriter
 from fishertool.models.sources import public_reference
-from fishertool.report import Files
+from fishertool.report import Files, Report
 from fishertool.surgery.merge_plan import MergePlan
-from fishertool.surgery.output import BASE_RSS_BYTES, row_of
+from fishertool.surgery.merge_write import Written
+from fishertool.surgery.output import (
+    BASE_RSS_BYTES,
+    checkpoint_output,
+    code_left_out,
+    row_of,
+)
 
 
 def forecast(plan: MergePlan, threads: int, out: Path) -> dict[str, Any]:
@@ -38,6 +44,21 @@ def rows(plan: MergePlan, more: Mapping[str, Mapping[str, Any]]) -> list[dict[st
         {**row_of(tensor, plan.targets[tensor.name].action), **more.get(tensor.name, {})}
         for tensor in plan.layout.tensors
     ]
+
+
+def tell(
+    report: Report, plan: MergePlan, written: Written, folder: Path, by_tensor: bool = False
+) -> None:
+    """What was written into a folder; with `by_tensor`, the losses predicted too."""
+    predicted = written.passed.predicted if by_tensor else {}
+    told = {name: {"predicted_loss": found} for name, found in predicted.items()}
+    report.tensors = rows(plan, told)
+    report.output = checkpoint_output(plan.layout, written.files, plan.companions, folder)
+    report.warnings += code_left_out(plan.first, {plan.first.folder: plan.companions})
+    report.summary = summary(plan) | {
+        "bytes": report.output.bytes,
+        "predicted_loss": written.passed.predicted_loss,
+    }
 
 
 def summary(plan: MergePlan) -> dict[str, Any]:

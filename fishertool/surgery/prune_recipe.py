@@ -7,9 +7,8 @@ from typing import Any, Self, cast
 from fishertool.errors import UsageError
 from fishertool.models.units import PATTERNS
 from fishertool.pruning.parts.masks import BUDGETS, Budget, Pattern, parse_pattern
-from fishertool.registry import Method, find_method, suggest
+from fishertool.registry import PRUNING, Method, find_method, suggest
 
-METHODS = "fishertool.pruning"
 PATTERN_WORDS = ("unstructured", *PATTERNS, "n:m such as 2:4", "blocks such as 1x4")
 COMPENSATE = ("none", "summed", "joint", "columnwise", "auto")
 NORMALIZE = ("none", "mean")
@@ -144,7 +143,7 @@ def resolve_recipe(
     recover_steps: int,
 ) -> Recipe:
     """Raises UsageError for what is unknown, out of range or contradicts itself."""
-    chosen = find_method(METHODS, method)
+    chosen = find_method(PRUNING, method)
     try:
         parsed = parse_pattern(pattern)
     except ValueError as error:

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from fishertool.calibration import DataOptions
 from fishertool.commands.estimate_fisher import estimate_fisher
-from fishertool.commands.factorize import METHODS
 from fishertool.estimation.settings import Settings
-from fishertool.registry import find_method
+from fishertool.registry import FACTORIZATION, find_method
 from fishertool.searching.ranks import OriginalsJudge, best_allocation
 from fishertool.surgery.factorize_plan import Refined, plan_factorize
 from fishertool.surgery.factorize_ranks import Budget
@@ -69,7 +68,7 @@ def results(
 ) -> Iterator[dict[str, Any]]:
     """For every share and allocation."""
     name, settings = ROWS[row]
-    method = find_method(METHODS, name)
+    method = find_method(FACTORIZATION, name)
     chosen = Refined(method, method.parse(settings))
     with ExitStack() as opened, tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary) / "terms"
