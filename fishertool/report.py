@@ -27,6 +27,8 @@ DECIDES_NOTHING = (
     "track", "threads", "device", "device_map", "accumulate_on", "overwrite", "world_size",
     "checkpoint_every", "resume", "bars",
 )  # fmt: skip
+FILES = ("files", "companions")
+"""Lists of files that an output has."""
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub")
 
 
@@ -43,10 +45,6 @@ class Files:
     def of(cls, name: str, role: str, digests: Iterable[Any]) -> Self:
         """From the FileDigest of each."""
         return cls(name, role, list(map(asdict, digests)))
-
-    @property
-    def bytes(self) -> int:
-        return sum(file["bytes"] for file in self.files)
 
 
 @dataclass
@@ -183,17 +181,10 @@ def load_report(path: Path) -> dict[str, Any]:
         not isinstance(inputs, list)
         or not all(isinstance(one, dict) for one in (output, *tables))
         or not all(isinstance(one.get(name), str) for one in inputs for name in ("id", "role"))
-        or not all(map(_are_files, [*lists, output.get("files", []), companions_of(output)]))
+        or not all(map(_are_files, [*lists, *(output.get(name, []) for name in FILES)]))
     ):
         raise InputError(f"{path}: is no report of fishertool; write the output again")
     return document
-
-
-def companions_of(output: Mapping[str, Any]) -> Any:
-    """Those that a report has digests of; one of an earlier version has names alone."""
-    found = output.get("companions", [])
-    named = isinstance(found, list) and all(isinstance(one, str) for one in found)
-    return [] if named else found
 
 
 def _are_files(value: Any) -> bool:

@@ -183,7 +183,7 @@ def test_the_fingerprint_covers_all_that_is_read(tmp_path: Path) -> None:
         ("token-classification", {"text": [3], "label": [1]}, "word 0 of its text is int"),
         ("masked-lm", {"text": 5}, "row 0: its text is int"),
         ("masked-lm", {"text": "wolf"}, "no token that could be masked"),
-        ("sequence-to-sequence", {"text": "cat", "label": "dog"}, "no column 'target'; it has text"),
+        ("sequence-to-sequence", {"text": "cat", "label": "dog"}, "no column 'target'; it has 'text'"),
         ("sequence-to-sequence", {"text": "cat", "target": " "}, "no rows with text"),
         ("embedding", {"query": "cat"}, "no column 'positive'"),
         ("embedding", {"query": "cat", "positive": ["dog"]}, "its positive is list"),
@@ -218,3 +218,24 @@ def test_bad_rows_are_named(tmp_path: Path, task: str, row: dict[str, Any], told
 def test_flags_that_do_not_apply(task: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         TASKS[task].form.resolve(DataOptions("d", **options), task)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("\u65e5\u672c", 5), ("\u00e9", 1), ("the", 2), ("\U0001f642", 3)]
+)
+def test_bytes_of_a_first_token_within_a_character(tmp_path: Path, text: str, wanted: int) -> None:
+    """All but what the first token spells: a byte."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE({letter: number for number, letter in enumerate(letters)}, [])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    write_rows(tmp_path / "d.jsonl", [{"text": text}])
+    form = TASKS["causal-lm"].form
+    options = form.resolve(DataOptions(str(tmp_path / "d.jsonl")), "causal-lm")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    [example] = load(options, tokenizer, 32, None, form).examples
+    assert example.text_bytes == wanted

@@ -13,6 +13,7 @@ from test_sentence import make_sentence_model
 from tiny import BLOCK_LINEARS, make_low_rank
 
 import fishertool
+from fishertool.errors import InputError
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -255,3 +256,12 @@ def test_homes_are_found_wherever_a_place_is_named(
     assert result.code == 0, result.err
     assert {path.name for path in home.iterdir()} == {"low", "dense", "flags.yml", "report.json"}
     assert not (tmp_path / "~").exists()
+
+
+def test_only_a_model_is_loaded_by_its_architecture(make_model: ModelMaker) -> None:
+    folder = make_model("a")
+    path = folder / "config.json"
+    for name in ("AutoConfig", "pipeline", "Unheard"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
+        with pytest.raises(InputError, match=f"architecture {name} is not in transformers"):
+            fishertool.load_model(folder)

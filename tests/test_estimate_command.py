@@ -195,7 +195,7 @@ def test_labels_are_not_needed_where_the_model_gives_them(cli: Cli, make_model: 
     assert report["summary"]["labels"] == "expected"
     assert "no column 'label'" in cli(*flags, "--overwrite", "--labels", "empirical").err
     result = cli(*flags, "--overwrite", "--label-column", "nope")  # asked for, and not there
-    assert (result.code, "no column 'nope'; it has text" in result.err) == (3, True)
+    assert (result.code, "no column 'nope'; it has 'text'" in result.err) == (3, True)
 
 
 @pytest.mark.parametrize(

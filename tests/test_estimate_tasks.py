@@ -307,6 +307,18 @@ REFUSED = [
     ("ForTokenClassification", ["--labels", "expected"], 2, "token-classification is out of reach"),
     (
         "ForTokenClassification",
+        ["--labels", "expected", "--dry-run"],
+        2,
+        "token-classification is out of reach",
+    ),
+    (
+        "ForSequenceClassification",
+        ["--kind", "activation", "--labels", "sampled"],
+        2,
+        "--kind activation is of forward passes alone",
+    ),
+    (
+        "ForTokenClassification",
         ["--task", "embedding"],
         3,
         "BertForTokenClassification, which may not fit",
@@ -323,7 +335,7 @@ REFUSED = [
     ("ForMaskedLM", ["--mask-prompt"], 2, "--mask-prompt is not for masked-lm"),
     ("Model", ["--task", "causal-lm"], 3, "BertModel, which may not fit --task causal-lm"),
     ("Model", ["--text-pair-column", "x"], 2, "--text-pair-column is not for embedding"),
-    ("Model", [], 3, "no column 'query'; it has text, label"),
+    ("Model", [], 3, "no column 'query'; it has 'text', 'label'"),
 ]
 
 

@@ -11,6 +11,7 @@ import transformers
 from conftest import VOCABULARY, Cli, ModelMaker, make_text, write_rows
 from safetensors.torch import load_file, save_file
 
+from fishertool.commands.evaluate import _gate_rows
 from fishertool.models.loading import check_device
 
 
@@ -91,6 +92,14 @@ def test_drop_is_worsening_whatever_the_metric(
     assert drops["loss"] == pytest.approx(mine["loss"] - theirs["loss"])
 
 
+def test_a_drop_that_is_the_limit_but_for_rounding_is_met() -> None:
+    drop = {"max_drop": {"accuracy": 0.1}}
+    [gate] = _gate_rows(drop, {"accuracy": 0.7}, {"accuracy": 0.8})
+    assert gate["value"] > 0.1 and gate["met"]
+    [gate] = _gate_rows(drop, {"accuracy": 0.7}, {"accuracy": 0.8001})
+    assert not gate["met"]
+
+
 def permute_classes(folder: Path, order: list[int], named: bool = True) -> None:
     """The same function with its classes in another order, which id2label tells if `named`."""
     tensors = load_file(folder / "model.safetensors")
@@ -148,7 +157,7 @@ def test_models_of_other_classes_or_tokens(cli: Cli, make_model: ModelMaker, dat
     (c / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = cli("evaluate", a, "--data", data, "--against", c)
     assert result.code == 3
-    assert f"{a} and {c}: token 9 of the data is 'cat' to the first and 'dog'" in result.err
+    assert f"{a} and {c}: token 9 is 'cat' to the first and 'dog'" in result.err
 
 
 def test_each_model_pads_with_its_own_token(cli: Cli, make_model: ModelMaker, data: Path) -> None:
@@ -250,7 +259,7 @@ def test_bad_flags(
         ([{"text": "cat", "label": "\N{SUPERSCRIPT TWO}"}], "row 0: label '\N{SUPERSCRIPT TWO}'"),
         ([{"text": "cat", "label": 0}, {"text": "cat", "label": None}], "row 1: has no label"),
         ([{"text": "cat"}], "no column 'label'"),
-        ([{"body": "cat", "label": 0}], "no column 'text'; it has body, label"),
+        ([{"body": "cat", "label": 0}], "no column 'text'; it has 'body', 'label'"),
         ([{"text": "", "label": 0}, {"text": None, "label": 1}], "no rows with text"),
         ([{"text": 5, "label": 0}], "row 0: its text is int"),
     ],
@@ -339,6 +348,42 @@ def test_a_file_name_is_no_pattern(cli: Cli, make_model: ModelMaker, data: Path)
     result = cli("evaluate", make_model("a"), "--data", "data[1]*.jsonl", "--json")
     assert result.code == 0, result.err
     assert result.report["summary"]["examples"] == 12
+
+
+def test_tokens_that_the_data_lack_must_be_the_same_too(
+    cli: Cli, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    """A divergence is over all of them."""
+    a, b = make_model("a", "llama"), make_model("b", "llama")
+    write_rows("cats.jsonl", [{"text": "the cat"}])
+    path = b / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["dog"], vocabulary["big"] = vocabulary["big"], vocabulary["dog"]
+    path.write_text(json.dumps(tokenizer))
+    assert cli("evaluate", b, "--data", "cats.jsonl", "-q").code == 0
+    result = cli("evaluate", a, "--data", "cats.jsonl", "--against", b)
+    assert (result.code, "is 'dog' to the first and 'big'" in result.err) == (3, True), result.err
+
+
+@pytest.mark.parametrize("text", ["1", "007", "true", "1e5", "2024-01-01"])
+def test_a_csvs_texts_are_texts(cli: Cli, make_model: ModelMaker, text: str) -> None:
+    Path("d.csv").write_text(f"text,label\n{text},1\n")
+    result = cli("evaluate", make_model("a"), "--data", "d.csv", "--json")
+    assert result.code == 0, result.err
+
+
+def test_a_csv_row_of_more_fields_than_its_header_is_refused(
+    cli: Cli, make_model: ModelMaker
+) -> None:
+    """A reader would take the first for a name of the row."""
+    model = make_model("a", "llama")
+    Path("d.csv").write_text("text\nthe cat, the dog\na cat, a dog\n")
+    result = cli("evaluate", model, "--data", "d.csv")
+    told = "d.csv: row 0 has 2 fields, its header 1; put a text that has"
+    assert (result.code, told in result.err) == (3, True), result.err
+    Path("d.tsv").write_text("text\nthe cat, the dog\n")
+    assert cli("evaluate", model, "--data", "d.tsv", "-q").code == 0
 
 
 def test_what_a_csv_calls_missing(cli: Cli, make_model: ModelMaker) -> None:

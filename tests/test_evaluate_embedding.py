@@ -235,7 +235,12 @@ def test_gates(cli: Cli, make_model: ModelMaker) -> None:
         (ROWS, ("--min", "mean_cosine=1"), 2, "measured against a second model; give --against"),
         (ROWS, ("--text-column", "a"), 2, "--text-column is not for embedding"),
         (ROWS, ("--score-column", "s"), 2, "two sentences in --text-column and --text-pair-column"),
-        (ROWS[:1], ("--query-column", "q"), 3, "no column 'q'; it has query, positive, negative"),
+        (
+            ROWS[:1],
+            ("--query-column", "q"),
+            3,
+            "no column 'q'; it has 'query', 'positive', 'negative'",
+        ),
         (
             [{"text": "a cat", "other": "a dog", "s": "alike"}],
             ("--text-pair-column", "other", "--score-column", "s"),

@@ -332,7 +332,7 @@ def test_terms_that_nobody_reads_are_not_kept(
     planned = {}
     for method in ("fwsvd", "tfwsvd"):
         base = ("factorize", model, "--method", method, *flags, "--out", method)
-        planned[method] = cli(*base, "--dry-run").report["summary"]["bytes_to_write"]
+        planned[method] = cli(*base, "--dry-run").report["summary"]["bytes_of_working_files"]
         assert cli(*base).code == 0
     assert kept[0] > 0 and kept[1] == 0
     assert planned["tfwsvd"] < planned["fwsvd"]

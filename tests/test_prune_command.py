@@ -874,7 +874,7 @@ def test_every_steps_work_is_counted_before_the_first(cli: Cli, model: Path, dat
         cli("prune", model, *flags, "--steps", steps, "--out", "o").report["summary"]
         for steps in (1, 4)
     )
-    assert four["bytes_to_write"] == one["bytes_to_write"] + 3 * 5 * one["weights"]
+    assert four["bytes_of_working_files"] == one["bytes_of_working_files"] + 3 * 5 * one["weights"]
 
 
 def test_zeros_that_were_there_before_are_counted(

@@ -120,9 +120,16 @@ def test_bytes_are_hashed_whatever_is_remembered_of_them(
 
 def test_a_missing_file_and_others(cli: Cli, merged: Path) -> None:
     (merged / "tokenizer.json").unlink()
-    _tell_names_alone(merged)
-    lost = "tokenizer.json: missing, and its report says that it went along"
+    lost = "tokenizer.json: missing, and its report names it"
     assert findings(cli, merged, "--no-load") == [lost]
+    (merged / "chat_template.jinja").write_text("x")
+    (merged / "NOTES.md").write_text("x")
+    (merged / "LICENSE").write_text("x")
+    assert findings(cli, merged, "--no-load") == [
+        lost,
+        "chat_template.jinja: not named in its report",
+    ]
+    (merged / "chat_template.jinja").unlink()
     save_file({"a": torch.zeros(2)}, merged / "extra.safetensors")
     assert findings(cli, merged) == [
         lost,
@@ -135,14 +142,6 @@ def test_a_missing_file_and_others(cli: Cli, merged: Path) -> None:
         == "out: no model.safetensors in it, but extra.safetensors; give the folder of a model"
     )
     assert told[1] == "model.safetensors: missing, and its report names it"
-
-
-def _tell_names_alone(out: Path) -> None:
-    """As reports of earlier versions did of companions."""
-    report = json.loads((out / REPORT).read_text())
-    report["output"]["companions"] = [one["file"] for one in report["output"]["companions"]]
-    (out / REPORT).write_text(json.dumps(report))
-    jsonschema.validate(report, schema())
 
 
 @pytest.mark.parametrize(
@@ -399,10 +398,6 @@ def test_neurons_left_out_and_sentences(cli: Cli, make_model: ModelMaker) -> Non
     assert findings(cli, "out", "--no-load") == [
         "1_Pooling/config.json: missing, and its report names it"
     ]
-    _tell_names_alone(Path("out"))
-    assert findings(cli, "out", "--no-load") == [
-        "1_Pooling/config.json: missing, and its report says that it went along"
-    ]
 
 
 def test_neurons_left_out_of_a_model_of_two_dtypes(cli: Cli, make_model: ModelMaker) -> None:
@@ -492,13 +487,13 @@ def test_refusals(cli: Cli, make_model: ModelMaker, merged: Path) -> None:
     assert findings(cli, "empty")[0].startswith("empty: no model.safetensors in it")
     result = cli("verify", "out", "--report", f"out/{REPORT}")
     assert result.code == 2
-    assert "is an output's own report" in result.err
+    assert "is what an output's own report is called" in result.err
     assert cli("verify", "out", "--no-lod").code == 2
     report = json.loads((merged / REPORT).read_text()) | {"command": "search", "output": None}
     (merged / REPORT).write_text(json.dumps(report))
     result = cli("verify", "out")
     assert result.code == 3
-    assert "out: is a search, whose report names no files; verify what it picked" in result.err
+    assert "out: is a search, whose report names no files; it picked no merge" in result.err
 
 
 def test_ctrl_c(cli: Cli, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

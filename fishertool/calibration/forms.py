@@ -122,7 +122,7 @@ def load(
     with_labels = labels is not None and options.label_column in rows.column_names
     for column in [*form.columns(options), options.label_column if need_labels else None]:
         if column is not None and column not in rows.column_names:
-            has = ", ".join(rows.column_names)
+            has = ", ".join(map(repr, rows.column_names))
             raise InputError(f"{options.data}: no column {column!r}; it has {has}")
     limit = length_limit(options, tokenizer, model_limit)
     known = labels if with_labels else None

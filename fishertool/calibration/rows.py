@@ -1,10 +1,13 @@
 """Data files and Hub datasets -> rows."""
 
+import csv
 import glob
 import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +97,10 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
     more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
     if builder == "text":  # the others take a byte order mark for what it is
         more |= {"encoding": "utf-8-sig"}
-    if builder == "csv":  # `NA` and `null` are texts; an empty cell is not
+    if builder == "csv":  # `NA`, `null` and `1` are texts; an empty cell is not
         more |= {"keep_default_na": False, "na_values": [""]}
+        texts = _header(path, more.get("sep", ",")) & _texts(options)
+        more["converters"] = dict.fromkeys(texts, _cell)
     with tempfile.TemporaryDirectory(prefix="fishertool-") as cache:
         try:
             return datasets.load_dataset(
@@ -114,6 +119,37 @@ def _local_rows(path: Path, options: DataOptions) -> Any:
             if isinstance(cause, UnicodeDecodeError):
                 reason += "; save it as UTF-8"
             raise InputError(f"{path}: not readable as {suffix[1:]}: {reason}") from error
+
+
+def _header(path: Path, separator: str) -> set[str]:
+    """Columns of a table. Raises InputError for a first row that has more fields: a reader would
+    take the surplus for names of rows, and drop it."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names, *rows = islice(csv.reader(file, delimiter=separator), 2)
+    except (ValueError, csv.Error):  # the reader has more to say of it
+        return set()
+    if rows and len(rows[0]) > len(names):
+        raise InputError(
+            f"{path}: row 0 has {len(rows[0])} fields, its header {len(names)}; put a text that "
+            "has the separator in it in double quotes"
+        )
+    return set(names)
+
+
+def _cell(text: str) -> str | None:
+    return text or None
+
+
+def _texts(options: DataOptions) -> set[str]:
+    """Columns that hold texts, whatever they look like."""
+    others = ("label_column", "score_column", "chat_column")
+    named = {
+        getattr(options, one.name)
+        for one in fields(options)
+        if one.name.endswith("_column") and one.name not in others
+    }
+    return {"negative", *named}
 
 
 def _hub_rows(options: DataOptions) -> Any:

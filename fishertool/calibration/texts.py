@@ -1,12 +1,16 @@
 """Examples of one text each: with a label, with a label a word, with words masked, with a target."""
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fishertool.calibration.data import UNSCORED, Example
 from fishertool.calibration.reader import Reader, inputs_of
 from fishertool.errors import InputError
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token of SentencePiece; in a byte-level vocabulary each letter is a byte."""
 
 
 def whole(reader: Reader) -> Iterator[Example]:
@@ -27,10 +31,21 @@ def whole(reader: Reader) -> Iterator[Example]:
         label = None
         if reader.labels is not None:
             label = reader.label(row[options.label_column], reader.labels)
-        first_end = encoded["offset_mapping"][0][1] if reader.tokenizer.is_fast else 0
         reader.truncated += cut
-        text_bytes = len(text[first_end:].encode()) + len((pair or "").encode())
+        text_bytes = len(text.encode()) + len((pair or "").encode())
+        text_bytes -= _bytes_of_first(reader, encoded, text)
         yield Example(inputs_of(encoded), label, text_bytes)
+
+
+def _bytes_of_first(reader: Reader, encoded: Any, text: str) -> int:
+    """How many a text's first token spells, which no other token predicts."""
+    if not reader.tokenizer.is_fast:
+        return 0
+    (_, stop), *others = encoded["offset_mapping"]
+    if any(one < stop <= other for one, other in others[:1]):  # it ends within a character
+        token = reader.tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
+        return 1 if BYTE.fullmatch(token) else len(token)
+    return len(text[:stop].encode())
 
 
 def words(reader: Reader) -> Iterator[Example]:

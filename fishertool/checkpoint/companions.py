@@ -41,9 +41,8 @@ LOADED = (
     "sentence_*_config.json",
     "config_sentence_transformers.json",
     "modules.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+TERMS = ("LICENSE*", "NOTICE*")
 LOADED_IN_FOLDERS = ("config.json", "*.safetensors", "*.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEMPLATES = "additional_chat_templates"
@@ -70,14 +69,26 @@ def find_companions(folder: Path) -> Companions:
         top = len(name.parts) == 1
         if top and (name.name == "config.json" or matches(name, WEIGHTS)):
             continue
-        allowed = LOADED if top else LOADED_IN_FOLDERS
-        inside = top or name.parent.as_posix() in folders
-        if inside and matches(name, allowed) and name.suffix.lower() not in FORBIDDEN:
+        if _goes_along(name, folders, (*LOADED, *TERMS)):
             check_link(path)
             copied.append(name.as_posix())
         else:
             left_out.append(name.as_posix())
     return Companions(tuple(copied), tuple(left_out))
+
+
+def loaded_beside(folder: Path) -> list[str]:
+    """Names of the files beside the weights that change what a loader makes of a folder."""
+    folders = {TEMPLATES, *module_folders(folder)}
+    names = (path.relative_to(folder) for path in files_of(folder))
+    return [name.as_posix() for name in names if _goes_along(name, folders, LOADED)]
+
+
+def _goes_along(name: PurePath, folders: Collection[str], at_the_top: tuple[str, ...]) -> bool:
+    top = len(name.parts) == 1
+    inside = top or name.parent.as_posix() in folders
+    allowed = at_the_top if top else LOADED_IN_FOLDERS
+    return inside and matches(name, allowed) and name.suffix.lower() not in FORBIDDEN
 
 
 def same_file(one: Path, other: Path) -> bool:

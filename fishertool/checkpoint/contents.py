@@ -37,10 +37,6 @@ class Contents:
         return name in self._file_of
 
     @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
     def metadata(self) -> Mapping[str, str]:
         """What the first file's header carries besides tensors."""
         return next(iter(self.headers.values())).metadata

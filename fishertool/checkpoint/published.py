@@ -10,6 +10,7 @@ from fishertool.checkpoint.companions import (
     FORBIDDEN,
     LOADED,
     TEMPLATES,
+    TERMS,
     WEIGHTS,
     files_of,
     matches,
@@ -119,7 +120,7 @@ def _may_go(name: PurePath, folders: Collection[str]) -> bool:
         return _place(name.parent) in folders and fnmatchcase(name.name, "*.jinja")
     if not place and name.name in (CARD, REPORT_FILE):
         return True
-    return place in folders and (name.name in CONFIGS or matches(name, LOADED))
+    return place in folders and (name.name in CONFIGS or matches(name, (*LOADED, *TERMS)))
 
 
 def _place(name: PurePath) -> str:

@@ -49,12 +49,3 @@ CONFIG_NAMES = {
 """As config.json and torch write them, of those that torch has."""
 
 FLOATING = frozenset(name for name, word in CONFIG_NAMES.items() if "float" in word)
-
-
-def torch_name(dtype: str) -> str:
-    """The dtype as config.json writes it.
-
-    >>> torch_name("BF16")
-    'bfloat16'
-    """
-    return CONFIG_NAMES[dtype]

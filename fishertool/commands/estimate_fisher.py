@@ -11,17 +11,17 @@ from fishertool.checkpoint.layout import parse_size, show_size
 from fishertool.checkpoint.staging import REPORT_FILE, check_output, resumable, staged
 from fishertool.errors import UsageError
 from fishertool.estimation.bank import Bank, members_of, open_bank
-from fishertool.estimation.forecast import MOMENTS, bytes_of, forecast
+from fishertool.estimation.forecast import bytes_of, forecast
 from fishertool.estimation.job import divided, job_of, run
 from fishertool.estimation.output import finish, write_part
 from fishertool.estimation.saving import SAVED, Saver, check_nothing_saved, tidy
-from fishertool.estimation.settings import Settings, check_settings
+from fishertool.estimation.settings import Settings, check_settings, resolve_labels
 from fishertool.estimation.subject import LoadedSubject, Source, find_subject, load_subject
 from fishertool.estimation.work import Unit
 from fishertool.estimation.worker import Worker
 from fishertool.estimation.workers import Workers, joined, share_of
 from fishertool.fisher.estimate import Pass
-from fishertool.fisher.kinds import Gathering
+from fishertool.fisher.kinds import MOMENTS, Gathering
 from fishertool.models.loading import check_device, check_spreading
 from fishertool.progress import Advance, Track, silent
 from fishertool.registry import suggest
@@ -87,11 +87,13 @@ def estimate_fisher(
         _refuse_saving(saves and together, "stop together (--until-relative-error)")
         subject = find_subject(opened, source, data)
         report.options |= options_of({"data": subject.data})
-        layers = subject.layers() if MOMENTS & set(settings.kinds) else None
+        layers = subject.layers() if set(MOMENTS) & set(settings.kinds) else None
         needed = bytes_of(settings, subject.infos(), data.num_examples, layers)
         if workers.first:
             check_output(out, [subject.checkpoint.folder], overwrite, sum(needed.values()))
             check_nothing_saved(out, resume, overwrite)
+        classes = subject.checkpoint.config().get("id2label") or ()
+        resolve_labels(settings, subject.task, len(classes))  # or it would fail after loading
         if dry_run:
             if not workers.first:
                 return None
@@ -119,7 +121,6 @@ def estimate_fisher(
                 )
         gathering = Gathering(
             settings.kinds,
-            loaded.module,
             loaded.parameters,
             bank.statistic if bank else None,
             accumulate_on="cpu" if accumulate_on == "cpu" else None,

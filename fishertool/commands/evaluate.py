@@ -104,7 +104,7 @@ def evaluate(
         with track("Evaluating", passes, "examples") as advance:
             measured = partial(
                 measure, task=chosen, data=prepared, labels=loaded.labels, batch_size=batch_size,
-                device=device, advance=advance, warn=told.append,
+                advance=advance, warn=told.append,
             )  # fmt: skip
             metrics = measured(loaded, against=original)
             if original is not None:
@@ -133,21 +133,18 @@ def evaluate(
 def _check_gates(gates: Gates, has_against: bool) -> None:
     """What can be told without a model."""
     for rule, limits in gates.items():
-        flag = "--" + rule.replace("_", "-")
+        option = "--" + rule.replace("_", "-")
         for metric, limit in limits.items():
             if metric not in HIGHER_IS_BETTER:
-                raise UsageError(f"{flag}: no metric {suggest(metric, HIGHER_IS_BETTER)}")
+                raise UsageError(f"{option}: no metric {suggest(metric, HIGHER_IS_BETTER)}")
+            flag = "--max-kl" if (rule, metric) == ("max", "kl") else f"{option} {metric}"
             if math.isnan(limit):
-                raise UsageError(f"{flag} {metric}: {limit} is no limit")
+                raise UsageError(f"{flag}: {limit} is no limit")
             if rule == "max_drop" and metric in OF_TWO:
                 instead = "--max-kl" if metric == "kl" else f"--min {metric}"
-                raise UsageError(
-                    f"{flag} {metric}: is between the two models already; use {instead}"
-                )
+                raise UsageError(f"{flag}: is between the two models already; use {instead}")
             if not has_against and (rule == "max_drop" or metric in OF_TWO):
-                raise UsageError(
-                    f"{flag} {metric}: is measured against a second model; give --against"
-                )
+                raise UsageError(f"{flag}: is measured against a second model; give --against")
 
 
 def _check_measured_gates(gates: Gates, measured: Sequence[str]) -> None:
@@ -175,7 +172,8 @@ def _gate_rows(
                 sign = 1 if HIGHER_IS_BETTER[metric] else -1
                 value = sign * (others[metric] - value)
             met = value >= limit if rule == "min" else value <= limit
+            met = met or math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12)  # but for rounding
             rows.append(
-                {"rule": rule, "metric": metric, "limit": limit, "value": value, "met": bool(met)}
+                {"rule": rule, "metric": metric, "limit": limit, "value": value, "met": met}
             )
     return rows

@@ -242,7 +242,8 @@ def _forecast(report: Report, plan: PrunePlan, needed: Mapping[str, int], out: P
         "selected": len(plan.matrices),
         "weights": plan.elements,
         "weights_to_prune": plan.elements - kept,
-        "bytes_to_write": sum(needed.values()),
+        "bytes_to_write": needed["output"],
+        "bytes_of_working_files": sum(needed.values()) - needed["output"],
         "free_bytes": free_bytes(out),
         "estimated_peak_bytes": BASE_RSS_BYTES + DOUBLES * 8 * largest,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from fishertool import hub, hub_push
 from fishertool.checkpoint.against_report import difference
+from fishertool.checkpoint.companions import loaded_beside
 from fishertool.checkpoint.digest import FileDigest, digest
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.layout import main_dtype
@@ -27,7 +28,6 @@ from fishertool.report import (
     Files,
     Output,
     Report,
-    companions_of,
     environment,
     load_report,
     options_of,
@@ -105,13 +105,17 @@ def _digests(found: Published, written: Mapping[str, Any] | None) -> list[FileDi
     output = (written or {}).get("output") or {}
     told = [
         FileDigest((home / entry["file"]).as_posix(), entry["bytes"], entry["sha256"])
-        for home, entries in ((inside, output.get("files", ())), (Path(), companions_of(output)))
+        for home, entries in (
+            (inside, output.get("files", ())),
+            (Path(), output.get("companions", ())),
+        )
         for entry in entries
     ]
     listed = {one.file: one for one in told}
     wrong = [fault for one in told if (fault := difference(found.folder, one)) is not None]
     if written is not None:
         beside = [name for name in found.weights if (found.folder / name).parent == found.place]
+        beside += loaded_beside(found.folder)
         wrong += [f"{name}: is not in {REPORT_FILE}" for name in beside if name not in listed]
     if wrong:
         raise InputError(

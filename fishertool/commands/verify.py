@@ -9,7 +9,7 @@ from fishertool.inspection.place import place_of
 from fishertool.inspection.verification import Verification
 from fishertool.inspection.written import Written, read_written
 from fishertool.progress import Track, silent
-from fishertool.report import Report, environment, options_of, public_name
+from fishertool.report import Files, Report, environment, options_of, public_name
 
 NO_REPORT = "there is no report in it, so what was written cannot be told; the rest was verified"
 ROLES = {"checkpoint": "model", "adapter": "adapter", "sidecar": "fisher", "part": "part"}
@@ -35,10 +35,10 @@ def verify(
             folder = hub.resolve(out).absolute()
             written, unreadable = _read_written(folder)
             if written is not None and written.command == "search":
-                raise InputError(
-                    f"{out}: is a search, whose report names no files; verify what it picked, in "
-                    f"{public_name(out)}/picked"
-                )
+                way_out = "it picked no merge to verify; --resume --pick writes one"
+                if (folder / "picked").is_dir():
+                    way_out = f"verify what it picked, in {public_name(out)}/picked"
+                raise InputError(f"{out}: is a search, whose report names no files; {way_out}")
             place = place_of(folder)
             found = Verification(place, written, opened)
             found.findings += unreadable
@@ -52,7 +52,7 @@ def verify(
         if load:
             with report.phase("load"):
                 found.check_loads()
-    report.inputs = found.inputs(public_name(out), ROLES[place.what], digests)
+    report.inputs = [Files.of(public_name(out), ROLES[place.what], digests)]
     report.warnings = [] if written or unreadable else [f"{public_name(out)}: {NO_REPORT}"]
     report.warnings += map(found.public, found.warnings)
     report.summary = found.summary()

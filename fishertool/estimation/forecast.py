@@ -14,8 +14,6 @@ from fishertool.models.layers import Layer
 from fishertool.report import Report
 
 ACCUMULATOR_BYTES = 8
-MOMENTS = {"kronecker", "activation"}
-"""Kinds of which a layer's sides decide."""
 
 
 def bytes_of(

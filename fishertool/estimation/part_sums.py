@@ -7,6 +7,7 @@ from torch import Tensor
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, some
 from fishertool.estimation.partial import Partial
+from fishertool.fisher.kinds import MOMENTS
 from fishertool.fisher.sums import SEPARATOR
 
 
@@ -30,7 +31,7 @@ def check_sums(tensors: Checkpoint, partial: Partial, empty: Mapping[str, Tensor
 def _moments(partial: Partial) -> dict[str, tuple[int, ...]]:
     """Those of inputs, of which a part says whose it has."""
     found: dict[str, tuple[int, ...]] = {}
-    if not {"kronecker", "activation"} & set(partial.job.kinds):
+    if not set(MOMENTS) & set(partial.job.kinds):
         return found
     for leader in set(partial.progress.leaders.values()):
         stack, (_, width) = _sides(partial, leader)

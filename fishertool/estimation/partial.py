@@ -18,11 +18,11 @@ from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.layout import ONE_FILE, Layout
 from fishertool.checkpoint.reader import Checkpoint, open_checkpoint
 from fishertool.checkpoint.shards import PARTIAL
+from fishertool.checkpoint.writer import write_tensors
 from fishertool.errors import InputError, some
 from fishertool.estimation.settings import BANK_DTYPES
 from fishertool.fisher.header import FisherHeader
 from fishertool.fisher.kinds import KINDS
-from fishertool.sidecar import write_tensors
 
 KEY, SUMS_KEY = "fishertool.partial", "fishertool.sums"
 FORMAT = 1
@@ -123,8 +123,7 @@ def partial_of(tensors: Contents) -> Partial:
     """
     where = str(tensors.folder)
     partial = Partial.from_metadata(tensors.metadata, where)
-    named = tensors.metadata.get(SUMS_KEY, json.dumps(sorted(tensors)))  # since it is written
-    if apart := sorted(set(tensors) ^ _names(named, where)):
+    if apart := sorted(set(tensors) ^ _names(tensors.metadata.get(SUMS_KEY), where)):
         raise InputError(
             f"{where}: its sums are not those that it was written with, by {some(apart)}; "
             "estimate it again"
@@ -132,9 +131,9 @@ def partial_of(tensors: Contents) -> Partial:
     return partial
 
 
-def _names(text: str, where: str) -> set[str]:
+def _names(text: str | None, where: str) -> set[str]:
     try:
-        return set(json.loads(text))
+        return set(json.loads(text or ""))
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: not a partial result ({error!r})") from error
 

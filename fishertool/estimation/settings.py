@@ -70,9 +70,14 @@ def check_settings(settings: Settings) -> None:
         settings.batch_size.isdecimal() and int(settings.batch_size)
     ):
         raise UsageError(f"--batch-size {settings.batch_size!r}: auto, or a number of examples")
+    kinds = settings.kinds
+    if settings.labels != "auto" and set(kinds) == {"activation"}:
+        raise UsageError(
+            f"--labels {settings.labels}: --kind activation is of forward passes alone, which use "
+            "none; leave it out"
+        )
     if settings.labels != "auto":
         _check_draws(settings, settings.labels)
-    kinds = settings.kinds
     if "rank-one" in kinds:
         _check_bank(settings)
     else:

@@ -105,10 +105,6 @@ class Workers:
             distributed.all_reduce(moved)
             sums[name].copy_(moved)
 
-    def wait(self) -> None:
-        if not self.alone:
-            distributed.barrier()
-
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
         """The block is for the first process, and then for the others; what one of them raises stops

@@ -46,15 +46,17 @@ def reader_for_both(model: LoadedModel, other: LoadedModel, names: str) -> Loade
 def check_same_tokens(
     data: CalibrationData, model: LoadedModel, other: LoadedModel, names: str
 ) -> None:
-    """Raises InputError, naming the models, where a token of the data is none, or another, to the
-    other model."""
+    """Raises InputError, naming the models, where a token of the data is none to the other model,
+    or any token another."""
     used = {token for one in data.examples for text in one.texts for token in text["input_ids"]}
     known = table_length(other.pretrained.get_input_embeddings())  # type: ignore[operator]
-    for token in sorted(used):
-        mine = model.tokenizer.convert_ids_to_tokens(token)
-        theirs = other.tokenizer.convert_ids_to_tokens(token) if token < known else None
-        if mine != theirs:
+    mine, theirs = (
+        {token: name for name, token in one.tokenizer.get_vocab().items()} for one in (model, other)
+    )
+    for token in sorted(used | (mine.keys() & theirs.keys())):
+        second = theirs.get(token) if token < known else None
+        if mine.get(token) != second and (token in used or token < known):
             raise InputError(
-                f"{names}: token {token} of the data is {mine!r} to the first and {theirs!r} to the "
+                f"{names}: token {token} is {mine.get(token)!r} to the first and {second!r} to the "
                 "second; measure models of other tokenizers one by one"
             )

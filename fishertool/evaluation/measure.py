@@ -111,7 +111,6 @@ def measure(
     against: LoadedModel | None = None,
     labels: Labels = None,
     batch_size: int = 8,
-    device: str = "cpu",
     advance: Callable[[int], None] = lambda examples: None,
     warn: Callable[[str], None] = lambda told: None,
 ) -> dict[str, float]:
@@ -130,7 +129,7 @@ def measure(
             model, data, against=against, batch_size=batch_size, advance=advance, warn=warn
         )
     models = [model] if against is None else [model, against]
-    if batch_size > 1 and any(_sees_padding(one, task, data.examples, device) for one in models):
+    if batch_size > 1 and any(_sees_padding(one, task, data.examples) for one in models):
         batch_size = 1
         warn(ALONE)
     order = sorted(range(len(data.examples)), key=lambda index: -data.examples[index].length)
@@ -140,7 +139,7 @@ def measure(
     labels = model.labels if labels is None else labels
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        batch = collate(task, data.examples, some, model.pad_id, device)
+        batch = _collated(model, task, data.examples, some)
         log_p = _predictions(model, batch, labels)
         target = batch.targets[batch.scored]
         scored += len(target)
@@ -149,7 +148,7 @@ def measure(
             targets.append(target)
         nll -= float(log_p.gather(-1, target.unsqueeze(-1)).double().sum())
         if against is not None:
-            batch = collate(task, data.examples, some, against.pad_id, device)
+            batch = _collated(against, task, data.examples, some)
             original = _predictions(against, batch, labels)
             if original.shape != log_p.shape:
                 raise InputError(
@@ -170,11 +169,17 @@ def measure(
     return metrics
 
 
-def _sees_padding(model: LoadedModel, task: Task, examples: Sequence[Example], device: str) -> bool:
+def _sees_padding(model: LoadedModel, task: Task, examples: Sequence[Example]) -> bool:
     def run(some: Sequence[Example]) -> Tensor:
-        return logits_of(model.module, collate(task, some, range(len(some)), model.pad_id, device))
+        return logits_of(model.module, _collated(model, task, some, range(len(some))))
 
     return padding_matters(run, examples)
+
+
+def _collated(
+    model: LoadedModel, task: Task, examples: Sequence[Example], some: Sequence[int]
+) -> Batch:
+    return collate(task, examples, some, model.pad_id, str(model.device))
 
 
 def _predictions(model: LoadedModel, batch: Batch, labels: Labels) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from fishertool.checkpoint.against_report import difference
+from fishertool.checkpoint.companions import loaded_beside
 from fishertool.checkpoint.digest import FileDigest
 from fishertool.checkpoint.header import read_header
 from fishertool.checkpoint.json_files import check_link
-from fishertool.errors import InputError, some
+from fishertool.errors import InputError
 from fishertool.inspection.place import Place
 from fishertool.inspection.written import Written
 
@@ -30,22 +31,17 @@ def faults_of_files(
         fault = difference(place.top, told) or _fault_of(place.top / told.file)
         if fault is not None:
             yield fault
-    own = place.weights.relative_to(place.top)
-    beside = [name for name in written.names if not (place.top / name).is_file()]
-    # What lies with the checkpoint in a folder of its own is told of as files.
-    lost = [name for name in beside if own == Path() or not Path(name).is_relative_to(own)]
-    if lost:
-        yield f"{some(lost)}: missing, and its report says that it went along"
 
 
 def extra_files(place: Place, known: Collection[Path], written: Written | None) -> list[str]:
-    """Files of tensors that are neither open nor named in the report."""
+    """Files of tensors, and others that a loader reads, that are neither open nor named in the
+    report; without one, of tensors alone."""
     named = set(known)
+    there = {path for folder in _folders(place) for path in folder.glob(f"*{TENSORS}")}
     if written is not None:
+        there |= {place.top / name for name in loaded_beside(place.top)}
         named |= {path for one in written.files for path in _paths(place, one.file)}
         named |= {place.top / one.file for one in written.companions}
-        named |= {place.top / name for name in written.names}
-    there = {path for folder in _folders(place) for path in folder.glob(f"*{TENSORS}")}
     return sorted(path.relative_to(place.top).as_posix() for path in there - named)
 
 

@@ -1,6 +1,7 @@
 """The tensors that a report names, held against those that are there."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +64,16 @@ def counted(rows: Sequence[Row]) -> set[str]:
 def faults_of_zeros(rows: Sequence[Row], checkpoint: Checkpoint, values: Values) -> Iterator[str]:
     """Where the share of zeros is not the one that a report tells of."""
     wrong = []
+    zeros: Counter[str] = Counter()
+    for (name, _), count in values.zeros.items():
+        zeros[name] += count
     for row in rows:
         name, share = row.info.name, row.more.get("zeros")
         info = _info(checkpoint, name)
         if share is None or info is None or not info.elements:
             continue
         if name in checkpoint:
-            found = sum(count for (one, _), count in values.zeros.items() if one == name)
+            found = zeros[name]
         else:
             [(_, expert)] = EXPERT.findall(name)
             found = values.zeros.get((_stack(name), int(expert)), 0)

@@ -13,11 +13,11 @@ from fishertool.checkpoint.header import TensorInfo
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.stored import FLOATING
 from fishertool.checkpoint.stream import Piece, collect, pieces
+from fishertool.fisher.kinds import MOMENTS
 from fishertool.progress import Advance
 
 SQUARES = ("diagonal", "factored")
 """Kinds of Fisher whose entries are means of squares; of MOMENTS only those on the diagonal are."""
-MOMENTS = ("kronecker", "activation")
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """An output under verification: what is open of it, and what was found to be wrong."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from fishertool.models.loadable import cannot_be_tried, loading_faults
 from fishertool.models.low_rank import Factors, factors_of
 from fishertool.plugin import is_low_rank
 from fishertool.progress import Advance
-from fishertool.report import Files
 
 
 class Verification:
@@ -168,9 +166,6 @@ class Verification:
         """The same without the folders of this machine, that one's own name included."""
         top = str(self.place.top)
         return text.replace(f"{top}/", "").replace(top, self.place.top.name)
-
-    def inputs(self, name: str, role: str, digests: Sequence[FileDigest]) -> list[Files]:
-        return [Files.of(name, role, digests)]
 
     def summary(self) -> dict[str, Any]:
         infos = [info for one in self.checkpoints for info in one.infos().values()]

@@ -32,8 +32,6 @@ class Written:
     parameters: int | None = None
     dtype: str | None = None
     companions: tuple[FileDigest, ...] = ()
-    names: tuple[str, ...] = ()
-    """Of companions that the report of an earlier version has no digests of."""
 
     @property
     def method(self) -> Any:
@@ -71,7 +69,6 @@ def _written(document: Mapping[str, Any]) -> Written:
     output = document["output"]
     if output is None:
         return found
-    beside = _is(output["companions"], list)
     return Written(
         found.command,
         options,
@@ -80,8 +77,7 @@ def _written(document: Mapping[str, Any]) -> Written:
         tuple(map(_file, _is(output["files"], list))),
         _is(output["parameters"], int),
         _is(output["dtype"], str),
-        tuple(_companion(one) for one in beside if not isinstance(one, str)),
-        tuple(_inside(one) for one in beside if isinstance(one, str)),
+        tuple(map(_companion, _is(output["companions"], list))),
     )
 
 

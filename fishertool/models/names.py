@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishertool.checkpoint.contents import Contents
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import TensorSource
 from fishertool.checkpoint.stored import FLOATING
@@ -173,13 +174,13 @@ def _output_names(source: TensorSource) -> list[str]:
     return [name for name in names if name in source and name not in {*ties, *ties.values()}]
 
 
-def architecture_of(source: TensorSource) -> str:
+def architecture_of(source: TensorSource | Contents) -> str:
     """As config.json names it; empty where it does not."""
     first: str = (source.config().get("architectures") or [""])[0]
     return first
 
 
-def model_class_of(source: TensorSource) -> Any:
+def model_class_of(source: TensorSource | Contents) -> Any:
     """The class of its architecture; None for one that transformers does not have."""
     import transformers
 

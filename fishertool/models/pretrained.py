@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fishertool import hub
-from fishertool.checkpoint.json_files import load_json
+from fishertool.checkpoint.contents import read_contents
 from fishertool.errors import InputError
+from fishertool.models.names import architecture_of, model_class_of
 from fishertool.models.sentence import transformer_folder
 
 
@@ -14,14 +15,11 @@ def load_pretrained(source: str | Path, **options: Any) -> Any:
 
     Raises InputError for a class that transformers does not have.
     """
-    import transformers
-
-    folder = transformer_folder(hub.resolve(str(source)))
-    names = load_json(folder / "config.json").get("architectures") or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
+    checkpoint = read_contents(transformer_folder(hub.resolve(str(source))))
+    model_class = model_class_of(checkpoint)
+    if model_class is None:
         raise InputError(
-            f"{folder / 'config.json'}: architecture {', '.join(names) or 'not given'} is not in "
-            "transformers"
+            f"{checkpoint.folder / 'config.json'}: architecture "
+            f"{architecture_of(checkpoint) or 'not given'} is not in transformers"
         )
-    return architecture.from_pretrained(folder, **options)
+    return model_class.from_pretrained(checkpoint.folder, **options)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fishertool.checkpoint.json_files import load_json, parse_json
+from fishertool.checkpoint.shards import MODEL, has_stem
 from fishertool.errors import InputError
 
 PACKAGE = "sentence_transformers."
@@ -74,7 +75,7 @@ def transformer_folder(folder: Path) -> Path:
 
 def weights_folder(folder: Path) -> Path:
     """The same for what reads only weights, to which modules that are not served do not matter."""
-    return folder if any(folder.glob("model*.safetensors*")) else transformer_folder(folder)
+    return folder if has_stem(folder, MODEL) else transformer_folder(folder)
 
 
 def _entries(path: Path) -> list[tuple[str, str]]:

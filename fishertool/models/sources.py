@@ -7,6 +7,7 @@ from pathlib import Path
 from fishertool import hub
 from fishertool.checkpoint.json_files import load_json
 from fishertool.checkpoint.reader import open_checkpoint
+from fishertool.checkpoint.shards import MODEL, has_stem
 from fishertool.checkpoint.source import TensorSource
 from fishertool.errors import InputError
 from fishertool.models.adapted import AdaptedCheckpoint
@@ -61,7 +62,7 @@ def public_reference(reference: str) -> str:
 
 
 def _check_is_whole(folder: Path, name: str) -> None:
-    if (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors*")):
+    if (folder / CONFIG).is_file() and not has_stem(folder, MODEL):
         base = load_json(folder / CONFIG).get("base_model_name_or_path")
         raise InputError(
             f"{folder}: is an adapter{f' of {base}' if base else ''}; write BASE+{name}"

@@ -6,7 +6,7 @@ A pure function in a file of its own name, called once for every matrix:
              [inverse_blocks], [pruned], [gone], [activations], [generator], [magnitude], *,
              setting=default) -> Tensor
 
-weight            W of a linear layer, [out, in], float32
+weight            W of a linear layer, [out, in], float32 or, stored so, float64
 fisher            its diagonal Fisher, with the mean over all pruned weights
 general           the same on general data, where `fisher` is on the domain's
 gradient          its mean gradient, [out, in]
@@ -17,7 +17,7 @@ inverse_blocks    its blocks of the weights that are judged together, [out, in /
 pruned            how many of each such group go
 gone              True where an earlier step pruned, [out, in]
 activations       second moment of the layer's input, E[x x^T], [in, in]
-generator         a `torch.Generator`, seeded by the tensor
+generator         a `torch.Generator`, seeded by the matrix's place among those that are pruned
 magnitude         mean of abs(w) over all pruned weights
 
 It returns the saliency, [out, in], finite: the larger, the more reason to keep a weight. Nothing is

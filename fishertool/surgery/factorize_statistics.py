@@ -11,7 +11,14 @@ from fishertool.checkpoint.reader import Checkpoint
 from fishertool.errors import InputError, UsageError, some
 from fishertool.fisher.header import FisherHeader
 from fishertool.registry import Method
-from fishertool.sidecar import check_fits, open_sidecar, read_activation, read_kronecker
+from fishertool.sidecar import (
+    check_fits,
+    check_squares,
+    kinds_of,
+    open_sidecar,
+    read_activation,
+    read_kronecker,
+)
 from fishertool.surgery.matrix import Matrix
 
 SUFFICES = {
@@ -81,10 +88,10 @@ class Statistics:
         else:
             values = matrix.upright(tensors.read(name, matrix.start, matrix.stop))
             values = {"rows": values.sum(1), "columns": values.sum(0)}.get(wanted, values)
-        if not bool(values.isfinite().all()) or (
-            wanted in SUMMED and not bool((values >= 0).all())
-        ):
-            raise InputError(f"{tensors.where(name)}: a Fisher must be finite and not negative")
+        if wanted in SUMMED:
+            check_squares(tensors.where(name), values)
+        elif not bool(values.isfinite().all()):
+            raise InputError(f"{tensors.where(name)}: has NaN or Inf; estimate it again")
         if matrix.expert is not None and not bool(values.any()):
             return self._indifferent(wanted, matrix)
         return values
@@ -186,10 +193,7 @@ def open_statistics(
     Raises UsageError for no sidecar where one is needed; InputError for one that lacks what is
     needed, or is of another checkpoint.
     """
-    there: set[str] = set()
-    if folder is not None:
-        known = {kind for kinds in SUFFICES.values() for kind in kinds}
-        there = {kind for kind in known if any(folder.glob(f"{kind}*.safetensors*"))}
+    there = set() if folder is None else set(kinds_of(folder))
     wanted = [str(kind) for kind in ("diagonal", "factored") if kind in there][:1]
     for method in methods:
         for one, kinds in SUFFICES.items():

@@ -88,10 +88,6 @@ class Sidecar:
             known = gather(read, own[own >= 0])
             values = known.new_zeros(len(own), *known.shape[1:])
             values[own >= 0] = known
-        if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
-            raise InputError(
-                f"{self.tensors.where(name)}: a Fisher must be finite and not negative"
-            )
         statistic = self.header.statistics[name]
         return Fisher(values, statistic.total / statistic.elements, *self.scale)
 

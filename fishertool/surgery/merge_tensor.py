@@ -156,8 +156,10 @@ def reader(plan: MergePlan, target: Target, *, trusted: bool = False) -> Callabl
         return rows.reshape(-1, shape[-1]) if len(shape) > 2 else rows
 
     def one(source: TensorSource, name: str, piece: Piece) -> Tensor:
-        read = _read if trusted else _read_finite
-        return shaped(read(plan, source, name, piece))
+        values = source.read(name, piece.start, piece.stop)
+        if not trusted and not plan.allow_nonfinite:
+            check_finite(source, name, values)
+        return shaped(values)
 
     def read(piece: Piece) -> Part:
         models = [one(source, name, piece) for source, name in named]
@@ -207,11 +209,13 @@ def _generator(seed: int, name: str, model: int, start: int) -> torch.Generator:
 def _kept(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
     number, name = target.sources[0]
     source = plan.inputs.sources[number]
-    if target.info.dtype in FLOATING:
-        values = _read_finite(plan, source, name, piece)
-        stored = TORCH[target.info.dtype]
-        return _fitting(plan, target, representable(values, stored).to(stored))
-    return source.read(name, piece.start, piece.stop)
+    values = source.read(name, piece.start, piece.stop)
+    if target.info.dtype not in FLOATING:
+        return values
+    if not plan.allow_nonfinite:
+        check_finite(source, name, values)
+    stored = TORCH[target.info.dtype]
+    return _fitting(plan, target, representable(values, stored).to(stored))
 
 
 def _equal(plan: MergePlan, target: Target, piece: Piece) -> Tensor:
@@ -241,14 +245,3 @@ def _fitting(
             f"{target.info.dtype}; lower the weights, or go on with --allow-nonfinite"
         )
     return rounded
-
-
-def _read(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
-    return source.read(name, piece.start, piece.stop)
-
-
-def _read_finite(plan: MergePlan, source: TensorSource, name: str, piece: Piece) -> Tensor:
-    values = _read(plan, source, name, piece)
-    if not plan.allow_nonfinite:
-        check_finite(source, name, values)
-    return values

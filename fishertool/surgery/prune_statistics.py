@@ -171,10 +171,7 @@ def open_kind(opened: ExitStack, folder: Path, kind: str) -> Opened:
 
 
 def _diagonal(tensors: Checkpoint, matrix: Matrix) -> Tensor:
-    values = matrix.upright(read_diagonal(tensors, matrix.name, matrix.start, matrix.stop))
-    if not bool((values >= 0).all()) or not bool(values.isfinite().all()):
-        raise InputError(f"{tensors.folder}: {matrix.key}: a Fisher is finite and not negative")
-    return values
+    return matrix.upright(read_diagonal(tensors, matrix.name, matrix.start, matrix.stop))
 
 
 def _mean_gradient(tensors: Checkpoint, matrix: Matrix) -> Tensor:

@@ -13,12 +13,11 @@ from fishertool.checkpoint.layout import ONE_FILE
 from fishertool.checkpoint.reader import Checkpoint
 from fishertool.checkpoint.source import check_finite
 from fishertool.checkpoint.stream import Piece, collect, pieces
-from fishertool.checkpoint.writer import CheckpointWriter
+from fishertool.checkpoint.writer import CheckpointWriter, write_tensors
 from fishertool.fisher.sums import Computed
 from fishertool.models.recovery import as_stored, check_trained
 from fishertool.progress import Advance
 from fishertool.pruning.parts.masks import pack
-from fishertool.sidecar import write_tensors
 from fishertool.surgery.prune_plan import PrunePlan, mask_name
 
 MASK_STEM, MASK_KEY = "pruning_mask", "fishertool.mask"
