@@ -199,7 +199,7 @@ def test_a_fisher_of_nothing_is_refused(
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (math.nan, "self.query.weight#output: a Fisher must be finite"),
+        (math.nan, "self.query.weight#output: has NaN or Inf"),
         (-9.0, "is zero everywhere, or"),
     ],
 )
