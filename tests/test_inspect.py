@@ -256,7 +256,7 @@ def test_its_report_replaces_nothing_there(cli: Cli, make_model: ModelMaker) -> 
     make_low_rank(make_model("m"), Path("low"))
     assert cli("densify", "low", "out", "-q").code == 0
     for place, why in (
-        ("out/fishertool_report.json", "is an output's own report"),
+        ("out/fishertool_report.json", "is what an output's own report is called"),
         ("out/told.json", "is in out, which is only read"),
     ):
         for arguments in (("--report", place, "out"), ("out", "--report", place)):

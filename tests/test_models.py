@@ -611,15 +611,28 @@ def test_queries_bring_their_documents_as_rows() -> None:
     assert batches == [[1, 2], [0]]  # only as many texts together
 
 
-def test_an_encoder_and_a_decoder_never_have_as_many_columns() -> None:
-    for source, target, columns in ((1, 1, (1, 2)), (3, 3, (3, 4)), (4, 2, (4, 2)), (2, 3, (2, 3))):
-        inputs = {"input_ids": [5] * source, "labels": [6] * target}
-        batch = collate(TASKS["sequence-to-sequence"], [Example(inputs, None, 0)], [0], 0, "cpu")
-        assert batch.inputs["attention_mask"].tolist() == [
-            [1] * source + [0] * (columns[0] - source)
-        ]
-        assert batch.inputs["labels"].shape == batch.scored.shape == (1, columns[1])
-        assert int(batch.scored.sum()) == target
+@pytest.mark.parametrize(
+    ("lengths", "columns"),
+    [
+        ([(3, 3)], (3, 3)),
+        ([(3, 3), (3, 3)], (3, 3)),
+        ([(3, 3), (2, 2)], (3, 4)),
+        ([(3, 2), (2, 3)], (3, 4)),
+        ([(4, 2), (3, 2)], (4, 2)),
+    ],
+)
+def test_an_encoder_and_a_decoder_never_have_as_many_columns_among_padding(
+    lengths: list[tuple[int, int]], columns: tuple[int, int]
+) -> None:
+    examples = [
+        Example({"input_ids": [5] * source, "labels": [6] * target}, None, 0)
+        for source, target in lengths
+    ]
+    batch = collate(TASKS["sequence-to-sequence"], examples, range(len(examples)), 0, "cpu")
+    assert batch.inputs["attention_mask"].shape == (len(examples), columns[0])
+    assert batch.inputs["labels"].shape == batch.scored.shape == (len(examples), columns[1])
+    assert batch.scored.sum(1).tolist() == [target for _, target in lengths]
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [source for source, _ in lengths]
 
 
 def test_next_tokens_are_scored_within_each_text_alone() -> None:
